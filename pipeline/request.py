@@ -1,0 +1,99 @@
+"""Plain data that passes between the floors: what is asked for, and what comes back."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class GenerationParams:
+    """How one request is to be continued. The schema of `generation=`, and of a row's own overrides.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the key.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # 1 keeps every token
+    top_k: int = 0  # 0 keeps every token
+    min_p: float = 0.0  # 0 keeps every token
+    repetition_penalty: float = 1.0
+    stop: list[str] = field(default_factory=list)
+    n: int = 1  # completions for each prompt
+    seed: int = 0
+    logprobs: int | None = None  # how many alternatives to report for each token
+    ignore_eos: bool = False  # always make max_new_tokens tokens, for benchmarks
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            ("stop", all(self.stop), "a list of non-empty strings"),
+            ("n", 1 <= self.n <= 1024, "between 1 and 1024"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "null, or between 0 and 100"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, ready for the engine. Immutable."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: GenerationParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities (natural, before temperature and filters) at one generated token."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob) of the most probable, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine made of one sample of a request."""
+
+    request_id: str
+    sample: int  # 0 … n-1
+    token_ids: tuple[int, ...]  # without the end-of-sequence token
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One good line of a prompt file: either `prompt` (text as it is, put in a user turn) or `messages`."""
+
+    index: int  # counts rows, bad ones too, from 0
+    id: str
+    source: str  # "file:line", for errors
+    prompt: str | None
+    messages: list[dict[str, str]] | None
+    system: str | None
+    params: GenerationParams  # the job's, with this row's overrides
+    metadata: dict[str, object]  # the line's other fields
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """One line of a prompt file that cannot be run, and why."""
+
+    index: int
+    id: str
+    source: str
+    error: str
