@@ -71,8 +71,9 @@ class Completion:
     request_id: str
     sample: int  # 0 … n-1
     token_ids: tuple[int, ...]  # without the end-of-sequence token
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None with an error
     logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
