@@ -72,7 +72,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadLine(f"not UTF-8 at byte {error.start + 1}. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON ({error.msg}, column {error.colno}). Write one object a line.") from None
+        raise BadLine(f"not JSON ({error.msg}, column {error.pos + 1}). Write one object a line.") from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError:  # json leaves the interpreter's own limit on digits to the caller
@@ -192,7 +192,7 @@ def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise BadLine(f"'{where}' is {_kind(value)}, not text. Put it in quotes.")
+        raise BadLine(f"'{where}' is {_kind(value)}, not text. Write text, in quotes.")
     for i, part in enumerate(value):
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise BadLine(
@@ -210,6 +210,8 @@ def _openai(fields: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any
         )
     messages = _messages(body.pop("messages"))
     given = [(new, body.pop(old, None)) for old, new in _OPENAI_OVERRIDES.items()]
+    if not body:
+        del fields["body"]
     return messages, {key: value for key, value in given if value is not None}
 
 
@@ -236,7 +238,7 @@ def _override(key: str, value: Any) -> Any:
         raise BadLine(f'generation.{key} is not a list of texts. Write it as ["\\n\\n"].')
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         rule = "a whole number" if kind is int else "a number"
-        raise BadLine(f"generation.{key} is {_kind(value)}. Write {rule}, without quotes.")
+        raise BadLine(f"generation.{key} is {_clip(json.dumps(value), 80)}. Write {rule}.")
     try:
         return kind(value)
     except OverflowError:

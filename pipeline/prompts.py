@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
@@ -38,8 +38,9 @@ def find_prompts(name: str, jobs_dir: Path) -> str:
     for path in tried:
         if _is_readable(path):
             return str(path)
-    if Path(name).is_dir():
-        raise PromptError(f"prompts={name}: is a folder. Name one file in it.")
+    with suppress(OSError):
+        if Path(name).is_dir():
+            raise PromptError(f"prompts={name}: is a folder. Name one file in it.")
     near = nearest(name, [*_names(jobs_dir), *_names(Path(name).parent)])
     raise PromptError(
         f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}.{near} "
