@@ -2,7 +2,7 @@
 
 A line is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; a line that cannot be run becomes
 a BadRow that says why, and the next line is read. Memory does not grow with the file, but for the ids
-that rows bring: an 8-byte hash each, about 100 bytes in Python (two different ids of a million are taken
+that rows bring: an 8-byte hash each, about 80 bytes in Python (two different ids of a million are taken
 for the same with a chance of 3 in 10⁸). Generated ids cost a byte.
 """
 

@@ -292,6 +292,11 @@ def test_an_escaped_pair_of_surrogates_is_one_character(read):
     assert row.prompt == "😀"
 
 
+def test_a_wide_row_is_not_a_deep_one(read):
+    (row,) = read({"prompt": "a", "tags": [{"x": [i]} for i in range(100)]})
+    assert len(row.metadata["tags"]) == 100
+
+
 def test_a_long_error_is_cut(read):
     (bad,) = read({"prompt": "a", "generation": {"x" * 10**6: 1, "stop": ["y" * 10**6, ""]}})
     assert len(bad.error) < 600
@@ -343,6 +348,8 @@ def test_a_line_at_the_limit_is_read_and_one_above_is_skipped(tmp_path, monkeypa
     rows = list(read_prompts(path, PARAMS))
     assert [type(row) for row in rows] == [PromptRow, BadRow, BadRow, PromptRow, BadRow]
     assert "the line is 5001 bytes long; the limit is 1000" in rows[2].error
+    path.write_bytes(fits)
+    assert [type(row) for row in read_prompts(path, PARAMS)] == [PromptRow]
 
 
 def test_a_line_of_100_mb_is_never_held_whole(tmp_path):
