@@ -44,7 +44,6 @@ def _help() -> int:
 
 def _one_job(overrides: list[str]) -> int:
     from pipeline.compose import read_config
-    from pipeline.prompts import find_prompts, root  # noqa: F401
 
     read_config(overrides)  # so that an error comes before anything is written
     return _hydra()

@@ -23,9 +23,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def in_flight(
-    model: Any, fraction: float, max_rows: int | None, max_tokens: int | None
-) -> tuple[int, int]:
+def in_flight(model: Any, fraction: float, max_rows: int | None, max_tokens: int | None) -> tuple[int, int]:
     """Rows and tokens in flight: as asked, else what the free memory holds.
 
     Args:

@@ -92,13 +92,16 @@ def sweep_cells(overrides: list[str]) -> list[list[str]]:
 
 def job_folder(overrides: list[str]) -> Path:
     """Where the job of this command line lies. Raises ConfigError as `read_config`."""
-    return Path(compose_config(overrides, with_hydra=True).hydra.run.dir)
+    return Path(str(compose_config(overrides, with_hydra=True).hydra.run.dir))
 
 
 def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     """outputs/<prompt set>/<model>-<quant>-<generation>-<fingerprint>[/shard-I-of-N]; a Hydra resolver."""
-    plain = {k: OmegaConf.to_container(v, enum_to_str=True) if isinstance(v, DictConfig) else v
-             for k, v in _root_.items() if k != "hydra"}  # fmt: skip
+    plain: dict[str, Any] = {
+        str(key): OmegaConf.to_container(value, enum_to_str=True) if isinstance(value, DictConfig) else value
+        for key, value in _root_.items()
+        if key != "hydra"
+    }
     choices = _root_.hydra.runtime.choices
     named = any(o.lstrip("+").startswith("model.name=") for o in _root_.hydra.overrides.task)
     model = Path(plain["model"]["name"]).name if named else choices.model
@@ -117,7 +120,9 @@ def explain(error: Exception) -> str:
         group, name = missing.groups()
         return f"{group}={name}: no such {group}.{_nearest(name, options(group))}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        return f"{unknown[1]}: no such key.{_nearest(unknown[1], [*GROUPS, *_keys(Config), 'hydra/launcher'])}"
+        return (
+            f"{unknown[1]}: no such key.{_nearest(unknown[1], [*GROUPS, *_keys(Config), 'hydra/launcher'])}"
+        )
     if unknown := re.search(r"Key '([^']+)' (?:is )?not in[^\n]*\n\s+full_key: (\S+)", f"{text}\n{cause}"):
         where = re.search(r"In '([^']+)'", text)
         place = f" in conf/{where[1]}.yaml" if where else ""

@@ -19,7 +19,7 @@ def visible(text: str) -> str:
 
 
 def megabytes(size: float | None) -> str:
-    return "–" if size is None else f"{size / 1e6:,.1f} MB"
+    return "-" if size is None else f"{size / 1e6:,.1f} MB"
 
 
 def say(text: str, style: str = "") -> None:

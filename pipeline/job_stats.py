@@ -22,7 +22,7 @@ def measure_weights(model: Any) -> dict[str, Any]:
         "footprint_bytes": footprint_bytes(model),
         "weight_bytes": weight_bytes(model),
         "quantization_state_bytes": quantization_state_bytes(model),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
     }
 
 

@@ -41,14 +41,16 @@ def manifest(prompts: Path, source: str, revision: str | None, **more: Any) -> d
     }
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> str | None:
     """Of the prompt lines as they are read, so that compressing a file does not change it."""
-    opened = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    digest = hashlib.sha256()
     try:
-        with opened as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except (OSError, EOFError):
-        return ""
+        return None
 
 
 def _git_commit() -> str | None:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from pipeline import display
@@ -44,7 +43,7 @@ def _line(cell: list[str], status: int) -> tuple[Any, ...]:
     state = MEANINGS.get(status, f"killed by signal {-status}" if status < 0 else f"exit status {status}")
     rows, memory = stats.get("rows", {}), stats.get("memory", {})
     if not rows:
-        return (folder.name, state, *["–"] * 6)
+        return (folder.name, state, *["-"] * 6)
     return (
         folder.name,
         state,

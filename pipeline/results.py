@@ -33,7 +33,7 @@ class JobFolder:
             except Timeout:
                 holder = _read_text(path / ".holder") or "another process"
                 raise OutputError(
-                    f"{path}: {holder} is writing this job. Wait for it, or stop it and run the command again."
+                    f"{path}: {holder} is writing this job. Wait for it, or stop it and run again."
                 ) from None
             (path / ".holder").write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
         self._file: Any = None

@@ -92,7 +92,9 @@ class Job:
 
     def _rows(self) -> Iterator[PromptRow | BadRow]:
         generation = self.config.generation
-        params = GenerationParams(**{k: getattr(generation, k) for k in GenerationParams.__dataclass_fields__})
+        params = GenerationParams(
+            **{k: getattr(generation, k) for k in GenerationParams.__dataclass_fields__}
+        )
         return read_prompts(
             self._prompts,
             params,
@@ -157,23 +159,26 @@ class Job:
                 run_sec = time.perf_counter() - started
             stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
             stats["rows"] = {"total": self.standing.total, "done": self.standing.done}
-            stats["rows"] |= {"errors": self.standing.errors, "done_before": len(self.standing.written_before)}
+            stats["rows"] |= {
+                "errors": self.standing.errors,
+                "done_before": len(self.standing.written_before),
+            }
             results.write_json(STATS, stats)
             show_stats(stats, self.folder)
         finally:
             release(loaded)
 
-    def _generate(
-        self, loaded: Loaded, forward: Forward, results: JobFolder, interrupt: Interrupt
-    ) -> Engine:
-        settings, model, tokenizer = self.config.engine, self.config.model, loaded.tokenizer
+    def _generate(self, loaded: Loaded, forward: Forward, results: JobFolder, interrupt: Interrupt) -> Engine:
+        settings, model = self.config.engine, self.config.model
+        network, tokenizer = loaded.model, loaded.tokenizer
+        assert network is not None
         rows, tokens = in_flight(
-            loaded.model, settings.memory_fraction, settings.max_rows, settings.max_tokens_in_flight
+            network, settings.memory_fraction, settings.max_rows, settings.max_tokens_in_flight
         )
         log.info("At most %d rows and %d tokens in flight", rows, tokens)
         engine = Engine(
             forward,
-            eos_token_ids(loaded.model.generation_config, tokenizer),
+            eos_token_ids(network.generation_config, tokenizer),
             partial(decode, tokenizer),
             max_rows=rows,
             max_tokens=tokens,
@@ -186,7 +191,7 @@ class Job:
             template=model.chat_template,
             template_kwargs=model.chat_template_kwargs,
         )
-        context = context_tokens(loaded.model.config)
+        context = context_tokens(network.config)
         with JobProgress(self.standing.total, self.standing.done) as progress:
             for finished in engine.steps(self._requests(chat, context, results)):
                 for completion in finished:

@@ -3,8 +3,8 @@
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence as Ordered
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ordered
 
 import torch
 
@@ -220,7 +220,9 @@ class Engine:
         self.stats.out_of_memory += 1
         if len(rows) == 1:
             scheduler.retire(rows[0])
-            return _completions(rows[0], None, "out of memory even alone; use a smaller model or quantization")
+            return _completions(
+                rows[0], None, "out of memory even alone; use a smaller model or quantization"
+            )
         scheduler.shrink(len(rows), sum(s.length for s in rows))
         log.warning("Out of memory with %d rows; going on with at most %d.", len(rows), scheduler.max_rows)
         scheduler.put_back(rows)

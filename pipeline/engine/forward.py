@@ -124,13 +124,13 @@ class PaddedForward:
         return logits
 
 
-class _RectangleLayer(CacheLayerMixin):
+class _RectangleLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a rectangle, as transformers' attention layers expect a cache."""
 
     is_sliding = False
 
     def __init__(self, rectangle: Rectangle, layer: int, columns: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rectangle, self._layer, self._columns = rectangle, layer, columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -159,7 +159,7 @@ class _RectangleLayer(CacheLayerMixin):
 
 class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
-        layers = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
+        layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
         super().__init__(layers=layers)
 
 
@@ -170,9 +170,9 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         NotImplementedError: a layer is neither.
     """
     kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     if kinds is None:
-        return (window,) * config.num_hidden_layers
+        return (window,) * int(config.num_hidden_layers)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of type {sorted(unknown)}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

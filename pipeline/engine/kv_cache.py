@@ -101,7 +101,9 @@ def allocate(rows: list[Sequence], lengths: Ordered[int], windows: tuple[int | N
     return Rectangle(rows, [longest - n for n in lengths], longest, longest + CHUNK, windows)
 
 
-def write(rectangle: Rectangle, layer: int, keys: Tensor, values: Tensor, rows: Tensor, columns: Tensor) -> None:
+def write(
+    rectangle: Rectangle, layer: int, keys: Tensor, values: Tensor, rows: Tensor, columns: Tensor
+) -> None:
     """Store a prefill's new tokens at their places.
 
     Args:

@@ -37,7 +37,9 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
     names = ["padded"] if attention == "plain" else ["rectangles", "padded"]
     for name in names:
         try:
-            forward = FlatForward(model) if name == "rectangles" else PaddedForward(model, equal_lengths=False)
+            forward = (
+                FlatForward(model) if name == "rectangles" else PaddedForward(model, equal_lengths=False)
+            )
             difference = _difference(forward, short, long, expected)
         except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
             log.info("Attention %s: not for this model (%s)", name, error)

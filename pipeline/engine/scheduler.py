@@ -1,6 +1,7 @@
 """Who runs next: pure bookkeeping on plain numbers, no tensors."""
 
-from collections.abc import Iterable, Iterator, Sequence as Ordered
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ordered
 from dataclasses import astuple, dataclass, field
 
 from pipeline.request import Request, TokenLogprob
