@@ -17,7 +17,7 @@ from pipeline.request import Completion, FinishReason, GenerationParams, Request
 
 log = logging.getLogger(__name__)
 
-RECTANGLE_OVERHEAD = 1500  # columns attended in the time of one more rectangle's kernel launches
+RECTANGLE_OVERHEAD = 512  # columns attended in the time of one more rectangle's kernel launches
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 
 
