@@ -6,17 +6,24 @@ with a task. The same random generator state gives the same text.
 
 from random import Random
 
-TOPICS = """
+
+def _items(text: str) -> list[str]:
+    """The parts of a text between its bars and line ends."""
+    return text.strip().replace("\n", "|").split("|")
+
+
+TOPICS = _items("""
 photosynthesis|the water cycle|a suspension bridge|compound interest|sourdough bread|tidal power|a vaccine
 the printing press|plate tectonics|a diesel engine|honey bees|inflation|a lunar eclipse|the immune system
 vertical farming|a heat pump|jet lag|migration in birds|noise insulation|a balanced budget|recycling glass
 composting|a rechargeable battery|map projections|the silk road|coral reefs|a jury|supply and demand
-hand washing|optical fibre|a sundial|soil erosion|the postal service|public libraries|crop rotation|a barometer
-steam locomotives|the periodic table|antibiotics|a telescope|wetlands|double-entry bookkeeping|a lighthouse
-time zones|rainwater harvesting|peer review|a compass|fermentation|urban trees|the greenhouse effect|elevators
-""".replace("\n", "|").strip("|").split("|")
+hand washing|optical fibre|a sundial|soil erosion|the postal service|public libraries|crop rotation
+a barometer|steam locomotives|the periodic table|antibiotics|a telescope|wetlands|double-entry bookkeeping
+a lighthouse|time zones|rainwater harvesting|peer review|a compass|fermentation|urban trees
+the greenhouse effect|elevators
+""")
 
-QUESTIONS = """
+QUESTIONS = _items("""
 What is {topic}, in one sentence?|How would you explain {topic} to a curious ten-year-old?
 Give me three surprising facts about {topic}.|Why does {topic} matter in everyday life?
 Write a short poem about {topic}.|List the five most important words for talking about {topic}.
@@ -24,39 +31,50 @@ Name two common misunderstandings about {topic} and correct them.|What came befo
 Describe {topic} without using the letter z.|Who should learn about {topic}, and why?
 Suggest a title for a talk about {topic}.|What is the first thing to know about {topic}?
 Compare {topic} with {other}.|What do {topic} and {other} have in common?
-Write a quiz question about {topic} with four possible answers.|Tell a joke that mentions {topic} and {other}.
-Is it easier to teach {topic} or {other} to beginners?|Draft a tweet that makes {topic} sound exciting.
-What would change if nobody knew about {topic}?|Explain how {topic} relates to {other}, step by step.
-""".replace("\n", "|").strip("|").split("|")
+Write a quiz question about {topic} with four possible answers.
+Tell a joke that mentions {topic} and {other}.|Is it easier to teach {topic} or {other} to beginners?
+Draft a tweet that makes {topic} sound exciting.|What would change if nobody knew about {topic}?
+Explain how {topic} relates to {other}, step by step.
+""")
 
-TASKS = """
-Write a polite email to {person}, who runs the {place} in {town}.|Help me plan a visit to the {place} in {town}.
-I am preparing a short speech about the {place} in {town}.|Write a notice for the door of the {place} in {town}.
+TASKS = _items("""
+Write a polite email to {person}, who runs the {place} in {town}.
+Help me plan a visit to the {place} in {town}.|I am preparing a short speech about the {place} in {town}.
+Write a notice for the door of the {place} in {town}.
 Make a list of questions that a journalist could ask {person} about the {place} in {town}.
 Draft an agenda for a meeting with {person} at the {place} in {town}.
-Write a friendly advertisement for the {place} in {town}.|{person} wants to improve the {place} in {town}; give advice.
+Write a friendly advertisement for the {place} in {town}.
+{person} wants to improve the {place} in {town}; give advice.
 Write a dialogue between {person} and a visitor to the {place} in {town}.
-""".replace("\n", "|").strip("|").split("|")
+""")
 
-DETAILS = """
+DETAILS = _items("""
 Mention that it opens at {hour} in the morning and that the last entry is at {late} in the afternoon.
 Keep in mind that about {many} people come on a busy {day}.|Use a warm but professional tone.
-The budget is {money} euros, and it cannot be exceeded this year.|Say that {other} will be the theme of the season.
-Add one sentence that thanks the {few} volunteers who help every {day}.|Do not use more than {few} bullet points.
-Explain why {topic} is of interest to families with children.|Finish with a clear request and a date in {month}.
-Point out that parking is limited, so that visitors had better take the bus.|Include a short and memorable title.
-Assume that the readers know nothing about {topic} and have little time.|Avoid technical terms wherever you can.
+The budget is {money} euros, and it cannot be exceeded this year.
+Say that {other} will be the theme of the season.
+Add one sentence that thanks the {few} volunteers who help every {day}.
+Do not use more than {few} bullet points.|Explain why {topic} is of interest to families with children.
+Finish with a clear request and a date in {month}.
+Point out that parking is limited, so that visitors had better take the bus.
+Include a short and memorable title.
+Assume that the readers know nothing about {topic} and have little time.
+Avoid technical terms wherever you can.
 Ask whether the talk on {topic} could be moved from {day} to the first week of {month}.
-Remind everybody that dogs are welcome in the courtyard but not inside.|Offer two alternatives and compare them.
-""".replace("\n", "|").strip("|").split("|")
+Remind everybody that dogs are welcome in the courtyard but not inside.
+Offer two alternatives and compare them.
+""")
 
-ARTICLE_TASKS = """
+ARTICLE_TASKS = _items("""
 Summarise the following article in two sentences.|Write a headline and a subtitle for this article.
-Read the text below and list its three main points.|Who are the people in this text, and what does each want?
-What problem does this article describe, and how was it solved?|Rewrite this report as a short letter to a friend.
-List every number in the following text with what it stands for.|Is the tone of this article hopeful? Give reasons.
+Read the text below and list its three main points.
+Who are the people in this text, and what does each want?
+What problem does this article describe, and how was it solved?
+Rewrite this report as a short letter to a friend.
+List every number in the following text with what it stands for.
+Is the tone of this article hopeful? Give reasons.
 Write five questions that can be answered from the text below.|Explain the article below to a child.
-""".replace("\n", "|").strip("|").split("|")
+""")
 
 ARTICLE = """
 The {place} in {town} has been a meeting point for the neighbourhood for more than {years} years.
@@ -91,26 +109,29 @@ The owner has said that she would rather keep good neighbours than earn a little
 Anyone who would like to join can simply come by on a {day} between {hour} and noon.
 """.strip().split("\n")
 
-QUOTES = """
-We never planned to become this large|People stay because they are needed|A good idea is worth very little without a key
-You learn more from a broken pump than from a book|The coffee is the secret of our success
-Nobody here has a title, and everybody has a task|I came for one afternoon and stayed for ten years
-""".replace("\n", "|").strip("|").split("|")
+QUOTES = _items("""
+We never planned to become this large|People stay because they are needed
+A good idea is worth very little without a key|You learn more from a broken pump than from a book
+The coffee is the secret of our success|Nobody here has a title, and everybody has a task
+I came for one afternoon and stayed for ten years
+""")
 
-PEOPLE = """
+PEOPLE = _items("""
 Maria Lindholm|Daniel Okafor|Ines Carvalho|Tom Hargreaves|Yuki Tanabe|Leila Farahani|Peter Novak|Grace Mbeki
-Anna Kowalska|Hugo Marchetti|Sofia Andersen|Rahul Deshpande|Nora Quinn|Ivan Petrescu|Clara Weiss|Samuel Adeyemi
-""".replace("\n", "|").strip("|").split("|")
+Anna Kowalska|Hugo Marchetti|Sofia Andersen|Rahul Deshpande|Nora Quinn|Ivan Petrescu|Clara Weiss
+Samuel Adeyemi
+""")
 
-PLACES = """
-repair workshop|community garden|public library|maritime museum|village bakery|music school|bicycle club|seed bank
-observatory|weaving mill|children's theatre|farmers' market|swimming hall|printing studio|bird sanctuary|boat yard
-""".replace("\n", "|").strip("|").split("|")
+PLACES = _items("""
+repair workshop|community garden|public library|maritime museum|village bakery|music school|bicycle club
+seed bank|observatory|weaving mill|children's theatre|farmers' market|swimming hall|printing studio
+bird sanctuary|boat yard
+""")
 
-TOWNS = """
-Eastbridge|Marlow Heath|Stonehaven|Port Ellery|Ashcombe|Riverton|Oldfield|Linden Bay|Harrowgate|Westmere|Kilbrook
-Fernley|Saltmarsh|Greywell|Alderton|Birchwood|Millford|Thornbury
-""".replace("\n", "|").strip("|").split("|")
+TOWNS = _items("""
+Eastbridge|Marlow Heath|Stonehaven|Port Ellery|Ashcombe|Riverton|Oldfield|Linden Bay|Harrowgate|Westmere
+Kilbrook|Fernley|Saltmarsh|Greywell|Alderton|Birchwood|Millford|Thornbury
+""")
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = ["January", "February", "March", "April", "May", "June", "September", "October", "November"]

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 import hf
 from common import Done, Row, run
 
+Both = tuple[hf.Loaded, dict[str, Row]]  # the model, and the rows known already
 
-def load(args: argparse.Namespace, rows: list[Row]) -> tuple[hf.Loaded, dict[str, Row]]:
+
+def load(args: argparse.Namespace, rows: list[Row]) -> Both:
     args.dtype = "fp32"
     lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
     return hf.load(args, rows), {row["id"]: row for row in map(json.loads, lines)}
 
 
-def generate(args: argparse.Namespace, both: tuple[hf.Loaded, dict[str, Row]], rows: list[Row]) -> Iterator[Done]:
+def generate(_: argparse.Namespace, both: Both, rows: list[Row]) -> Iterator[Done]:
     import torch
 
     loaded, known = both
