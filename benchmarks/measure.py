@@ -41,7 +41,7 @@ def wait_until_idle(limit_sec: float, busy_percent: float = 10.0) -> bool:
 
 
 def spawn(command: list[str], env: dict[str, str], log: Path, timeout_sec: float) -> tuple[float, int]:
-    """Run a command to its end, its output in `log`.
+    """Run a command in the repository's root to its end, its output in `log`.
 
     Returns:
         When it started (seconds since the epoch), and its peak resident set in bytes.
@@ -49,10 +49,11 @@ def spawn(command: list[str], env: dict[str, str], log: Path, timeout_sec: float
     Raises:
         RuntimeError: it failed or ran too long; the message names the log.
     """
+    root = Path(__file__).resolve().parent.parent
     with log.open("wb") as sink:
         started = time.time()
         child = subprocess.Popen(
-            command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=root, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
         )
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)

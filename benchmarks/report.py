@@ -95,7 +95,9 @@ def plot(folder: Path, results: dict[str, Any]) -> None:
         right.bar_label(bars, [f"{total:.0f}" for total in start], padding=3)
         right.set(title=f"{name}: command to last line, seconds", xlabel="lower is better")
         right.margins(x=0.12)
-        right.legend(loc="lower right", fontsize="small")
+    figure.legend(
+        *axes[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize="small"
+    )
     figure.savefig(folder / "plot.png", dpi=130)
     plt.close(figure)
 

@@ -13,7 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ from measure import Run, measure_job, measure_peer, read_jsonl, spawn, wait_unti
 from workloads import V_NEW_TOKENS, WORKLOADS, make_rows, write_jsonl
 
 CACHE = HERE / ".cache"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt file, and how everybody is to continue it."""
+
+    name: str
+    prompts: Path  # as our own job reads it
+    generation: list[str]  # arguments of our own job
+    tokens: Path  # as the peers read it
+    description: str
 
 
 def arguments() -> argparse.Namespace:
@@ -66,17 +78,18 @@ def main() -> None:
     args = arguments()
     folder = (args.out or HERE / "results" / time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # Not resolved further than absolute: a virtual environment's python is a link.
-    setting = Setting(args.model.resolve(), args.dtype, args.envs.absolute(), args.python, args.job_args)
+    # Contenders run in the repository's root. Not resolved, as an environment's python is a link.
+    python = str(Path(args.python).absolute()) if "/" in args.python else args.python
+    setting = Setting(args.model.resolve(), args.dtype, args.envs.absolute(), python, args.job_args)
     results: dict[str, Any] = {
         "machine": machine(), "dtype": args.dtype, "model": setting.model.name, "workloads": {},
         "command": " ".join(sys.argv),
     }  # fmt: skip
-    for name, prompts, generation in jobs(args):
-        results["workloads"][name] = workload = {"description": "", "contenders": {}, "left_out": {}}
-        tokens, workload["description"] = tokenize(prompts, setting, generation)
-        reference = None if args.no_reference else reference_texts(tokens, setting, args.timeout)
-        for contender, runs in rounds(args, setting, prompts, tokens, generation, folder / name, workload):
+    for task in tasks(args, setting):
+        workload = {"description": task.description, "contenders": {}, "left_out": {}}
+        results["workloads"][task.name] = workload
+        reference = None if args.no_reference else reference_texts(task.tokens, setting, args.timeout)
+        for contender, runs in rounds(args, setting, task, folder / task.name, workload["left_out"]):
             workload["contenders"][contender] = report.summarize(runs, reference)
             report.write(folder, results)
     report.write(folder, results)
@@ -85,28 +98,44 @@ def main() -> None:
     print(folder)
 
 
-def jobs(args: argparse.Namespace) -> list[tuple[str, Path, list[str]]]:
-    """(name, prompt file, generation arguments of our own job) of everything to be run."""
+def tasks(args: argparse.Namespace, setting: Setting) -> list[Task]:
+    """The workloads and the prompt file that were asked for, written and tokenized."""
     found = []
     for name in args.workload:
         path = CACHE / f"{name}-{args.rows}.jsonl"
         write_jsonl(path, make_rows(name, args.rows))
-        found.append((name, path, WORKLOADS[name]))
+        limit, ignore_eos = V_NEW_TOKENS, name == "W"
+        found.append(Task(name, path, WORKLOADS[name], *tokenize(path, setting, limit, ignore_eos)))
     if args.prompts:
-        limit = f"generation.max_new_tokens={args.max_new_tokens}"
-        found.append((args.prompts.stem, args.prompts.resolve(), ["generation=greedy", limit]))
+        path, limit = args.prompts.resolve(), args.max_new_tokens
+        generation = ["generation=greedy", f"generation.max_new_tokens={limit}"]
+        found.append(Task(path.stem, path, generation, *tokenize(path, setting, limit, False)))
     return found
 
 
+def tokenize(prompts: Path, setting: Setting, limit: int, ignore_eos: bool) -> tuple[Path, str]:
+    """The peers' row file and its token counts, made in another process to keep this one small."""
+    tokens = CACHE / f"{prompts.stem}.tokens.jsonl"
+    code = (
+        "import sys; from pathlib import Path; import workloads as w; "
+        "prompts, model, limit, ignore, out = sys.argv[1:]; "
+        "rows = w.tokenize(Path(prompts), model, int(limit), ignore == 'True'); "
+        "w.write_jsonl(Path(out), rows); print(w.describe(rows))"
+    )
+    command = [sys.executable, "-c", code, *map(str, (prompts, setting.model, limit, ignore_eos, tokens))]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return tokens, done.stdout.strip()
+
+
 def rounds(
-    args: argparse.Namespace, setting: Setting, prompts: Path, tokens: Path, generation: list[str],
-    folder: Path, workload: dict[str, Any],
-) -> Any:  # fmt: skip
+    args: argparse.Namespace, setting: Setting, task: Task, folder: Path, left_out: dict[str, str]
+) -> Iterator[tuple[str, list[Run]]]:
     """Run every contender once a round; yields (name, its runs so far) after each run."""
     folder.mkdir(exist_ok=True)
     peers = {peer.name: peer for peer in PEERS}
     runs: dict[str, list[Run]] = {name: [] for name in args.peers}
-    left_out: dict[str, str] = workload["left_out"]
     for name in args.peers:
         if name != OURS and (command := missing(peers[name], setting)):
             left_out[name] = f"not installed: `{command}`"
@@ -115,51 +144,28 @@ def rounds(
             if not wait_until_idle(args.idle):
                 print(f"{name}: the machine is busy; its figures will be too low", flush=True)
             try:
-                run = one_run(
-                    peers.get(name), setting, prompts, tokens, generation, folder / f"{name}-{i}", args
-                )
+                run = one_run(peers.get(name), setting, task, folder / f"{name}-{i}", args.timeout)
             except RuntimeError as error:
                 left_out[name] = f"failed: {error}"
-                print(f"{folder.name} {name}: {error}", flush=True)
+                print(f"{task.name} {name}: {error}", flush=True)
                 continue
             runs[name].append(run)
-            print(f"{folder.name} {i} {name}: {run.tokens_per_sec:.0f} tokens/s, "
-                  f"{run.total_sec:.1f} s in all, {run.load_sec:.1f} s loading", flush=True)  # fmt: skip
+            print(
+                f"{task.name} {i} {name}: {run.tokens_per_sec:.0f} tokens/s, {run.total_sec:.1f} s in all, "
+                f"{run.load_sec:.1f} s loading",
+                flush=True,
+            )
             yield name, runs[name]
 
 
-def one_run(
-    peer: Contender | None, setting: Setting, prompts: Path, tokens: Path, generation: list[str],
-    out: Path, args: argparse.Namespace,
-) -> Run:  # fmt: skip
+def one_run(peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float) -> Run:
     """One process: a peer's, or our own job's where there is no peer."""
     log, env = out.with_suffix(".log"), environment(peer, setting)
-    measure: Callable[..., Run]
-    if peer:
-        out, measure = out.with_suffix(".jsonl"), measure_peer
-        command = peer_command(peer, setting, tokens, out)
-    else:
-        measure, command = measure_job, job_command(setting, prompts, generation, out)
-    return measure(command, env, out, log, args.timeout)
-
-
-def tokenize(prompts: Path, setting: Setting, generation: list[str]) -> tuple[Path, str]:
-    """The peers' row file, made in a process of its own: this one stays small (see measure.py)."""
-    limit = next((arg.split("=")[1] for arg in generation if "max_new_tokens" in arg), str(V_NEW_TOKENS))
-    tokens = CACHE / f"{prompts.stem}.tokens.jsonl"
-    code = (
-        "import sys; from pathlib import Path; import workloads as w; "
-        "prompts, model, limit, ignore, out = sys.argv[1:]; "
-        "rows = w.tokenize(Path(prompts), model, int(limit), ignore == 'True'); "
-        "w.write_jsonl(Path(out), rows); print(w.describe(rows))"
-    )
-    values = [prompts, setting.model, limit, "generation.ignore_eos=true" in generation, tokens]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, values)], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return tokens, done.stdout.strip()
+    if peer is None:
+        command = job_command(setting, task.prompts, task.generation, out)
+        return measure_job(command, env, out, log, timeout_sec)
+    out = out.with_suffix(".jsonl")
+    return measure_peer(peer_command(peer, setting, task.tokens, out), env, out, log, timeout_sec)
 
 
 def reference_texts(tokens: Path, setting: Setting, timeout_sec: float) -> dict[str, str] | None:

