@@ -20,7 +20,7 @@ class Contender:
     script: str
     options: list[str] = field(default_factory=list)
     converted: str | None = None
-    preload: list[str] = field(default_factory=list)  # libraries below env, loaded first where there
+    own_threads: bool = False  # binds its threads to the cores itself
 
 
 OURS = "ours"
@@ -28,8 +28,8 @@ PEERS = [
     Contender("generate", "transformers", "generate.py"),
     Contender("pipeline", "transformers", "text_pipeline.py"),
     Contender("generate_batch", "transformers", "generate_batch.py"),
-    Contender("vllm", "vllm", "vllm_cpu.py", preload=["lib/libiomp5.so"]),
-    Contender("vllm-eager", "vllm", "vllm_cpu.py", ["--eager"], preload=["lib/libiomp5.so"]),
+    Contender("vllm", "vllm", "vllm_cpu.py", own_threads=True),
+    Contender("vllm-eager", "vllm", "vllm_cpu.py", ["--eager"], own_threads=True),
     Contender("openvino", "openvino", "openvino_cb.py", converted="models/{model}-fp32"),
     Contender("llama.cpp", "llama_cpp", "llama_cpp.py", converted="models/{model}-{dtype}.gguf"),
 ]
@@ -80,10 +80,9 @@ def job_command(setting: Setting, prompts: Path, generation: list[str], out: Pat
     ]  # fmt: skip
 
 
-def environment(peer: Contender | None, setting: Setting) -> dict[str, str]:
+def environment(peer: Contender | None) -> dict[str, str]:
     """What every contender gets: all cores, and no look at the hub."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "HF_HUB_OFFLINE": "1"}
-    preload = [setting.envs / peer.env / path for path in peer.preload] if peer else []
-    if found := [str(path) for path in preload if path.exists()]:
-        env["LD_PRELOAD"] = ":".join(found)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    if peer and peer.own_threads:
+        del env["OMP_NUM_THREADS"]
     return env

@@ -160,7 +160,7 @@ def rounds(
 
 def one_run(peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float) -> Run:
     """One process: a peer's, or our own job's where there is no peer."""
-    log, env = out.with_suffix(".log"), environment(peer, setting)
+    log, env = out.with_suffix(".log"), environment(peer)
     if peer is None:
         command = job_command(setting, task.prompts, task.generation, out)
         return measure_job(command, env, out, log, timeout_sec)
@@ -178,7 +178,7 @@ def reference_texts(tokens: Path, setting: Setting, timeout_sec: float) -> dict[
     if not path.exists():
         print(f"making the reference texts {path}: several minutes, once", flush=True)
         command = peer_command(REFERENCE, setting, tokens, part)
-        spawn(command, environment(REFERENCE, setting), part.with_suffix(".log"), 10 * timeout_sec)
+        spawn(command, environment(REFERENCE), part.with_suffix(".log"), 10 * timeout_sec)
         part.rename(path)
     return {str(row["id"]): row["text"] for row in read_jsonl(path)}
 

@@ -7,7 +7,7 @@ from typing import Any
 from common import Done, Row, cut, run
 
 
-def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:  # noqa: ARG001
+def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:
     import openvino_genai as genai
 
     scheduler = genai.SchedulerConfig()
@@ -21,7 +21,7 @@ def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:  # noqa:
     return pipe, pipe.get_tokenizer()
 
 
-def generate(args: argparse.Namespace, both: tuple[Any, Any], rows: list[Row]) -> Iterator[Done]:  # noqa: ARG001
+def generate(args: argparse.Namespace, both: tuple[Any, Any], rows: list[Row]) -> Iterator[Done]:
     import numpy as np
     import openvino as ov
     import openvino_genai as genai

@@ -29,7 +29,7 @@ def load(args: argparse.Namespace, rows: list[Row]) -> Any:
     )
 
 
-def generate(args: argparse.Namespace, llm: Any, rows: list[Row]) -> Iterator[Done]:  # noqa: ARG001
+def generate(args: argparse.Namespace, llm: Any, rows: list[Row]) -> Iterator[Done]:
     from vllm import SamplingParams
 
     params = [
