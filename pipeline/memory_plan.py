@@ -129,7 +129,8 @@ def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
     return dtype, ELEMENT_BYTES[dtype] * weight.count
 
 
-def parts(arch: Architecture, quant: Quant) -> list[Part]:
+@cache
+def parts(arch: Architecture, quant: Quant) -> tuple[Part, ...]:
     """The footprint by part and stored dtype, in the order of the model."""
     sums: dict[tuple[str, str], list[int]] = {}
     for weight in weights(arch):
@@ -137,7 +138,7 @@ def parts(arch: Architecture, quant: Quant) -> list[Part]:
         entry = sums.setdefault((weight.part, dtype), [0, 0])
         entry[0] += weight.count
         entry[1] += size
-    return [Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items()]
+    return tuple(Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items())
 
 
 def footprint_bytes(arch: Architecture, quant: Quant) -> int:
@@ -145,6 +146,7 @@ def footprint_bytes(arch: Architecture, quant: Quant) -> int:
     return sum(part.bytes for part in parts(arch, quant))
 
 
+@cache
 def quant_state_bytes(arch: Architecture, quant: Quant, *, repacked: bool = False) -> int:
     """What bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
 
@@ -223,23 +225,30 @@ def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool =
     return rows * arch.vocab_size * (ELEMENT_BYTES[plain_dtype(arch, quant)] + (12 if sampled else 0))
 
 
-def activation_bytes(arch: Architecture, quant: Quant, tokens: int) -> int:
-    """The largest that is alive at once in a layer, for `tokens` in one forward pass; not the logits.
+def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int) -> int:
+    """The largest that is alive at once in a layer of one forward pass; not the logits.
 
     Either the MLP (the residual and its norm; gate, up and product, or fused gate_up, gate's activation
-    and product) or attention (residual, norm; queries, rotated, padded, the result; keys and values, and
-    repeated for the query heads) or the norm's float32 copies. int8 adds what its products go through.
+    and product) or attention (residual and norm; queries, rotated, padded, the result; keys, values,
+    both repeated for the query heads; the mask) or a norm's float32 copies. int8 adds what its products
+    go through.
+
+    Args:
+        tokens: in the pass.
+        columns: the longest prompt so far, whose keys the pass attends to.
     """
     element = ELEMENT_BYTES[plain_dtype(arch, quant)]
     hidden, inner = arch.hidden_size, arch.intermediate_size
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
-    mlp = element * (2 * hidden + (4 if arch.fused else 3) * inner)
-    attention = element * (2 * hidden + 6 * queries + 4 * keys)
-    norm = element * hidden + 3 * 4 * hidden
-    return tokens * (max(mlp, attention, norm) + _int8_activation_bytes(arch, quant))
+    mlp = element * tokens * (2 * hidden + (4 if arch.fused else 3) * inner)
+    attention = element * tokens * (2 * hidden + 4 * queries + 2 * keys)
+    attention += element * max(tokens, columns) * 2 * queries + (1 + element) * tokens * columns
+    norm = tokens * (element * hidden + 3 * 4 * hidden)
+    return max(mlp, attention, norm) + tokens * _int8_activation_bytes(arch, quant)
 
 
+@cache
 def _int8_activation_bytes(arch: Architecture, quant: Quant) -> int:
     """A token's int8 copy, outlier mask and int32 result, for the widest product."""
     if quant.method != "int8":
@@ -247,6 +256,7 @@ def _int8_activation_bytes(arch: Architecture, quant: Quant) -> int:
     return max((2 * w.shape[1] + 4 * w.shape[0] for w in weights(arch) if w.quantizable), default=0)
 
 
+@cache
 def scratch_bytes(arch: Architecture, quant: Quant) -> int:
     """4-bit: the largest matrix, dequantized for a product of many rows."""
     if quant.method not in ("nf4", "fp4"):
@@ -283,10 +293,11 @@ class RunPeak:
 def run_peak(
     arch: Architecture,
     quant: Quant,
+    *,
     kv_cache: int,
     rows: int,
-    *,
     prefill_tokens: int,
+    columns: int,
     sampled: bool,
     gpus: int,
 ) -> RunPeak:
@@ -294,13 +305,16 @@ def run_peak(
 
     Args:
         kv_cache: bytes, as from `kv_cache_bytes`.
+        rows: of the batch, whose logits are held.
+        prefill_tokens: tokens in one pass of the prefill.
+        columns: the longest prompt.
         gpus: 0 is a run on the CPU.
     """
     return RunPeak(
         footprint=footprint_bytes(arch, quant),
         quant_state=quant_state_bytes(arch, quant),
         kv_cache=kv_cache,
-        activations=activation_bytes(arch, quant, prefill_tokens),
+        activations=activation_bytes(arch, quant, prefill_tokens, columns),
         logits=logits_bytes(arch, quant, rows, sampled=sampled),
         scratch=scratch_bytes(arch, quant),
         context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
