@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from pipeline.request import GenerationParams
 
@@ -123,15 +123,3 @@ def register() -> None:
     store.store(group="quant", name="schema", node=QuantConfig)
     store.store(group="generation", name="schema", node=GenerationConfig)
     store.store(group="engine", name="schema", node=EngineConfig)
-
-
-def to_config(composed: DictConfig) -> Config:
-    """The composed config as plain typed objects.
-
-    Raises:
-        ValueError: a generation value is outside its range.
-        omegaconf.MissingMandatoryValue: a value that has no default was not given.
-    """
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    return config

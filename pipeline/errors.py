@@ -1,11 +1,11 @@
 """The errors a user can meet; each message says what was wrong, where, and what to do next.
 
-    PipelineError
-    ├── ConfigError      exit status 2: a misspelt key, group or value, or one that makes no sense
-    └── JobError         exit status 3: the job as a whole cannot go on
-        ├── PromptError  a prompt file, or one of its rows (then the row fails, and not the job)
-        ├── LoadError    a model or tokenizer that cannot be loaded
-        └── OutputError  a job folder that cannot be written, or is held by another process
+PipelineError
+├── ConfigError      exit status 2: a misspelt key, group or value, or one that makes no sense
+└── JobError         exit status 3: the job as a whole cannot go on
+    ├── PromptError  a prompt file, or one of its rows (then the row fails, and not the job)
+    ├── LoadError    a model or tokenizer that cannot be loaded
+    └── OutputError  a job folder that cannot be written, or is held by another process
 """
 
 

@@ -28,14 +28,15 @@ class GenerationParams:
 
     def __post_init__(self) -> None:
         for name, ok, rule in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", 1 <= self.max_new_tokens < 2**31, "at least 1 and below 2**31"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or more, and below 2**31"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
             ("stop", all(self.stop), "a list of non-empty strings"),
             ("n", 1 <= self.n <= 1024, "between 1 and 1024"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit whole number"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "null, or between 0 and 100"),
         ):
             if not ok:
@@ -71,8 +72,9 @@ class Completion:
     request_id: str
     sample: int  # 0 … n-1
     token_ids: tuple[int, ...]  # without the end-of-sequence token
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None with an error
     logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,45 @@
+"""What a person sees in the terminal: progress and tables. Model output is shown, never obeyed."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+console = Console(stderr=True, highlight=False)
+
+
+def visible(text: str) -> str:
+    """Text with control and direction characters spelt out, so that a terminal obeys none of them."""
+    return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def megabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def say(text: str, style: str = "") -> None:
+    console.print(Text(visible(text), style=style))
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print rows as a table; numbers and words as they are given."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(visible(str(cell))) for cell in row))
+    console.print(made)
+
+
+def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:
+    """Print names and values, one a line."""
+    console.print(Text(title, style="bold"))
+    made = Table(box=None, show_header=False, padding=(0, 2))
+    for name, value in rows:
+        made.add_row(Text(f"  {name}", style="dim"), Text(visible(str(value))))
+    console.print(made)

@@ -1,0 +1,175 @@
+"""One forward pass over the running batch: its inputs, and the attention that reads the rectangles.
+
+The model sees one flat row of tokens, [1, N], with explicit position ids: its linear layers compute no
+padding at all. Only attention knows rectangles. It is registered with transformers under ATTENTION, and
+gets the pass it belongs to as the keyword argument `batch`, which models hand down to it.
+"""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pipeline.engine.kv_cache import Rectangle, write
+from pipeline.engine.scheduler import Sequence
+
+ATTENTION = "pipeline_rectangles"
+
+
+@dataclass(eq=False)
+class PrefillBatch:
+    """Columns [first, last) of one rectangle, whose earlier columns are already written.
+
+    N tokens: those of every row in these columns, row by row; without those of a shared prefix, which the
+    first pass copies from the rectangle of one row where they were computed.
+    """
+
+    rectangle: Rectangle
+    prefix: Rectangle | None
+    first: int
+    last: int
+    rows: Tensor  # [N] int64, each token's row
+    columns: Tensor  # [N] int64, and its column in the rectangle
+    mask: dict[int | None, Tensor]  # for each window: [R, 1, T, last], True where a query sees a key
+
+    @property
+    def positions(self) -> Tensor:
+        """[1, N]: tokens so far in the row, never the column."""
+        return (self.columns - torch.tensor(self.rectangle.starts)[self.rows])[None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
+        rectangle = self.rectangle
+        rows, columns = self.rows.to(query.device), self.columns.to(query.device)
+        if self.prefix is not None and layer == len(rectangle.keys):
+            self._write_prefix(self.prefix, layer)
+        write(rectangle, layer, key, value, rows, columns)
+        rows_count, width = len(rectangle.rows), self.last - self.first
+        padded = query.new_zeros(rows_count, query.shape[1], width, query.shape[2])
+        padded[rows, :, columns - self.first] = query
+        repeats = query.shape[1] // key.shape[1]
+        mask = self.mask[rectangle.windows[layer]].to(query.device)
+        out = F.scaled_dot_product_attention(
+            padded,
+            rectangle.keys[layer][:, :, : self.last].repeat_interleave(repeats, 1),
+            rectangle.values[layer][:, :, : self.last].repeat_interleave(repeats, 1),
+            attn_mask=mask,
+            scale=scaling,
+        )
+        return out[rows, :, columns - self.first]
+
+    def _write_prefix(self, prefix: Rectangle, layer: int) -> None:
+        count, length = len(self.rectangle.rows), prefix.head
+        keys, values = (t[layer][0, :, :length].transpose(0, 1) for t in (prefix.keys, prefix.values))
+        columns = (torch.tensor(self.rectangle.starts)[:, None] + torch.arange(length)).flatten()
+        rows = torch.arange(count).repeat_interleave(length)
+        places = rows.to(keys.device), columns.to(keys.device)
+        write(self.rectangle, layer, keys.repeat(count, 1, 1), values.repeat(count, 1, 1), *places)
+
+
+@dataclass(eq=False)
+class DecodeBatch:
+    """One token of every row of every rectangle, in column `head`. N = B."""
+
+    rectangles: Ordered[Rectangle]
+    _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [s for rectangle in self.rectangles for s in rectangle.rows]
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.tensor([[r.head - start for r in self.rectangles for start in r.starts]])
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [B, H, D], key and value [B, H_kv, D] → [B, H, D].
+
+        Query heads that share a key head are rows of one product, so keys are read once. All blocks are
+        contiguous: [rows · H_kv, width, D].
+        """
+        outs: list[Tensor] = []
+        first = 0
+        for rectangle in self.rectangles:
+            count = len(rectangle.rows)
+            own = slice(first, first + count)
+            window = rectangle.windows[layer]
+            keys, values = rectangle.keys[layer][:count], rectangle.values[layer][:count]
+            column = rectangle.head - rectangle.first_columns.get(window, 0)
+            keys[:, :, column] = key[own]
+            values[:, :, column] = value[own]
+            bias = self._bias(rectangle, window, keys)
+            outs.append(_attend_rows(query[own], keys, values, bias, scaling))
+            first += count
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _bias(self, rectangle: Rectangle, window: int | None, keys: Tensor) -> Tensor:
+        """The rectangle's bias, brought up to date once a step."""
+        key = (id(rectangle), window, keys.device)
+        if key not in self._biases:
+            self._biases[key] = rectangle.bias(window, keys)
+        return self._biases[key]
+
+
+def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, H_kv, W] → [R, H, D]."""
+    rows, heads, size = query.shape
+    kv_heads, width = keys.shape[1:3]
+    scores = torch.baddbmm(
+        bias.reshape(rows * kv_heads, 1, width),
+        query.reshape(rows * kv_heads, heads // kv_heads, size),
+        keys.reshape(rows * kv_heads, width, size).transpose(1, 2),
+        alpha=scaling,
+    )
+    out = torch.bmm(scores.softmax(-1), values.reshape(rows * kv_heads, width, values.shape[-1]))
+    return out.reshape(rows, heads, values.shape[-1])
+
+
+def prefill_batch(rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None) -> PrefillBatch:
+    """The tokens of columns [first, last) that are neither padding nor shared prefix."""
+    starts = torch.tensor(rectangle.starts)[:, None]
+    own = starts + (prefix.head if prefix else 0)
+    queries, keys = torch.arange(first, last), torch.arange(last)
+    rows, columns = torch.nonzero(queries >= own, as_tuple=True)
+    masks: dict[int | None, Tensor] = {}
+    for window in set(rectangle.windows):
+        seen = (keys <= queries[:, None]) & (keys >= starts[:, :, None])
+        if window is not None:
+            seen &= keys > queries[:, None] - window
+        seen |= (queries < starts)[:, :, None]  # a padding query sees all: its result is not read, nor NaN
+        masks[window] = seen[:, None]
+    return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, masks)
+
+
+def rectangle_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    batch: PrefillBatch | DecodeBatch | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
+
+    Raises:
+        NotImplementedError: the model asks for something that this attention does not compute.
+    """
+    if batch is None or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("this model's attention is not plain scaled dot-product attention")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return batch.attend(layer, q, k, v, scaling or query.shape[-1] ** -0.5)[None], None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The rectangles know their masks; transformers need not make one."""
+
+
+AttentionInterface.register(ATTENTION, rectangle_attention)
+AttentionMaskInterface.register(ATTENTION, no_mask)

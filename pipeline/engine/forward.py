@@ -1,0 +1,187 @@
+"""The model behind one interface: prefill a rectangle, decode a step.
+
+`FlatForward` is the fast path: one flat row of tokens, attention by rectangles (batch.py). `PaddedForward`
+is the plain path for models whose attention is not transformers' own interface: one rectangle at a time,
+padded, with a mask, through the model's own attention.
+"""
+
+from collections.abc import Sequence as Ordered
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
+from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
+from pipeline.engine.scheduler import Sequence
+
+
+class Forward(Protocol):
+    config: Any
+    can_share_prefix: bool
+    equal_lengths: bool  # rows of different length may not share a rectangle
+
+    def prefill(
+        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+    ) -> tuple[Rectangle, Tensor]:
+        """Compute the rows' tokens, at most about max_tokens in a pass: the rectangle, and logits [R, V]."""
+        ...
+
+    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+        """Feed every row its newest token: logits [B, V]."""
+        ...
+
+
+class FlatForward:
+    """One flat row of tokens for all rectangles; the linear layers compute no padding."""
+
+    can_share_prefix = True
+    equal_lengths = False
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config.get_text_config()
+        self._windows = layer_windows(self.config)
+        self._model = model
+        self._device = model.get_input_embeddings().weight.device
+        model.set_attn_implementation(ATTENTION)
+
+    def prefill(
+        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+    ) -> tuple[Rectangle, Tensor]:
+        rectangle = allocate(rows, [s.length for s in rows], self._windows)
+        ids = [s.all_token_ids for s in rows]
+        first = prefix.head if prefix else 0
+        width = max(1, max_tokens // len(rows))
+        while True:
+            last = min(first + width, rectangle.head)
+            batch = prefill_batch(rectangle, first, last, prefix)
+            places = zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
+            tokens = [ids[row][column - rectangle.starts[row]] for row, column in places]
+            if last == rectangle.head:
+                ends = torch.nonzero(batch.columns == last - 1)[:, 0]
+                return rectangle, self._run(tokens, batch.positions, ends, batch)
+            self._run(tokens, batch.positions, torch.tensor([0]), batch)
+            first = last
+
+    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+        batch = DecodeBatch(rectangles)
+        tokens = [s.token_ids[-1] for s in batch.sequences]
+        return self._run(tokens, batch.positions, torch.arange(len(tokens)), batch)
+
+    def _run(self, tokens: list[int], positions: Tensor, keep: Tensor, batch: Any) -> Tensor:
+        output = self._model(
+            input_ids=torch.tensor([tokens], device=self._device),
+            position_ids=positions.to(self._device),
+            logits_to_keep=keep.to(self._device),
+            use_cache=False,
+            batch=batch,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+class PaddedForward:
+    """One padded rectangle a pass, through the model's own attention with an explicit mask."""
+
+    can_share_prefix = False
+
+    def __init__(self, model: Any, *, equal_lengths: bool) -> None:
+        self.config = model.config.get_text_config()
+        self.equal_lengths = equal_lengths
+        self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks
+        self._model = model
+        self._device = model.get_input_embeddings().weight.device
+
+    def prefill(
+        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+    ) -> tuple[Rectangle, Tensor]:
+        rectangle = allocate(rows, [s.length for s in rows], self._windows)
+        width, rectangle.head = rectangle.head, 0
+        ids = [[0] * start + list(s.all_token_ids) for s, start in zip(rows, rectangle.starts, strict=True)]
+        logits = self._run(rectangle, torch.tensor(ids), width)
+        rectangle.head = width
+        return rectangle, logits
+
+    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+        return torch.cat(
+            [self._run(r, torch.tensor([[s.token_ids[-1]] for s in r.rows]), r.head + 1) for r in rectangles]
+        )
+
+    def _run(self, rectangle: Rectangle, ids: Tensor, columns: int) -> Tensor:
+        """Columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
+        starts = torch.tensor(rectangle.starts)[:, None]
+        positions = torch.arange(columns)[None] - starts
+        output = self._model(
+            input_ids=ids.to(self._device),
+            attention_mask=(positions >= 0).long().to(self._device),
+            position_ids=positions[:, rectangle.head :].clamp(min=0).to(self._device),
+            past_key_values=_RectangleCache(rectangle, columns),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class _RectangleLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a rectangle, as transformers' attention layers expect a cache."""
+
+    is_sliding = False
+
+    def __init__(self, rectangle: Rectangle, layer: int, columns: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rectangle, self._layer, self._columns = rectangle, layer, columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        new_layer(self._rectangle, key_states.transpose(1, 2)[0], value_states.transpose(1, 2)[0])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._layer == len(self._rectangle.keys):
+            self.lazy_initialization(key_states, value_states)
+        rows = len(self._rectangle.rows)
+        keys, values = self._rectangle.keys[self._layer][:rows], self._rectangle.values[self._layer][:rows]
+        keys[:, :, self._rectangle.head : self._columns] = key_states
+        values[:, :, self._rectangle.head : self._columns] = value_states
+        return keys[:, :, : self._columns], values[:, :, : self._columns]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._columns, 0
+
+    def get_seq_length(self) -> int:
+        return self._rectangle.head
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _RectangleCache(Cache):
+    def __init__(self, rectangle: Rectangle, columns: int) -> None:
+        layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
+        super().__init__(layers=layers)
+
+
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens, itself included; None is full attention.
+
+    Raises:
+        NotImplementedError: a layer is neither.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return (window,) * int(config.num_hidden_layers)
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of type {sorted(unknown)}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rope_switch(config: Any) -> int | None:
+    """The length above which longrope turns to its long factors, for all tokens of a row; None without."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    switch: int = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return switch

@@ -1,0 +1,182 @@
+"""Who runs next: pure bookkeeping on plain numbers, no tensors."""
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from dataclasses import astuple, dataclass, field
+
+from pipeline.request import Request, TokenLogprob
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The progress of one sample of a request."""
+
+    request: Request
+    sample: int
+    token_ids: list[int] = field(default_factory=list)  # generated so far
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    duplicates: list[Request] = field(default_factory=list)  # identical greedy requests that get its tokens
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        return (*self.request.prompt_token_ids, *self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt and completion."""
+        return len(self.request.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.request.params.max_new_tokens - len(self.token_ids)
+
+
+class Scheduler:
+    """Holds the requests that wait, and says which sequences to admit.
+
+    It reads ahead `window` sequences at most, so that a prompt file of any size takes bounded memory,
+    and admits the longest expected work first, so that no long row is left alone at the end.
+    """
+
+    def __init__(self, requests: Iterable[Request], max_rows: int, max_tokens: int, window: int) -> None:
+        self.max_rows = max_rows
+        self.max_tokens = max_tokens
+        self._window = window
+        self._requests: Iterator[Request] = iter(requests)
+        self._waiting: list[Sequence] = []  # least work first: the next to admit is at the end
+        self._leaders: dict[tuple[object, ...], Sequence] = {}
+        self._exhausted = False
+
+    @property
+    def waiting(self) -> Ordered[Sequence]:
+        return self._waiting
+
+    def read_ahead(self) -> bool:
+        """Fill the window once it is half empty; True if anything came in."""
+        if self._exhausted or len(self._waiting) * 2 > self._window:
+            return False
+        new: list[Sequence] = []
+        while len(self._waiting) + len(new) < self._window:
+            request = next(self._requests, None)
+            if request is None:
+                self._exhausted = True
+                break
+            new.extend(self._sequences(request))
+        self.put_back(new)
+        return bool(new)
+
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """Let sequences wait, with the tokens that they have."""
+        self._waiting.extend(sequences)
+        self._waiting.sort(key=lambda s: (s.remaining_tokens, s.length, s.request.id))
+
+    def admit(self, live_rows: int, live_tokens: int) -> list[Sequence]:
+        """Take the sequences that join the batch now, longest prompt first.
+
+        A small place is left empty until enough rows are free for a prefill that is worth a pass of its
+        own, an eighth of the batch. A batch that is empty admits one sequence however long it is.
+        """
+        free = self.max_rows - live_rows
+        if live_rows and free < min(len(self._waiting), max(1, self.max_rows // 8)):
+            return []
+        admitted: list[Sequence] = []
+        while self._waiting and len(admitted) < free:
+            live_tokens += self._waiting[-1].length
+            if live_tokens > self.max_tokens and (live_rows or admitted):
+                break
+            admitted.append(self._waiting.pop())
+        admitted.sort(key=lambda s: (s.length, s.all_token_ids), reverse=True)
+        return admitted
+
+    def retire(self, sequence: Sequence) -> None:
+        """Forget a finished sequence."""
+        if sequence.request.params.greedy:
+            self._leaders.pop(_text_key(sequence.request), None)
+
+    def shrink(self, live_rows: int, live_tokens: int) -> None:
+        """Halve what may be in flight, after this much ran out of memory."""
+        self.max_rows = max(1, min(self.max_rows, live_rows) // 2)
+        self.max_tokens = max(1, min(self.max_tokens, live_tokens) // 2)
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        """A sequence for each sample; none for a request whose text another one is already making."""
+        if not request.params.greedy:
+            return [Sequence(request, sample) for sample in range(request.params.n)]
+        leader = self._leaders.setdefault(_text_key(request), Sequence(request, 0))
+        if leader.request is request:
+            leader.duplicates.extend([request] * (request.params.n - 1))
+            return [leader]
+        leader.duplicates.extend([request] * request.params.n)
+        return []
+
+
+def shared_prefix(sequences: Ordered[Sequence], min_tokens: int = 8) -> tuple[int, ...]:
+    """The longest token prefix that all prompts share, short of the shortest prompt's last token."""
+    if len(sequences) < 2:
+        return ()
+    prompts = [s.request.prompt_token_ids for s in sequences]
+    first, last = min(prompts), max(prompts)  # in lexical order only these two can differ first
+    limit = min(map(len, prompts)) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    length = min(same, limit)
+    return first[:length] if length >= min_tokens else ()
+
+
+def prefill_groups(
+    sequences: Ordered[Sequence], prefix_tokens: int, max_tokens: int, equal_lengths: bool = False
+) -> list[list[Sequence]]:
+    """Cut sequences, sorted by length, into groups for one prefill each.
+
+    A group's rectangle holds at most `max_tokens` columns beyond the shared prefix, and less than a
+    tenth of it is padding. Rows with the same tokens take the place of one.
+    """
+    groups: list[list[Sequence]] = []
+    width = cells = tokens = 0
+    previous: tuple[int, ...] = ()
+    for sequence in sequences:
+        own = sequence.length - prefix_tokens
+        ids = sequence.all_token_ids
+        if groups and ids == previous:
+            groups[-1].append(sequence)
+            continue
+        previous = ids
+        least = 1.0 if equal_lengths else 0.92
+        fits = cells + width <= max_tokens and tokens + own >= least * (cells + width)
+        if groups and fits:
+            groups[-1].append(sequence)
+            cells, tokens = cells + width, tokens + own
+        else:
+            groups.append([sequence])
+            width, cells, tokens = own, own, own
+    return groups
+
+
+def partition(lengths: Ordered[int], overhead: int) -> list[slice]:
+    """Cut rows, sorted by falling length, into rectangles of the least total cost.
+
+    A rectangle costs its rows × its longest row, in columns attended at each step, and `overhead` columns
+    for its kernel launches. Exact, by dynamic programming over the places where the length changes by
+    16 columns or more.
+    """
+    if not lengths:
+        return []
+    cuts = [i for i in range(len(lengths)) if i == 0 or lengths[i - 1] // 16 != lengths[i] // 16]
+    cuts.append(len(lengths))
+    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the rows before cuts[j], and the cut before it
+    for j in range(1, len(cuts)):
+        best.append(
+            min((best[i][0] + overhead + (cuts[j] - cuts[i]) * lengths[cuts[i]], i) for i in range(j))
+        )
+    slices: list[slice] = []
+    j = len(cuts) - 1
+    while j:
+        i = best[j][1]
+        slices.append(slice(cuts[i], cuts[j]))
+        j = i
+    return slices[::-1]
+
+
+def _text_key(request: Request) -> tuple[object, ...]:
+    """What decides a greedy request's text."""
+    p = request.params
+    return (request.prompt_token_ids, *(tuple(v) if isinstance(v, list) else v for v in astuple(p)))

@@ -1,0 +1,60 @@
+"""What the engine counts while it runs."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+from pipeline.engine.kv_cache import Rectangle
+
+
+@dataclass
+class EngineStats:
+    """Counts over one run; times in seconds."""
+
+    completion_tokens: int = 0
+    prefill_tokens: int = 0  # computed: a shared prefix and duplicates count once
+    prefill_columns: int = 0  # the same with the padding of their rectangles
+    prefill_sec: float = 0.0
+    decode_sec: float = 0.0
+    steps: int = 0
+    rows: int = 0  # summed over steps
+    peak_rows: int = 0
+    columns_attended: int = 0  # summed over steps and rows
+    columns_needed: int = 0
+    peak_kv_cache_bytes: int = 0
+    out_of_memory: int = 0
+
+    def count_prefill(self, rectangle: Rectangle, prefix: Rectangle | None) -> None:
+        shared = prefix.head if prefix else 0
+        count = len(rectangle.rows)
+        self.prefill_columns += count * (rectangle.head - shared)
+        self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
+
+    def count_rectangles(self, rectangles: Ordered[Rectangle]) -> None:
+        self.peak_kv_cache_bytes = max(self.peak_kv_cache_bytes, sum(r.nbytes for r in rectangles))
+        self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
+
+    def count_step(self, rectangles: Ordered[Rectangle]) -> None:
+        self.steps += 1
+        for rectangle in rectangles:
+            count = len(rectangle.rows)
+            self.rows += count
+            self.columns_attended += rectangle.columns
+            self.columns_needed += count * (rectangle.head + 1) - sum(rectangle.starts)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """What stats.json says of the batch; a ratio of nothing is None."""
+        padding = self.prefill_columns - self.prefill_tokens
+        return {
+            "prefill_tokens": self.prefill_tokens,
+            "prefill_padding_fraction": padding / self.prefill_columns if self.prefill_columns else None,
+            "prefill_sec": self.prefill_sec,
+            "decode_sec": self.decode_sec,
+            "decode_steps": self.steps,
+            "mean_rows_in_flight": self.rows / self.steps if self.steps else None,
+            "peak_rows_in_flight": self.peak_rows,
+            "columns_attended_over_needed": (
+                self.columns_attended / self.columns_needed if self.columns_needed else None
+            ),
+            "peak_kv_cache_bytes": self.peak_kv_cache_bytes,
+            "out_of_memory": self.out_of_memory,
+        }

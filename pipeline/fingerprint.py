@@ -1,0 +1,39 @@
+"""Short hashes that say whether two things would give the same text."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.request import PromptRow
+
+
+def fingerprint(value: Any, length: int = 8) -> str:
+    """Hexadecimal digits of a plain value's hash; the order of mappings' keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:length]
+
+
+def job_fingerprint(config: dict[str, Any]) -> str:
+    """Of all that decides a job's text, from the composed config as plain data.
+
+    Not of what only decides how fast it comes: the engine's settings, devices, folders, a shard or a limit.
+    """
+    model = dict(config["model"])
+    for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
+        model.pop(irrelevant, None)
+    template = model.get("chat_template")
+    if template and len(template) < 1024 and Path(template).is_file():
+        model["chat_template"] = Path(template).read_text(encoding="utf-8")
+    local = Path(model["name"])
+    model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
+    prompts = config["prompts"]
+    path = prompts if prompts == "-" or not Path(prompts).exists() else str(Path(prompts).resolve())
+    parts = [model, config["quant"], config["generation"], config["system"], config["prompt_field"], path]
+    return fingerprint(parts)
+
+
+def row_key(row: PromptRow) -> str:
+    """Of what decides one row's completions within its job: 16 hexadecimal digits."""
+    return fingerprint([row.id, row.prompt, row.messages, row.system, asdict(row.params)], 16)

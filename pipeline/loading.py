@@ -1,0 +1,213 @@
+"""Load a model and its tokenizer; every failure is a LoadError that says what to do next."""
+
+import gc
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pipeline.checkpoint import Checkpoint, locate, read_config
+from pipeline.checkpoint import find_model as find_model
+from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
+from pipeline.errors import LoadError
+
+log = logging.getLogger(__name__)
+
+SMALLER = "Try a smaller quantization (quant=nf4) or a smaller model"
+
+
+@dataclass
+class Loaded:
+    model: PreTrainedModel | None  # None once released
+    tokenizer: Any
+    source: str  # a folder, or a name on the hub
+    revision: str | None  # the hub's commit; None for a folder
+    load_sec: float
+
+
+def quiet_transformers() -> None:
+    """Send the libraries' warnings to the log, and keep their progress bars off the terminal."""
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").handlers.clear()  # its own writes to stderr
+    # bitsandbytes recommends an optional package, whose kernel it would fetch from the hub, and says
+    # at every single 8-bit product that bfloat16 becomes float16.
+    for name in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
+
+
+def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        LoadError: it cannot be found or read.
+    """
+    quiet_transformers()
+    return _read_tokenizer(locate(model, models_dir, weights=False), model)
+
+
+def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
+    """The model, in eval mode on its device or devices, with its tokenizer.
+
+    Raises:
+        LoadError: it cannot be found, read, quantized or fitted in memory.
+    """
+    start = time.perf_counter()
+    quiet_transformers()
+    _check_device(model.device_map)
+    checkpoint = locate(model, models_dir, weights=True)
+    _check_architecture(checkpoint, model, quant)
+    tokenizer = _read_tokenizer(checkpoint, model)
+    network = _read_weights(checkpoint, model, quant)
+    return Loaded(network, tokenizer, checkpoint.source, checkpoint.revision, time.perf_counter() - start)
+
+
+def release(loaded: Loaded) -> None:
+    """Give the model's memory back. The caller must hold no other reference to the model."""
+    loaded.model = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        raise LoadError(
+            f"{checkpoint.source}: its tokenizer cannot be read: {_first_line(error)} "
+            "The folder needs tokenizer.json, or the files that this tokenizer is made from"
+        ) from error
+
+
+def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> PreTrainedModel:
+    try:
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
+            quantization_config=_quantization(quant),
+            device_map=model.device_map,
+            max_memory=_max_memory(model.max_memory),
+            offload_folder=model.offload_dir,
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True if model.safetensors_only else None,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise LoadError(_message(error, checkpoint, quant)) from error
+    network, report = pair
+    # transformers fills weights that the files lack with random numbers, and only warns.
+    if missing := sorted(report["missing_keys"]):
+        raise LoadError(
+            f"{checkpoint.source}: its files lack {len(missing)} of the model's weights, as {missing[0]}. "
+            "config.json and the weights do not belong together: copy or download the folder again"
+        )
+    if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
+        raise LoadError(
+            f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory. "
+            f"{SMALLER}, or set model.offload_dir=DIR to keep the rest on disk (slow)"
+        )
+    network.eval()
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def _quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
+    if quant.method is QuantMethod.none:
+        return None
+    if quant.method is QuantMethod.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    # bitsandbytes' own default for the products is float32, whatever the weights are.
+    compute_dtype = None if quant.compute_dtype is Dtype.auto else getattr(torch, quant.compute_dtype.value)
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.method.value,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _max_memory(limits: dict[str, str] | None) -> dict[int | str, str] | None:
+    """accelerate knows a GPU by its number; a YAML key is text."""
+    if limits is None:
+        return None
+    return {int(device) if device.isdigit() else device: limit for device, limit in limits.items()}
+
+
+def _check_device(device_map: Any) -> None:
+    wanted = device_map.values() if isinstance(device_map, dict) else [device_map]
+    gpus = torch.cuda.device_count()
+    for device in wanted:
+        name = f"cuda:{device}" if isinstance(device, int) else str(device)
+        kind, _, index = name.partition(":")
+        if kind == "cuda" and int(index or 0) >= gpus:
+            have = f"this machine has {gpus} GPUs" if gpus else "no GPU can be used here"
+            raise LoadError(f"model.device_map wants {name}, but {have}. Use device_map=auto, or cpu")
+
+
+def _check_architecture(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
+    config = read_config(checkpoint)
+    kind = config.get("model_type")
+    known = kind in CONFIG_MAPPING
+    if model.trust_remote_code and "auto_map" in config:
+        known = True
+    elif "auto_map" in config and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LoadError(
+            f"{checkpoint.source}: needs Python code that comes with the model. Read that code, and if you "
+            "trust it, set model.trust_remote_code=true"
+        )
+    elif known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model. Choose another model")
+    if not known:
+        raise LoadError(
+            f"{checkpoint.source}: this transformers does not know the architecture {kind!r}. "
+            "Upgrade it (pip install -U transformers), or choose another model"
+        )
+    if config.get("quantization_config") and quant.method is not QuantMethod.none:
+        raise LoadError(f"{checkpoint.source}: its weights are quantized already. Use quant=none")
+
+
+def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig) -> str:
+    """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
+    text = str(error)
+    allocation = isinstance(error, RuntimeError) and "can't allocate memory" in text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or allocation:
+        return f"{checkpoint.source}: not enough memory to load it. {SMALLER}"
+    if "dispatched on the CPU or the disk" in text:
+        return (
+            f"{checkpoint.source}: quantized weights must lie on one kind of device, and these do not fit in the "
+            f"GPU's memory (the CPU's, without a GPU) or model.max_memory. {SMALLER}, or quant=none, which may spill"
+        )
+    if quant.method is not QuantMethod.none and isinstance(error, NotImplementedError | ImportError):
+        return (
+            f"{checkpoint.source}: quantization {quant.method.value} is not available on this device: "
+            f"{_first_line(error)} Use quant=none, or model.device_map=cpu"
+        )
+    if "attn_implementation" in text or "FlashAttention" in text:
+        return (
+            f"{checkpoint.source}: {_first_line(error)} "
+            "Unset model.attn_implementation, or set it to sdpa or eager"
+        )
+    return (
+        f"{checkpoint.source}: transformers could not load it: {_first_line(error)} The log has the traceback"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if line.endswith(".") else line + "."

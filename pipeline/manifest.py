@@ -1,0 +1,76 @@
+"""What a job ran on: versions, device, revision, prompt file, commit, command, time."""
+
+import datetime
+import gzip
+import hashlib
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = (
+    "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
+    "hydra-core", "omegaconf",
+)  # fmt: skip
+
+
+def manifest(prompts: Path, source: str, revision: str | None, **more: Any) -> dict[str, Any]:
+    """Plain data for manifest.json.
+
+    Args:
+        source: the model's folder or hub name; revision: its commit, None for a folder.
+        more: further entries.
+    """
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": ["python", "-m", "pipeline", *sys.argv[1:]],
+        "model": source,
+        "revision": revision,
+        "prompts": str(prompts),
+        "prompts_sha256": _sha256(prompts),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": _device(),
+        **more,
+    }
+
+
+def _sha256(path: Path) -> str | None:
+    """Of the prompt lines as they are read, so that compressing a file does not change it."""
+    digest = hashlib.sha256()
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except (OSError, EOFError):
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder that the pipeline runs from, if it is a checkout."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _device() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
