@@ -1,7 +1,9 @@
 """Does a job fit in a device's memory, with how many rows, and what would fit? From predicted bytes alone."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
 
 from pipeline import memory_plan as memory
 from pipeline.architecture import Architecture
@@ -56,8 +58,8 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     status: str
-    rows: int  # in flight at once
-    all_rows: bool  # that is the whole prompt file
+    rows: int  # in flight at once; more than the file has, if there is room
+    all_rows: bool  # the whole prompt file
     budget_bytes: int  # the device's free memory times engine.memory_fraction
 
 
@@ -131,7 +133,7 @@ def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
             for window, size in memory.kv_bytes_per_token(arch, quant).items()
         },
         prompts=_summary(job.lengths),
-        needs=tuple(need(job, quant, rows) for rows in _shown_rows(len(job.lengths.samples))),
+        needs=tuple(need(job, quant, rows) for rows in SHOWN_ROWS),
         load_peak=memory.load_peak(arch, quant, gpus=job.device.gpus),
         device=job.device,
         verdict=_verdict(job, quant),
@@ -140,11 +142,12 @@ def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
 
 
 def need(job: Job, quant: Quant, rows: int) -> Need:
-    """The job's peak with its `rows` longest rows in flight."""
-    samples = job.lengths.samples[:rows]
+    """The job's peak with its `rows` longest rows in flight; a shorter prompt file is repeated."""
+    samples = list(islice(cycle(job.lengths.samples), rows))
     arch, settings = job.facts.architecture, job.settings
     prompt = max((tokens for tokens, _ in samples), default=0)
-    kv_cache = memory.kv_cache_bytes(arch, quant, ((1, sum(sample)) for sample in samples))
+    lengths = Counter(sum(sample) for sample in samples)
+    kv_cache = memory.kv_cache_bytes(arch, quant, ((count, tokens) for tokens, count in lengths.items()))
     peak = memory.run_peak(
         arch,
         quant,
@@ -166,16 +169,12 @@ def _prefill_extra(arch: Architecture, quant: Quant, prompt: int, rows: int, pre
 
 
 def rows_that_fit(job: Job, quant: Quant, budget_bytes: int) -> int:
-    """The most rows whose peak stays within the budget, the longest rows first; 0 if not even one does."""
-    samples, settings = job.lengths.samples, job.settings
-    low, high = 0, min(len(samples), settings.max_rows or MOST_ROWS, MOST_ROWS)
+    """The most rows whose peak stays within the budget, the longest first; 0 if not even one does."""
+    settings = job.settings
+    low, high = 0, min(settings.max_rows or MOST_ROWS, MOST_ROWS)
     if settings.max_tokens_in_flight is not None:
-        tokens = 0
-        for row, sample in enumerate(samples[:high]):
-            tokens += sum(sample)
-            if tokens > settings.max_tokens_in_flight:
-                high = max(row, 1)
-                break
+        tokens = accumulate(sum(sample) for sample in islice(cycle(job.lengths.samples), high))
+        high = max(1, sum(1 for total in tokens if total <= settings.max_tokens_in_flight))
     while low < high:  # a row more never takes less
         middle = (low + high + 1) // 2
         if need(job, quant, middle).total_bytes <= budget_bytes:
@@ -190,7 +189,7 @@ def _verdict(job: Job, quant: Quant) -> Verdict:
     rows = rows_that_fit(job, quant, budget)
     loads = memory.load_peak(job.facts.architecture, quant, gpus=job.device.gpus).held
     if rows > 0 and loads <= job.device.free_bytes:
-        return Verdict(FITS, rows, rows == len(job.lengths.samples), budget)
+        return Verdict(FITS, rows, rows >= len(job.lengths.samples), budget)
     status = OFFLOAD if _fits_with_offload(job, quant, budget) else TOO_LARGE
     return Verdict(status, 1 if status == OFFLOAD else 0, False, budget)
 
@@ -265,8 +264,3 @@ def _summary(lengths: PromptLengths) -> Prompts:
         mean_prompt_tokens=sum(prompts) / max(len(prompts), 1),
         longest_total_tokens=max((sum(sample) for sample in lengths.samples), default=0),
     )
-
-
-def _shown_rows(samples: int) -> list[int]:
-    """1, 8, 32, 128, as far as the file goes, and all of it where that is less."""
-    return sorted({min(rows, max(samples, 1)) for rows in SHOWN_ROWS})

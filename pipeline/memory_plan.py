@@ -228,10 +228,10 @@ def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool =
 def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int) -> int:
     """The largest that is alive at once in a layer of one forward pass; not the logits.
 
-    Either the MLP (the residual and its norm; gate, up and product, or fused gate_up, gate's activation
-    and product) or attention (residual and norm; queries, rotated, padded, the result; keys, values,
-    both repeated for the query heads; the mask) or a norm's float32 copies. int8 adds what its products
-    go through.
+    Either the MLP (its input, residuals and norm; gate, up and product, or fused gate_up, gate's activation
+    and product) or attention (the same input; queries, rotated, padded, the result; keys, values, both
+    repeated for the query heads; the mask) or a norm's float32 copies. An int8 product's results go
+    through int32 and float32, 16 bytes each. Within 5 % of the live tensors of SmolLM2's forward pass.
 
     Args:
         tokens: in the pass.
@@ -241,28 +241,27 @@ def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int
     hidden, inner = arch.hidden_size, arch.intermediate_size
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
-    mlp = element * tokens * (2 * hidden + (4 if arch.fused else 3) * inner)
-    attention = element * tokens * (2 * hidden + 4 * queries + 2 * keys)
+    mlp = element * tokens * (4 * hidden + (4 if arch.fused else 3) * inner)
+    attention = element * tokens * (4 * hidden + 4 * queries + 2 * keys)
     attention += element * max(tokens, columns) * 2 * queries + (1 + element) * tokens * columns
     norm = tokens * (element * hidden + 3 * 4 * hidden)
-    return max(mlp, attention, norm) + tokens * _int8_activation_bytes(arch, quant)
+    int8 = 0
+    if quant.method == "int8":
+        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
+    return max(mlp, attention, norm, int8)
 
 
 @cache
-def _int8_activation_bytes(arch: Architecture, quant: Quant) -> int:
-    """A token's int8 copy, outlier mask and int32 result, for the widest product."""
-    if quant.method != "int8":
-        return 0
-    return max((2 * w.shape[1] + 4 * w.shape[0] for w in weights(arch) if w.quantizable), default=0)
+def scratch_bytes(arch: Architecture, quant: Quant, gpus: int) -> int:
+    """4-bit: the largest matrix, dequantized for a product of many rows.
 
-
-@cache
-def scratch_bytes(arch: Architecture, quant: Quant) -> int:
-    """4-bit: the largest matrix, dequantized for a product of many rows."""
+    On a CPU it is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
+    """
     if quant.method not in ("nf4", "fp4"):
         return 0
     compute = plain_dtype(arch, quant) if quant.compute_dtype == "auto" else quant.compute_dtype
-    return ELEMENT_BYTES[compute] * max(w.count for w in weights(arch) if w.quantizable)
+    return max(w.count for w in weights(arch) if w.quantizable) * (ELEMENT_BYTES[compute] if gpus else 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +315,7 @@ def run_peak(
         kv_cache=kv_cache,
         activations=activation_bytes(arch, quant, prefill_tokens, columns),
         logits=logits_bytes(arch, quant, rows, sampled=sampled),
-        scratch=scratch_bytes(arch, quant),
+        scratch=scratch_bytes(arch, quant, gpus),
         context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
     )
 
@@ -330,12 +329,14 @@ class LoadPeak:
 
 
 def load_peak(arch: Architecture, quant: Quant, *, gpus: int) -> LoadPeak:
-    """Weights as they will be stored, and beside them the largest tensor as the checkpoint has it.
+    """Weights as they will be stored; on a GPU beside them the largest tensor as the checkpoint has it.
 
-    On a host the checkpoint's file is mapped while it is read; weights that stay as they are may be
-    those very pages, and then are not held twice.
+    On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those
+    very pages: nothing is held twice.
     """
-    largest = max(w.count for w in weights(arch)) * ELEMENT_BYTES[arch.dtype]
-    held = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant) + largest
-    context = gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES
-    return LoadPeak(held=held + context, mapped=0 if gpus else checkpoint_bytes(arch))
+    stored_bytes = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
+    if gpus:
+        largest = max(w.count for w in weights(arch)) * ELEMENT_BYTES[arch.dtype]
+        return LoadPeak(held=stored_bytes + largest + gpus * CUDA_CONTEXT_BYTES, mapped=0)
+    as_is = quant.method == "none" and plain_dtype(arch, quant) == arch.dtype
+    return LoadPeak(stored_bytes + HOST_RUNTIME_BYTES, 0 if as_is else checkpoint_bytes(arch))

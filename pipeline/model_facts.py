@@ -1,5 +1,7 @@
-"""A model's architecture: from a config.json that is at hand, else from the facts in conf/model/. No network
-for a model that conf/ knows."""
+"""A model's architecture: from a config.json that is at hand, else from the facts in conf/model/.
+
+The network is asked only about a model that conf/ does not know.
+"""
 
 import json
 import os
@@ -73,10 +75,10 @@ def _download(model: ModelConfig, file: str) -> Path | None:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "3")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    network_error = HfHubHTTPError.__mro__[1]
+    from pipeline.checkpoint import NetworkError
+
     try:
         return Path(hf_hub_download(model.name, file, revision=model.revision)).parent
-    except (OSError, network_error):
+    except (OSError, NetworkError):
         return None

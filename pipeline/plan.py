@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.compose import options, read_config
@@ -83,9 +84,13 @@ def plans(arguments: Arguments) -> list[Plan]:
         ConfigError: the config is wrong, or a model is neither known nor at hand.
         PromptError: the prompt file cannot be read.
     """
-    quants = {name: _quant(_config(arguments, None, name), name) for name in arguments.quants}
-    best = [_quant(_config(arguments, None, name), name) for name in BY_QUALITY if name in options("quant")]
-    models = {name: _config(arguments, name, None) for name in arguments.models}
+    by_quality = [name for name in BY_QUALITY if name in options("quant")]
+    quant_names = list(dict.fromkeys([*arguments.quants, *by_quality]))
+    # A composition costs 0.1 s, and a model does not depend on the quantization: one of each at a time.
+    pairs = zip_longest(arguments.models, quant_names)
+    configs = [_config(arguments, model, quant) for model, quant in pairs]
+    models = dict(zip(arguments.models, configs, strict=False))
+    quants = {name: _quant(c, name) for name, c in zip(quant_names, configs, strict=False)}
     device = _device(arguments, next(iter(models.values())))
     jobs = [_job(config, name, device, arguments) for name, config in models.items()]
 
@@ -98,10 +103,10 @@ def plans(arguments: Arguments) -> list[Plan]:
         ]
 
     return [
-        make_plan(job, quant, choice)
+        make_plan(job, quants[quant], choice)
         for job in jobs
-        for choice in [best_choice(job, best, others)]
-        for quant in quants.values()
+        for choice in [best_choice(job, [quants[name] for name in by_quality], others)]
+        for quant in arguments.quants
     ]
 
 

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.fit import FITS, OFFLOAD, Plan
+from pipeline.fit import FITS, MOST_ROWS, OFFLOAD, Plan
 
 _BITS = {"int8": 8, "nf4": 4, "fp4": 4}
 _COLOURS = {FITS: "green", OFFLOAD: "yellow"}
@@ -83,7 +83,9 @@ def _reasons_table(plan: Plan) -> Table:
 
 
 def _needs_table(plan: Plan) -> Table:
-    table = _table("Run peak, MB", "", *(f"{need.rows:,} rows" for need in plan.needs))
+    table = _table(
+        "Run peak, MB", "", *(f"{need.rows:,} rows" if need.rows > 1 else "1 row" for need in plan.needs)
+    )
     names = {
         "footprint": "weights",
         "quant_state": "quantization state",
@@ -112,9 +114,9 @@ def _print_load_peak(plan: Plan, out: Console) -> None:
 def _print_prompts(plan: Plan, out: Console) -> None:
     prompts = plan.prompts
     out.print(
-        f"Prompts: {prompts.completions:,} completions; prompt tokens {prompts.mean_prompt_tokens:,.0f} on average, "
-        f"{prompts.longest_prompt_tokens:,} at most; {prompts.longest_total_tokens:,} with the completion "
-        f"({prompts.counted_by})",
+        f"Prompts: {prompts.completions:,} completions; {prompts.mean_prompt_tokens:,.0f} prompt tokens on "
+        f"average, {prompts.longest_prompt_tokens:,} at most; {prompts.longest_total_tokens:,} with the "
+        f"completion ({prompts.counted_by})",
         highlight=False,
     )
     for count, what in (
@@ -128,7 +130,10 @@ def _print_prompts(plan: Plan, out: Console) -> None:
 def _print_verdict(plan: Plan, out: Console) -> None:
     verdict, device = plan.verdict, plan.device
     colour = _COLOURS.get(verdict.status, "red")
-    rows = f", {_rows(plan)} rows at once" if verdict.status == FITS else ""
+    room = f", with room for {_rows(plan)} rows at once"
+    if verdict.all_rows and plan.prompts.rows:
+        room = f", all of the prompt file at once{room}"
+    rows = room if verdict.status == FITS else ""
     out.print(
         f"[bold {colour}]{verdict.status}[/bold {colour}] on {device.name}{rows} "
         f"({_mb(device.free_bytes)} MB free, of which {_mb(verdict.budget_bytes)} MB may be used)",
@@ -137,12 +142,18 @@ def _print_verdict(plan: Plan, out: Console) -> None:
     if plan.best is None:
         out.print("Nothing that conf/ names would fit.")
     elif (plan.best.model, plan.best.quant) != (plan.model, plan.quant):
-        best = plan.best
         out.print(
-            f"Best choice that fits: model={best.model} quant={best.quant}, "
-            f"{_mb(best.total_bytes)} MB with one row, {best.rows:,} rows at once",
+            f"Best choice that fits: {_best(plan)}, {_mb(plan.best.total_bytes)} MB with one row, "
+            f"room for {plan.best.rows:,}",
             highlight=False,
         )
+
+
+def _best(plan: Plan) -> str:
+    if plan.best is None:
+        return "nothing that conf/ names"
+    model = "" if plan.best.model == plan.model else f"model={plan.best.model} "
+    return f"{model}quant={plan.best.quant}"
 
 
 def _print_lines(plans: list[Plan], out: Console) -> None:
@@ -173,21 +184,19 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
             _rows(plan),
             f"[{colour}]{plan.verdict.status}[/{colour}]",
         )
-    table.caption = (
-        "by hand: parameters × bits ÷ 8. rows: how many fit at once, the longest of the prompt file."
-    )
+    table.caption = "by hand: parameters × bits ÷ 8. rows: how many of the longest prompts fit at once."
     table.caption_justify = "left"
     out.print(table)
     for plan in {plan.model: plan for plan in plans}.values():
         if plan.facts_differences:
             _print_facts(plan, out)
-        best = f"model={plan.best.model} quant={plan.best.quant}" if plan.best else "nothing that conf/ names"
-        out.print(f"Best choice that fits, for {plan.model}: {best}", highlight=False)
+        out.print(f"Best choice that fits, for {plan.model}: {_best(plan)}", highlight=False)
     _print_prompts(plans[0], out)
 
 
 def _rows(plan: Plan) -> str:
-    return f"all {plan.verdict.rows:,}" if plan.verdict.all_rows else f"{plan.verdict.rows:,}"
+    rows = plan.verdict.rows
+    return f"{rows:,} or more" if rows == MOST_ROWS else f"{rows:,}"
 
 
 def _mb(size: int) -> str:
