@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
 
+from pipeline import memory_peaks as peaks
 from pipeline import memory_plan as memory
 from pipeline.architecture import Architecture
 from pipeline.devices import Device
@@ -43,7 +44,7 @@ class Need:
     """What the job takes with this many rows in flight, the longest ones."""
 
     rows: int
-    peak: memory.RunPeak
+    peak: peaks.RunPeak
     total_bytes: int
 
 
@@ -106,7 +107,7 @@ class Plan:
     kv_bytes_per_token: dict[str, int]  # "full", "window 512"
     prompts: Prompts
     needs: tuple[Need, ...]
-    load_peak: memory.LoadPeak
+    load_peak: peaks.LoadPeak
     device: Device
     verdict: Verdict
     best: Choice | None  # among what fits, the nearest to the checkpoint's own answers
@@ -134,7 +135,7 @@ def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
         },
         prompts=_summary(job.lengths),
         needs=tuple(need(job, quant, rows) for rows in SHOWN_ROWS),
-        load_peak=memory.load_peak(arch, quant, gpus=job.device.gpus),
+        load_peak=peaks.load_peak(arch, quant, gpus=job.device.gpus),
         device=job.device,
         verdict=_verdict(job, quant),
         best=best,
@@ -148,7 +149,7 @@ def need(job: Job, quant: Quant, rows: int) -> Need:
     prompt = max((tokens for tokens, _ in samples), default=0)
     lengths = Counter(sum(sample) for sample in samples)
     kv_cache = memory.kv_cache_bytes(arch, quant, ((count, tokens) for tokens, count in lengths.items()))
-    peak = memory.run_peak(
+    peak = peaks.run_peak(
         arch,
         quant,
         kv_cache=kv_cache + _prefill_extra(arch, quant, prompt, len(samples), settings.prefill_tokens),
@@ -187,7 +188,7 @@ def rows_that_fit(job: Job, quant: Quant, budget_bytes: int) -> int:
 def _verdict(job: Job, quant: Quant) -> Verdict:
     budget = int(job.device.free_bytes * job.settings.memory_fraction)
     rows = rows_that_fit(job, quant, budget)
-    loads = memory.load_peak(job.facts.architecture, quant, gpus=job.device.gpus).held
+    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus).held
     if rows > 0 and loads <= job.device.free_bytes:
         return Verdict(FITS, rows, rows >= len(job.lengths.samples), budget)
     status = OFFLOAD if _fits_with_offload(job, quant, budget) else TOO_LARGE

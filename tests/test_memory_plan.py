@@ -13,16 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 from pipeline.architecture import Architecture, architecture, differences
 from pipeline.config import root
 from pipeline.errors import ConfigError
+from pipeline.memory_peaks import load_peak, run_peak
 from pipeline.memory_plan import (
     Quant,
     footprint_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
-    load_peak,
     parameters,
     parts,
     quant_state_bytes,
-    run_peak,
 )
 
 QUANTS = {
