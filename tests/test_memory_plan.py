@@ -13,16 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 from pipeline.architecture import Architecture, architecture, differences
 from pipeline.config import root
 from pipeline.errors import ConfigError
+from pipeline.memory_peaks import load_peak, run_peak
 from pipeline.memory_plan import (
     Quant,
     footprint_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
-    load_peak,
     parameters,
     parts,
     quant_state_bytes,
-    run_peak,
 )
 
 QUANTS = {
@@ -215,7 +214,10 @@ def test_float32_doubles_the_kv_cache_and_quantized_weights_do_not_shrink_it() -
 def test_a_peak_is_the_sum_of_its_parts_and_only_a_gpu_has_a_context_of_its_own() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
     on_gpu, on_cpu = (
-        run_peak(arch, quant, 10**9, 8, prefill_tokens=2048, sampled=True, gpus=gpus) for gpus in (1, 0)
+        run_peak(
+            arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, sampled=True, gpus=gpus
+        )
+        for gpus in (1, 0)
     )
     assert on_gpu.total > footprint_bytes(arch, quant) + quant_state_bytes(arch, quant) + 10**9
     assert on_gpu.total - on_cpu.total == on_gpu.context - on_cpu.context > 0
