@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def find_model(name: str, models_dir: str) -> str:
-    """The local folder of this name, else the one in models_dir with its last part, else `name`, for the hub."""
+    """The folder of this name, else the one in models_dir with its last part, else the name, for the hub."""
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
     staged = Path(models_dir).expanduser() / Path(name).name

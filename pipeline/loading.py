@@ -190,8 +190,8 @@ def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig) -> st
         return f"{checkpoint.source}: not enough memory to load it. {SMALLER}"
     if "dispatched on the CPU or the disk" in text:
         return (
-            f"{checkpoint.source}: quantized weights must lie on one kind of device, and these do not fit in the "
-            f"GPU's memory (the CPU's, without a GPU) or model.max_memory. {SMALLER}, or quant=none, which may spill"
+            f"{checkpoint.source}: quantized weights cannot spill from GPU to CPU, or from CPU to disk, and they do "
+            f"not fit, or not within model.max_memory. {SMALLER}, or quant=none, which may spill"
         )
     if quant.method is not QuantMethod.none and isinstance(error, NotImplementedError | ImportError):
         return (

@@ -43,7 +43,7 @@ class Peaks:
 
 def footprint_bytes(model: PreTrainedModel) -> int:
     """`get_memory_footprint()`: every parameter and buffer as stored, without the quantization state."""
-    return int(model.get_memory_footprint())
+    return int(model.get_memory_footprint())  # type: ignore[no-untyped-call]
 
 
 def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
@@ -52,7 +52,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     4-bit weights are stored as uint8, two in a byte. A head that is tied to the embedding counts there.
     """
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     seen: set[int] = set()
     for path, module in model.named_modules():
         kind = _kind(path, module, head)
