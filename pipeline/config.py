@@ -40,7 +40,7 @@ class OnError(Enum):
 
 class Resume(Enum):
     auto = "auto"  # go on where the folder's rows stop
-    never = "never"  # start anew in a folder beside the old one
+    never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
 
 
 class Attention(Enum):
@@ -102,6 +102,7 @@ class Config:
     on_error: OnError = OnError.record
     resume: Resume = Resume.auto
     retry_errors: bool = False  # redo the rows that ended in an error
+    watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
     models_dir: str = "models"  # searched first, for a folder with the model's own name

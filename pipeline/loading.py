@@ -185,13 +185,17 @@ def _check_architecture(checkpoint: Checkpoint, model: ModelConfig, quant: Quant
 def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig) -> str:
     """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
     text = str(error)
-    allocation = isinstance(error, RuntimeError) and "can't allocate memory" in text
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or allocation:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text.lower():
         return f"{checkpoint.source}: not enough memory to load it. {SMALLER}"
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"{checkpoint.source}: its weights have another shape than its config.json says. "
+            "They do not belong together: copy or download the folder again"
+        )
     if "dispatched on the CPU or the disk" in text:
         return (
-            f"{checkpoint.source}: quantized weights cannot spill from GPU to CPU, or from CPU to disk, and they do "
-            f"not fit, or not within model.max_memory. {SMALLER}, or quant=none, which may spill"
+            f"{checkpoint.source}: quantized weights cannot spill from GPU to CPU, or from CPU to disk, and "
+            f"they exceed the free memory or model.max_memory. {SMALLER}, or quant=none, which may spill"
         )
     if quant.method is not QuantMethod.none and isinstance(error, NotImplementedError | ImportError):
         return (
@@ -210,4 +214,4 @@ def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig) -> st
 
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    return line if line.endswith(".") else line + "."
+    return line if line[-1] in ".!?" else line + "."

@@ -104,7 +104,7 @@ def each_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[[str], 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Any]) -> Path:
-    """A tiny Llama and a tokenizer with a chat template, as a folder. Shared: tests that write take tiny_dir."""
+    """A tiny Llama and a tokenizer with a chat template, as a folder. Shared: to write, take tiny_dir."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
