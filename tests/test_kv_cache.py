@@ -45,7 +45,9 @@ class Dense:
         """One query [H, D] after the row's last token, over what its window lets it see: [H, D]."""
         window = WINDOWS[layer]
         seen = slice(None) if window is None else slice(-window, None)
-        keys, values = (t[seen].repeat_interleave(HEADS // KV_HEADS, 1) for t in self.rows[id(sequence)][layer])
+        keys, values = (
+            t[seen].repeat_interleave(HEADS // KV_HEADS, 1) for t in self.rows[id(sequence)][layer]
+        )
         weights = torch.einsum("hd,nhd->hn", query, keys).mul(SIZE**-0.5).softmax(-1)
         return torch.einsum("hn,nhd->hd", weights, values)
 
@@ -139,7 +141,7 @@ def test_repeat_makes_as_many_rows_as_asked_in_order(dense):
     check(rectangle, dense)
 
 
-@pytest.mark.parametrize("window", sorted({w for w in WINDOWS if w}) + [None], ids=str)
+@pytest.mark.parametrize("window", [*sorted({w for w in WINDOWS if w}), None], ids=str)
 @pytest.mark.parametrize("retire_at", [None, 2, 6])
 def test_bias_kept_up_step_by_step_is_the_bias_made_anew(dense, window, retire_at):
     rectangle = dense.rectangle(3, 9, 1)
@@ -259,7 +261,13 @@ def test_prefill_attends_as_each_row_alone(dense, chunk, prefix_tokens):
             )
             out = batch.attend(layer, query, key, value, SIZE**-0.5)
             for token, (row, position) in enumerate(places):
-                upto = Dense({id(rows[row]): [(k[: position + 1], v[: position + 1]) for k, v in dense.rows[id(rows[row])]]})
+                upto = Dense(
+                    {
+                        id(rows[row]): [
+                            (k[: position + 1], v[: position + 1]) for k, v in dense.rows[id(rows[row])]
+                        ]
+                    }
+                )
                 torch.testing.assert_close(out[token], upto.attention(rows[row], layer, query[token]))
     assert seen == sum(lengths) - prefix_tokens * len(lengths)
     check(rectangle, dense)

@@ -73,8 +73,10 @@ def test_filters_are_those_of_transformers(vocabulary, spread, settings):
     torch.manual_seed(vocabulary)
     logits = torch.randn(1, vocabulary) * spread
     ours, theirs = by_us(logits, [settings]), by_transformers(logits, settings)
-    # Sums in another order can move the token at a filter's edge to its other side, at most.
-    assert ((ours > 0) ^ (theirs > 0)).sum() <= (1 if "top_p" in settings else 0)
+    # Sums in another order can move the token at top-p's edge to its other side, at most; what rounding
+    # leaves of a probability is no difference.
+    differ = (ours > 1e-6) & (theirs == 0) | (theirs > 1e-6) & (ours == 0)
+    assert differ.sum() <= (1 if "top_p" in settings else 0)
     torch.testing.assert_close(ours, theirs, atol=1e-4 if "top_p" in settings else 1e-6, rtol=1e-3)
 
 
@@ -129,7 +131,19 @@ def test_draws_follow_the_probabilities(params):
     assert (observed[expected == 0] == 0).all(), "what is filtered out is never drawn"
     kept = expected > 0
     statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum().item()
-    critical = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 6: 27.9, 7: 29.9, 8: 31.8, 9: 33.7, 10: 35.6, 11: 37.4}
+    critical = {
+        1: 15.1,
+        2: 18.4,
+        3: 21.1,
+        4: 23.5,
+        5: 25.7,
+        6: 27.9,
+        7: 29.9,
+        8: 31.8,
+        9: 33.7,
+        10: 35.6,
+        11: 37.4,
+    }
     assert statistic < critical[int(kept.sum()) - 1]
 
 
@@ -150,16 +164,16 @@ def test_uniform_is_uniform_and_depends_on_each_of_its_arguments():
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     assert ((counts - 1000) ** 2 / 1000).sum() < 50.8  # chi-square, 19 degrees, 1 in 10,000
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.03
-    near = [uniform(*key) for key in ((1, "a", 0, 0), (2, "a", 0, 0), (1, "b", 0, 0), (1, "a", 1, 0), (1, "a", 0, 1))]
+    near = [
+        uniform(*key)
+        for key in ((1, "a", 0, 0), (2, "a", 0, 0), (1, "b", 0, 0), (1, "a", 1, 0), (1, "a", 0, 1))
+    ]
     assert len(set(near)) == 5
 
 
 def test_uniform_never_changes_between_versions():
     """The text of a seed is a promise to users who repeat a job."""
-    assert uniform(0, "a", 0, 0) == pytest.approx(UNIFORM_0A00, abs=0)
-
-
-UNIFORM_0A00 = 0.0
+    assert uniform(0, "a", 0, 0) == 0.6736922539024837
 
 
 def test_greedy_is_the_most_probable_token_whatever_else_is_asked():
@@ -175,7 +189,9 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
     logits = torch.randn(2, 50) * 4
     row = sequence(prompt=(3, 3, 7), repetition_penalty=penalty)
     row.token_ids += [int(logits[0].argmax()), int(logits[0].argmin())]
-    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([row.all_token_ids]), logits[:1].clone())
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([row.all_token_ids]), logits[:1].clone()
+    )
     before = logits.clone()
     chosen = next_tokens(logits, [row, sequence()])
     assert chosen == [int(expected.argmax()), int(logits[1].argmax())]
@@ -186,10 +202,12 @@ def test_repetition_penalty_is_that_of_transformers(penalty):
 def test_logprobs_are_log_softmax_of_the_models_logits(dtype):
     torch.manual_seed(7)
     logits = (torch.randn(4, 200) * 3).to(dtype)
-    asked = [0, 5, None, 200]
+    asked = (0, 5, None)
     rows = [
         sequence(f"{i}", logprobs=count, temperature=t, top_k=k, repetition_penalty=p)
-        for i, (count, t, k, p) in enumerate(zip(asked[:3], (0.0, 0.7, 1.0), (0, 3, 0), (1.0, 1.0, 1.5), strict=True))
+        for i, (count, t, k, p) in enumerate(
+            zip(asked, (0.0, 0.7, 1.0), (0, 3, 0), (1.0, 1.0, 1.5), strict=True)
+        )
     ]
     rows.append(sequence("3", logprobs=100, repetition_penalty=1.5))
     chosen = next_tokens(logits, rows)
@@ -211,7 +229,7 @@ def test_more_logprobs_than_tokens_are_all_there_are():
     assert len(row.logprobs[0].top) == 7
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 100.0])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-60, 100.0])
 def test_an_extreme_temperature_still_draws_a_token(temperature):
     torch.manual_seed(8)
     logits = torch.randn(1, 300) * 20

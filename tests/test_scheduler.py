@@ -23,9 +23,7 @@ def request(
     return Request(id, ids, GenerationParams(max_new_tokens=new_tokens, **params))  # type: ignore[arg-type]
 
 
-def scheduler(
-    requests: list[Request], rows: int = 8, tokens: int = FAR, window: int = 64
-) -> Scheduler:
+def scheduler(requests: list[Request], rows: int = 8, tokens: int = FAR, window: int = 64) -> Scheduler:
     made = Scheduler(requests, rows, tokens, window)
     made.read_ahead()
     return made
