@@ -269,38 +269,34 @@ def test_a_shard_or_limit_that_makes_no_sense_is_a_bad_configuration(cli, wrong)
 
 
 def test_a_sweep_runs_each_cell_on_its_own_and_shows_them_all(tmp_path, tiny_folder):
-    """One cell asks for a device that is not there; the other must not suffer."""
-    shared = [
-        f"model.name={tiny_folder}",
-        "generation.max_new_tokens=4",
-        "limit=2",
-        f"outputs_dir={tmp_path}",
-    ]
-    cells = "model.device_map='cuda:7',cpu"
+    """One cell's model is not there; the other must not suffer."""
+    shared = ["generation.max_new_tokens=4", "prompts=jokes.jsonl", "limit=2", f"outputs_dir={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "-m", cells, "generation.seed=1,2", *shared],
+        [sys.executable, "-m", "pipeline", "-m", f"model.name={tmp_path / 'nowhere'},{tiny_folder}", *shared],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=environment(),
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 3, said
     assert "Traceback" not in said
-    table = said[said.index("All cells") :]
-    assert table.count("failed") == 2
-    assert table.count("done") == 2
-    assert table.count("2/2") >= 2
-    for seed in (1, 2):
-        folder = job_folder([*shared, f"generation.seed={seed}"])
-        assert len((folder / "outputs.jsonl").read_text().splitlines()) == 2
-        assert json.loads((folder / "manifest.json").read_text())["command"][-4:] != []
+    failed, worked = [line for line in said[said.index("All cells") :].splitlines() if "none-greedy" in line]
+    assert failed.startswith("│ nowhere")
+    assert "failed" in failed
+    assert worked.startswith("│ tiny")
+    assert "done" in worked
+    assert "2/2" in worked
+    folder = job_folder([f"model.name={tiny_folder}", *shared])
+    assert len((folder / "outputs.jsonl").read_text().splitlines()) == 2
+    own = json.loads((folder / "manifest.json").read_text())["command"]
+    assert f"model.name={tiny_folder}" in own, "a cell is a job of its own"
 
 
-@pytest.mark.parametrize(
-    ("quant", "footprint_bytes"), [("nf4", 109_777_792), ("none", 269_030_272), ("bf16", 269_030_272), ("fp32", 538_060_288)]
-)  # fmt: skip
-def test_the_real_model_takes_the_bytes_that_it_must(cli, smollm2_dir, quant, footprint_bytes):
-    done = cli(
-        f"model.name={smollm2_dir}", f"quant={quant}", "prompts=jokes.jsonl", "limit=1", "generation.max_new_tokens=2"
-    )  # fmt: skip
+FOOTPRINTS = {"nf4": 109_777_792, "none": 269_030_272, "bf16": 269_030_272, "fp32": 538_060_288}
+
+
+@pytest.mark.parametrize("quant", FOOTPRINTS)
+def test_the_real_model_takes_the_bytes_that_it_must(cli, smollm2_dir, quant):
+    short = ["prompts=jokes.jsonl", "limit=1", "generation.max_new_tokens=2"]
+    done = cli(f"model.name={smollm2_dir}", f"quant={quant}", *short)
     assert done.status == 0
     stats = json.loads((done.folder / "stats.json").read_text())
-    assert stats["memory"]["footprint_bytes"] == footprint_bytes
+    assert stats["memory"]["footprint_bytes"] == FOOTPRINTS[quant]

@@ -159,7 +159,7 @@ def test_a_sweep_is_every_combination_in_order():
 
 def test_a_sweep_over_a_range_says_to_list_the_values():
     with pytest.raises(ConfigError, match="list the values"):
-        sweep_cells(["generation.seed=range(1,4)"])
+        sweep_cells(["generation.temperature=interval(0,1)"])
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,9 @@ def test_an_answer_takes_less_than_two_seconds_and_has_no_traceback(arguments, s
     said = done.stdout + done.stderr
     assert done.returncode == status, said
     for name in names:
-        assert said.count(name) == 1
+        assert name in said
+    if status:
+        assert said.count(names[-1]) == 1, "an error is said once"
     assert "Traceback" not in said
     assert cpu_sec < 2
     assert not list(tmp_path.iterdir()), "nothing was written"
