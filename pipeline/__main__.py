@@ -45,7 +45,8 @@ def _run(arguments: list[str]) -> int:
         return run_sweep(overrides)
     except PipelineError as error:
         say(f"Error: {error}", style="red")
-        log.error("%s", error)
+        if log.hasHandlers():  # the job's own log; without it, this would only be said twice
+            log.error("%s", error)
         return error.exit_status
     except OSError as error:  # Hydra's own files in the job's folder
         say(f"Error: {error.filename}: {error.strerror}. Make room or mend it, and run again.", style="red")
