@@ -78,6 +78,12 @@ class GenerationConfig(GenerationParams):
 
 @dataclass
 class EngineConfig:
+    """How the batch is run; it never decides the text.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the key.
+    """
+
     max_rows: int | None = None  # rows in flight; null is as many as memory holds
     max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
     memory_fraction: float = 0.85  # how much of the free memory may be used
@@ -86,6 +92,17 @@ class EngineConfig:
     attention: Attention = Attention.auto
     pack_weights: bool = True  # CPU, bf16: reorder the weights once and not at each call
     compile: bool = False  # torch.compile; pays for itself only on long jobs
+
+    def __post_init__(self) -> None:
+        tokens = self.max_tokens_in_flight
+        for name, ok, rule in (
+            ("max_rows", self.max_rows is None or self.max_rows >= 1, "null, or at least 1"),
+            ("max_tokens_in_flight", tokens is None or tokens >= 1, "null, or at least 1"),
+            ("memory_fraction", 0 < self.memory_fraction <= 1, "above 0 and at most 1"),
+            ("prefill_tokens", self.prefill_tokens >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
 
 
 @dataclass
