@@ -116,9 +116,9 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
 def explain(error: Exception) -> str:
     """Say what an error of Hydra's means, with the nearest valid word where one is near."""
     text, cause = str(error), str(error.__cause__ or "")
-    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
+    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
         group, name = missing.groups()
-        return f"{group}={name}: no such {group}.{_nearest(name, options(group))}"
+        return f"{group}={name}: no such {group}.{_nearest(name, options(group) or _listed(text))}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return (
             f"{unknown[1]}: no such key.{_nearest(unknown[1], [*GROUPS, *_keys(Config), 'hydra/launcher'])}"
@@ -138,6 +138,12 @@ def options(group: str) -> list[str]:
     """The names that GROUP= accepts."""
     folders = [root() / "conf" / group] if group != "jobs" else [root() / "jobs", Path("jobs")]
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def _listed(text: str) -> list[str]:
+    """The options that Hydra's own message lists, for a group that is not ours."""
+    _, _, after = text.partition("Available options in ")
+    return re.findall(r"^\t(\S+)$", after, re.MULTILINE)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -78,7 +78,10 @@ def _sample(logits: Tensor, sequences: Ordered[Sequence]) -> Tensor:
         tokens: [B] int64.
     """
     params = [s.request.params for s in sequences]
-    logits = logits / _column([p.temperature for p in params], logits)
+    # Falling from 0, so that a temperature near 0 gives -inf below the best token, and not inf / inf.
+    coldest = torch.finfo(torch.float32).tiny
+    temperatures = _column([max(p.temperature, coldest) for p in params], logits)
+    logits = (logits - logits.amax(-1, True)) / temperatures
     draws = _column([uniform(p.seed, s.request.id, s.sample, len(s.token_ids)) for p, s in
                      zip(params, sequences, strict=True)], logits)  # fmt: skip
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
