@@ -64,16 +64,16 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         facts = {"model_digest": digest, "attention": probe}
         results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
         work = _Work(config, prompts, results, ledger, loaded, interrupt)
-        with interrupt.held():
-            with PeakSampler() as run:
-                started = time.perf_counter()
-                engine = work.run(forward)
-                results.sync()
-                run_sec = time.perf_counter() - started
-            stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
-            counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
-            stats["rows"] = {"total": ledger.total, **counts}
-            results.write_json(STATS, stats)
+        interrupt.hold()
+        with PeakSampler() as run:
+            started = time.perf_counter()
+            engine = work.run(forward)
+            results.sync()
+            run_sec = time.perf_counter() - started
+        stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
+        counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
+        stats["rows"] = {"total": ledger.total, **counts}
+        results.write_json(STATS, stats)
         show_stats(stats, results.path)
     finally:
         release(loaded)

@@ -1,9 +1,8 @@
 """Signals that ask a job to stop: it finishes its step, writes what is done, and ends."""
 
-import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """`with Interrupt() as interrupt: …`: a signal raises Stopped, but is only noted inside `held()`.
+    """`with Interrupt() as interrupt: …`: a signal raises Stopped, but after `hold()` it is only noted.
 
     A second SIGINT ends the process at once.
     """
@@ -35,18 +34,13 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def held(self, forward: Callable[[int], None] | None = None) -> Iterator[None]:
-        """Work that must not be cut: it looks at `signal` by itself, between two steps.
+    def hold(self, forward: Callable[[int], None] | None = None) -> None:
+        """From here on a signal is only noted: there is work to finish, which looks at `signal` by itself.
 
         Args:
             forward: told of every signal, for a child process that has to stop first.
         """
         self._held, self._forward = True, forward
-        try:
-            yield
-        finally:
-            self._held, self._forward = False, None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT == self.signal

@@ -41,6 +41,7 @@ def run_sweep(overrides: list[str]) -> int:
             )
     statuses: list[int] = []
     with Interrupt() as interrupt:
+        interrupt.hold()
         for number, cell in enumerate(cells, 1):
             display.say(f"\n[{number}/{len(cells)}] {' '.join(cell)}", style="bold")
             statuses.append(_run_cell(cell, interrupt))
@@ -58,7 +59,8 @@ def _run_cell(cell: list[str], interrupt: Interrupt) -> int:
     Its own process group too: a terminal's ^C reaches this process alone, which hands it on once.
     """
     command = [sys.executable, "-X", "faulthandler", "-m", "pipeline", *cell]
-    with subprocess.Popen(command, process_group=0) as process, interrupt.held(process.send_signal):
+    with subprocess.Popen(command, process_group=0) as process:
+        interrupt.hold(process.send_signal)
         return process.wait()
 
 

@@ -17,6 +17,7 @@ SERVER = """
 import os, sys
 import pipeline.generate
 from pipeline.__main__ import main
+print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -38,6 +39,8 @@ class JobServer:
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(),
         )  # fmt: skip
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "ready\n"
 
     def start(self, arguments: list[str]) -> int:
         """The process id of a new job."""

@@ -92,7 +92,7 @@ def test_the_lock_dies_with_its_holder(tmp_path):
         json.dumps(row(1, key="zz")).encode() + b"\n",
         json.dumps(row(1, sample="0")).encode() + b"\n",
         json.dumps(row(1, sample=-1)).encode() + b"\n",
-        json.dumps(row(1, index=None)).encode() + b"\n",
+        json.dumps({**row(1), "index": None}).encode() + b"\n",
         b"[" * 100_000 + b"\n",
     ],
     ids=lambda line: repr(line[:20]),

@@ -83,20 +83,21 @@ def test_a_signal_at_any_moment_of_a_start_asks_to_be_resumed(job):
             assert process.returncode == RESUME_ME
 
 
-def test_outside_of_steps_a_signal_stops_at_once_and_inside_it_is_noted():
+def test_a_signal_stops_at_once_until_there_is_work_to_finish():
     with Interrupt() as interrupt:
-        with interrupt.held():
-            signal.raise_signal(signal.SIGTERM)
-            assert interrupt.signal == signal.SIGTERM
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGUSR1)
+        interrupt.hold()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
     code = (
         "import os, signal, time\n"
         "from pipeline.interrupt import Interrupt\n"
-        "with Interrupt() as i, i.held():\n"
+        "with Interrupt() as i:\n"
+        "    i.hold()\n"
         "    os.kill(os.getpid(), signal.SIGINT); print('noted', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
     )
