@@ -14,9 +14,9 @@ FLOORS = {
           engine.scheduler""",
     2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
           engine.probe""",
-    3: "engine.engine loading memory_stats gguf rows manifest",
+    3: "engine.engine loading memory_stats gguf rows manifest inside health model_health",
     4: "runner progress job_stats report",
-    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf""",
+    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf notebook""",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
