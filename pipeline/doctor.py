@@ -21,17 +21,14 @@ COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
 
 def diagnose(config: Config) -> list[Any]:
     """Every check, in the order of the screen: a list of `health.Check`."""
-    import torch
-
     from pipeline import health, model_health
     from pipeline.loading import quiet_transformers
 
     quiet_transformers()
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [
         *health.check_versions(),
         *health.check_devices(),
-        *(check for device in [torch.device("cpu"), *gpus] for check in health.check_bitsandbytes(device)),
+        *(check for device in health.devices() for check in health.check_bitsandbytes(device)),
         *model_health.check_login(),
         *model_health.check_access(config.model, config.models_dir),
         *model_health.check_tokenizer(config),

@@ -91,6 +91,11 @@ def check_devices() -> list[Check]:
     return made
 
 
+def devices() -> list[torch.device]:
+    """The CPU and every GPU."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
 def check_bitsandbytes(device: torch.device) -> list[Check]:
     """Quantize a matrix on this device, multiply, and compare with the plain product."""
     made: list[Check] = []

@@ -16,6 +16,7 @@ from pipeline.inside.step import Attention, StepView
 
 _SHADES = " ░▒▓█"
 _LABEL = 10
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def draw_architecture(view: ArchitectureView, console: Console) -> None:
@@ -62,7 +63,7 @@ def draw_step(view: StepView, console: Console) -> None:
     console.print(
         Text(
             f"p is softmax(logits), entropy {view.entropy_bits:.2f} bits; "
-            f"p sampled is after temperature, top_k, top_p and min_p, which keep {view.kept:,} tokens."
+            f"p sampled is after temperature, top_k, top_p and min_p, which keep {view.kept:,} of {view.shape["vocabulary"]:,}."
         )
     )
     if view.attention is None:
@@ -116,16 +117,26 @@ def _grow(tree: Tree, node: Node) -> None:
 
 
 def _label(node: Node) -> Text:
-    line = Text(f"{shown(node.name)} " if node.name else "", style="bold")
-    line.append(f"{node.count} × " if node.count > 1 else "", "bold magenta")
+    line = Text(f"{node.count} × " if node.count > 1 else "", style="bold magenta")
+    line.append(f"{shown(node.name)} " if node.name and node.count == 1 else "", "bold")
     line.append(node.kind, "not bold cyan")
     line.append(f"({node.shape})" if node.shape else "", "not bold")
+    line.append(f" {node.name}" if node.count > 1 else "", "not bold")
     if node.parameters or node.bytes:
-        line.append(f"  {node.parameters:,}  {node.dtype}  ", "not bold dim")
+        dtypes = " + ".join(_SHORT.get(dtype, dtype) for dtype in node.dtype.split(" + "))
+        line.append(f"  {_millions(node.parameters)}  {dtypes}  ", "not bold dim")
         line.append(_mb(node.bytes), "not bold green")
     if node.note:
         line.append(f"  is {node.note}", "not bold dim")
     return line
+
+
+def _millions(count: int) -> str:
+    """58.7M weights; the exact number is in the JSON."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.1f}{letter}"
+    return str(count)
 
 
 def _has_folds(node: Node) -> bool:
