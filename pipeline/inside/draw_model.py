@@ -63,7 +63,8 @@ def draw_step(view: StepView, console: Console) -> None:
     console.print(
         Text(
             f"p is softmax(logits), entropy {view.entropy_bits:.2f} bits; "
-            f"p sampled is after temperature, top_k, top_p and min_p, which keep {view.kept:,} of {view.shape['vocabulary']:,}."
+            f"p sampled is after temperature, top_k, top_p and min_p, "
+            f"which keep {view.kept:,} of {view.shape['vocabulary']:,}."
         )
     )
     if view.attention is None:
