@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,35 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     return config
+
+
+def take_own(arguments: list[str], examples: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Take a command's own KEY=VALUE arguments out; the rest is the job's.
+
+    Args:
+        examples: the command's own keys, each with a value to show in an error.
+
+    Returns:
+        the values of each key that was given, in order; the overrides for `read_config`.
+
+    Raises:
+        ConfigError: one has no value, or is a misspelt one of them.
+    """
+    own: dict[str, list[str]] = {}
+    overrides: list[str] = []
+    known = [*GROUPS, *_keys(Config)]
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in examples:
+            if not value:
+                raise ConfigError(f"{argument}: needs a value, as {key}={examples[key]}.")
+            own.setdefault(key, []).append(value)
+            continue
+        near = difflib.get_close_matches(key, [*examples, *known], n=1, cutoff=0.6)
+        if near and near[0] in examples and key not in known:
+            raise ConfigError(f"{key}: no such key. Did you mean {near[0]}={examples[near[0]]}?")
+        overrides.append(argument)
+    return own, overrides
 
 
 def sweep_cells(overrides: list[str]) -> list[list[str]]:

@@ -13,10 +13,10 @@ FLOORS = {
     1: """config prompts prompt_row results fingerprint display ledger watchdog architecture memory_plan
           engine.scheduler""",
     2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
-          engine.probe survey""",
-    3: "engine.engine loading memory_stats gguf rows manifest",
+          engine.probe engine.packing survey""",
+    3: "engine.engine loading memory_stats gguf rows manifest inside health model_health",
     4: "generate progress job_stats report",
-    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf runner""",
+    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf notebook runner""",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
