@@ -19,7 +19,7 @@ from pipeline.config import Config, register, root
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import job_fingerprint
 
-GROUPS = ("model", "quant", "generation", "engine", "jobs")
+GROUPS = ("model", "quant", "generation", "engine", "submit", "jobs")
 
 
 def prepare() -> str:

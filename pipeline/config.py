@@ -4,6 +4,7 @@ conf/ states choices on top of them. Hydra checks keys and types against these c
 misspelt key is an error that names it.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -106,11 +107,52 @@ class EngineConfig:
 
 
 @dataclass
+class SubmitConfig:
+    """How `python -m pipeline.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+
+    dry_run: bool = False  # print the table and the batch script, and submit nothing
+    partition: str | None = None  # null is the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    time_min: int = 240  # of one run; a cell that needs longer comes back by itself
+    memory: str | None = None  # of the host, as 32G; null is the partition's default
+    cpus: int = 4
+    gpus: int = 1
+    gpu_type: str | None = None  # as a100, where the cluster names them
+    gpu_memory: str | None = None  # of one GPU, as 80G: only to warn of what cannot fit
+    width: int | None = None  # cells at once; null is as many as Slurm gives
+    signal_sec: int = 120  # warning before the time limit: long enough to finish a step and write
+    options: list[str] = field(default_factory=list)  # more of sbatch's, as ["--constraint=ib"]
+    setup: list[str] = field(default_factory=list)  # shell lines before the job, as ["module load cuda"]
+    python: str | None = None  # null is the one that submits
+    environment: dict[str, str] = field(default_factory=dict)
+    offline: bool = True  # get models here and now, so that no compute node needs the hub
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("time_min", self.time_min >= 1, "at least 1 minute"),
+            ("cpus", self.cpus >= 1, "at least 1"),
+            ("gpus", self.gpus >= 0, "0 or more"),
+            ("width", self.width is None or self.width >= 1, "null, or at least 1"),
+            ("signal_sec", 0 <= self.signal_sec < 60 * self.time_min, "less than the time limit's seconds"),
+            ("memory", _is_size(self.memory), "null, or a size as 32G"),
+            ("gpu_memory", _is_size(self.gpu_memory), "null, or a size as 80G"),
+        ):
+            if not ok:
+                raise ValueError(f"submit.{name}={getattr(self, name)!r}: must be {rule}")
+
+
+def _is_size(text: str | None) -> bool:
+    return text is None or re.fullmatch(r"[1-9][0-9]*[KMGT]?", text) is not None
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
     prompts: str = MISSING  # a path, a name in jobs/, or - for standard input; .jsonl or .jsonl.gz
     prompt_field: str = "prompt"  # the field of a row that holds its prompt
     system: str | None = None  # a system prompt for every row that has none
@@ -141,3 +183,4 @@ def register() -> None:
     store.store(group="quant", name="schema", node=QuantConfig)
     store.store(group="generation", name="schema", node=GenerationConfig)
     store.store(group="engine", name="schema", node=EngineConfig)
+    store.store(group="submit", name="schema", node=SubmitConfig)
