@@ -28,6 +28,7 @@ from pipeline.prompts import find_prompts, read_prompts
 from pipeline.request import BadRow, Completion, GenerationParams, PromptRow, Request
 from pipeline.results import MANIFEST, ROWS, STATS, JobFolder
 from pipeline.rows import completion_row, error_row, key_of, part_thinking
+from pipeline.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ class Job:
     def _load_and_generate(self, results: JobFolder, interrupt: Interrupt) -> None:
         config = self.config
         display.say(f"Loading {config.model.name}")
+        self._timeline = Timeline()
         with PeakSampler() as load:
             loaded = load_model(config.model, config.quant, config.models_dir)
         try:
@@ -163,6 +165,7 @@ class Job:
                 "errors": self.standing.errors,
                 "done_before": len(self.standing.written_before),
             }
+            stats["timeline"] = self._timeline.points
             results.write_json(STATS, stats)
             show_stats(stats, self.folder)
         finally:
@@ -241,9 +244,9 @@ class Job:
 
     def _show(self, progress: JobProgress, engine: Engine, tokenizer: Any) -> None:
         live = engine.live
-        progress.update(
-            self.standing.done, sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
-        )
+        tokens = sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
+        self._timeline.sample(tokens)
+        progress.update(self.standing.done, tokens)
         if self.config.stream and live:
             first = min(live, key=lambda s: (self._pending[s.request.id].row.index, s.sample))
             progress.stream(first.request.id, decode(tokenizer, first.token_ids))
