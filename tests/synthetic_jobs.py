@@ -9,7 +9,25 @@ import yaml
 QUANTS = ("fp32", "bf16", "int8", "nf4", "fp4", "fp16", "none", "nf4_single", "fp4_double")
 METHODS = {"int8": "int8", "nf4": "nf4", "fp4": "fp4", "nf4_single": "nf4", "fp4_double": "fp4"}
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-WORDS = "the model reads a prompt and writes what comes next one token after another until it stops".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "prompt",
+    "and",
+    "writes",
+    "what",
+    "comes",
+    "next",
+    "one",
+    "token",
+    "after",
+    "another",
+    "until",
+    "it",
+    "stops",
+]
 HOSTILE = {
     "script": "<script>window.hacked = 1</script>",
     "handler": '<img src=x onerror="window.hacked = 2"> "onmouseover="window.hacked=3',
@@ -65,14 +83,20 @@ def write_job(folder: Path, quant: str, rows, *, prompt_set="invented", model="t
     (job / "stats.json").write_text(json.dumps({**job_stats(quant, count), **stats}))
     manifest = {"when": "2026-01-01T00:00:00+00:00", "command": ["python", "-m", "pipeline", *overrides]}
     device = {"gpus": [], "cpu": "x86_64", "threads": 2}
-    (job / "manifest.json").write_text(json.dumps({**manifest, "versions": {"torch": "2.13.0"}, "device": device}))
+    (job / "manifest.json").write_text(
+        json.dumps({**manifest, "versions": {"torch": "2.13.0"}, "device": device})
+    )
     return job
 
 
 def job_stats(quant: str, rows: int) -> dict:
     scale = {"fp32": 4, "int8": 1}.get(quant, 0.6 if "4" in quant else 2)
     size, speed = int(scale * 135e6), 30 + 8 * QUANTS.index(quant)
-    parts = {"embedding": {"float32": size // 4}, "mlp": {"float32": size // 2}, "attention": {"float32": size // 4}}
+    parts = {
+        "embedding": {"float32": size // 4},
+        "mlp": {"float32": size // 2},
+        "attention": {"float32": size // 4},
+    }
     peak = {"host_bytes": size + int(6e8), "host_exact": True, "devices": []}
     return {
         "load_sec": 1.0 + scale / 3,
@@ -122,7 +146,9 @@ def write_jobs(folder: Path, jobs: int, rows: int) -> Path:
     return folder
 
 
-def write_failed(folder: Path, quant: str = "int8", model: str = "broken", prompt_set: str = "invented") -> Path:
+def write_failed(
+    folder: Path, quant: str = "int8", model: str = "broken", prompt_set: str = "invented"
+) -> Path:
     """A job whose model could not be loaded: a log and a config, and nothing else."""
     job = write_job(folder, quant, [], model=model, prompt_set=prompt_set)
     for name in ("outputs.jsonl", "stats.json", "manifest.json"):

@@ -44,7 +44,7 @@ def summarize(jobs: Sequence[Job], prompts: Sequence[Prompt], baseline: Path | N
 
 
 def _state(job: Job, own: Sequence[Prompt], number: int) -> Record:
-    """done, some rows failed, stopped or failed; and why."""
+    """done, stopped or failed, and why. A job whose rows are all written is done, errors among them or not."""
     rows = job.stats.get("rows") or {}
     errors = sum(bool(answer.error) for p in own if (answer := p.answers[number]))
     total = max(rows.get("total") or 0, len(own))
@@ -55,7 +55,7 @@ def _state(job: Job, own: Sequence[Prompt], number: int) -> Record:
     if not job.stats or len(own) < total:
         reason = job.problem or f"{len(own)} of {total} rows are done. The same command goes on from here."
         return {**found, "state": "stopped", "reason": reason}
-    return {**found, "state": "some rows failed" if errors else "done"}
+    return {**found, "state": "done"}
 
 
 def _speed(job: Job, own: Sequence[Prompt], number: int) -> Record:
@@ -170,7 +170,7 @@ def cells(record: Record) -> dict[str, float | None]:
 
 def best_values(records: Sequence[Record]) -> dict[str, float]:
     """Each column's best value among the jobs that finished, where they differ. A baseline is not compared."""
-    table = [cells(record) for record in records if record["state"] in ("done", "some rows failed")]
+    table = [cells(record) for record in records if record["state"] == "done"]
     best: dict[str, float] = {}
     for column, more in BEST.items():
         values = [v for row in table if (v := row[column]) is not None]

@@ -57,7 +57,7 @@ COLUMNS = (
     Column("label", "Job", "What tells this job from the others", text=True),
     Column("model", "Model", "model=", text=True),
     Column("quant", "Quantization", "quant=", text=True),
-    Column("state", "State", "done, some rows failed, stopped or failed", text=True),
+    Column("state", "State", "done, stopped or failed", text=True),
     Column("rows", "Rows", "Rows written, of how many", _count),
     Column("errors", "Errors", "Rows that failed", _count),
     Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
@@ -78,12 +78,12 @@ PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "pred
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """The columns that say something about these jobs: model and quantization where the label does not."""
+    """The columns that say something about these jobs; model and quantization where no label says them."""
     table = [{**cells(record), **record} for record in records]
 
     def wanted(column: Column) -> bool:
         if column.name in ("model", "quant"):
-            return any(record[column.name] != record["label"] for record in records)
+            return any(record[column.name] not in record["label"].split(" · ") for record in records)
         return column.name in ALWAYS or any(line.get(column.name) is not None for line in table)
 
     return [column for column in COLUMNS if wanted(column)]
