@@ -164,6 +164,7 @@ class Config:
     watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
+    report: bool = False  # at the end of a sweep, write the report of its jobs
     models_dir: str = "models"  # searched first, for a folder with the model's own name
     outputs_dir: str = "outputs"
     prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name

@@ -14,6 +14,7 @@ from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import Forward
+from pipeline.engine.packing import pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
@@ -28,6 +29,7 @@ from pipeline.request import BadRow, Completion, PromptRow, Request
 from pipeline.results import MANIFEST, STATS, JobFolder, read_json
 from pipeline.rows import completion_row, error_row, part_thinking
 from pipeline.survey import rows_of
+from pipeline.timeline import Timeline
 from pipeline.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
     """
     done_before = ledger.done
     display.say(f"Loading {config.model.name}")
+    timeline = Timeline()
     with PeakSampler() as load:
         loaded = load_model(config.model, config.quant, config.models_dir)
     try:
@@ -60,10 +63,12 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         if done_before:
             _check_same_model(results, digest)
         weights = measure_weights(loaded.model)
+        if config.engine.pack_weights:
+            log.info("%d linear layers packed", pack_weights(loaded.model))
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
         facts = {"model_digest": digest, "attention": probe}
         results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
-        work = _Work(config, prompts, results, ledger, loaded, interrupt)
+        work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
         interrupt.hold()
         with PeakSampler() as run:
             started = time.perf_counter()
@@ -73,6 +78,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
         stats["rows"] = {"total": ledger.total, **counts}
+        stats["timeline"] = timeline.points
         results.write_json(STATS, stats)
         show_stats(stats, results.path)
     finally:
@@ -101,6 +107,7 @@ class _Work:
         ledger: Ledger,
         loaded: Loaded,
         interrupt: Interrupt,
+        timeline: Timeline,
     ) -> None:
         assert loaded.model is not None
         self._config = config
@@ -108,6 +115,7 @@ class _Work:
         self._results = results
         self._ledger = ledger
         self._interrupt = interrupt
+        self._timeline = timeline
         self._watchdog = Watchdog(config.watchdog_sec, results.sync)
         self._tokenizer = loaded.tokenizer
         self._decode = partial(decode, loaded.tokenizer)
@@ -194,6 +202,7 @@ class _Work:
     def _show(self, progress: JobProgress, engine: Engine) -> None:
         live: list[Any] = engine.live
         tokens = sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
+        self._timeline.sample(tokens)
         progress.update(self._ledger.done, tokens)
         if self._config.stream and live:
             first = min(live, key=lambda s: (self._pending[s.request.id].row.index, s.sample))

@@ -1,12 +1,14 @@
 """A sweep on this machine: every cell is a job in a process of its own, one after the other."""
 
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from pipeline import display
-from pipeline.compose import compose_config, job_folder, sweep_cells, to_config
+from pipeline.compose import compose_config, job_folder, read_config, sweep_cells, to_config
 from pipeline.errors import ConfigError
 from pipeline.interrupt import Interrupt
 from pipeline.results import STATS, read_json
@@ -50,6 +52,7 @@ def run_sweep(overrides: list[str]) -> int:
     rows = [_line(cell, status) for cell, status in zip(cells, statuses, strict=False)]
     columns = ("job", "state", "rows", "errors", "tokens/s", "load", "weights", "peak")
     display.table("\nAll cells", columns, rows)
+    _report([job_folder(cell) for cell in cells[: len(statuses)]], write=read_config(cells[0]).report)
     return next((status for status in statuses if status), 0)
 
 
@@ -62,6 +65,16 @@ def _run_cell(cell: list[str], interrupt: Interrupt) -> int:
     with subprocess.Popen(command, process_group=0) as process:
         interrupt.hold(process.send_signal)
         return process.wait()
+
+
+def _report(folders: list[Path], write: bool) -> None:
+    """Name the command that reports on these jobs, or run it with report=true."""
+    parents = list(dict.fromkeys(str(folder.parent) for folder in folders))
+    command = ["python", "-m", "pipeline.report", *parents]
+    if write:
+        subprocess.run([sys.executable, *command[1:]], check=False)
+    else:
+        display.say(f"See them side by side: {shlex.join(command)}")
 
 
 def _line(cell: list[str], status: int) -> tuple[Any, ...]:

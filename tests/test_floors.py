@@ -15,7 +15,7 @@ FLOORS = {
     2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
           engine.probe engine.packing survey""",
     3: "engine.engine loading memory_stats gguf rows manifest inside health model_health",
-    4: "generate progress job_stats report",
+    4: "generate progress job_stats report timeline scoring",
     5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf notebook runner""",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
