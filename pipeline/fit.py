@@ -247,7 +247,7 @@ def _reasons(arch: Architecture, quant: Quant) -> Iterator[Reason]:
         quantized = part.dtype == quant.method
         label = "linear layers" if quantized else labels.get(part.part, "biases and buffers")
         entry = sums.setdefault((label, part.dtype), [0, 0])
-        entry[0] += part.parameters if part.part != "buffer" else 0
+        entry[0] += part.parameters if part.part != "buffers" else 0
         entry[1] += part.bytes
     for (label, dtype), (count, size) in sums.items():
         yield Reason(label, count, dtype, size)

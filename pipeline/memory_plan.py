@@ -34,7 +34,7 @@ class Weight:
     """One tensor of the loaded model."""
 
     name: str
-    part: str  # embedding, attention, mlp, norm, head or buffer
+    part: str  # embedding, attention, mlp, norm, head or buffers
     shape: tuple[int, ...]
     quantizable: bool = False  # a linear layer that is not the output head
 
@@ -67,9 +67,9 @@ def weights(arch: Architecture) -> tuple[Weight, ...]:
     if not arch.tie_word_embeddings:
         found.append(Weight("lm_head", "head", (arch.vocab_size, hidden)))
     for i in range(arch.rotary_sets):  # the frequencies in use, and the original ones
-        found += [Weight(f"rotary_emb.{i}.{name}", "buffer", (arch.rotary_dim // 2,)) for name in _ROTARY]
+        found += [Weight(f"rotary_emb.{i}.{name}", "buffers", (arch.rotary_dim // 2,)) for name in _ROTARY]
     if arch.embed_scale:
-        found.append(Weight("embed_tokens.embed_scale", "buffer", ()))
+        found.append(Weight("embed_tokens.embed_scale", "buffers", ()))
     return tuple(found)
 
 
@@ -105,7 +105,7 @@ def _linear(name: str, part: str, outputs: int, inputs: int, bias: bool) -> list
 
 def parameters(arch: Architecture) -> int:
     """How many weights the model has; buffers are not weights."""
-    return sum(w.count for w in weights(arch) if w.part != "buffer")
+    return sum(w.count for w in weights(arch) if w.part != "buffers")
 
 
 def plain_dtype(arch: Architecture, quant: Quant) -> str:
@@ -115,7 +115,7 @@ def plain_dtype(arch: Architecture, quant: Quant) -> str:
 
 def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
     """The dtype and the bytes of one tensor. Rotary frequencies stay float32; 4-bit packs two in a byte."""
-    if weight.part == "buffer" and weight.shape:
+    if weight.part == "buffers" and weight.shape:
         return "float32", 4 * weight.count
     if weight.quantizable and quant.method == "int8":
         return "int8", weight.count
