@@ -1,8 +1,8 @@
 """Batch jobs for Hugging Face language models. In a notebook:
 
     from pipeline import Engine, load_model, read_prompts
-    model = load_model("smollm2", quant="nf4")
-    requests = read_prompts(["Tell a joke.", "Why is the sky blue?"], model, max_new_tokens=32)
+    model = load_model("smollm2")
+    requests = read_prompts(["Tell a joke.", "Why is the sky blue?"], model, max_new_tokens=16)
     for completion in Engine(*model.engine_parts).generate(requests):
         print(completion.request_id, model.decode(completion.token_ids))
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import Any
 
 import psutil
 import torch
@@ -184,11 +185,9 @@ def _no_gpu() -> Check:
 @torch.inference_mode()
 def _nf4_error(device: torch.device) -> float:
     """Relative error of the 4-bit product; or of the quantization itself if that is beyond bounds."""
-    import bitsandbytes.functional as bnb
-    from bitsandbytes.nn import Linear4bit
-
     weight, x = _weight(), _input().to(device, torch.bfloat16)
-    layer = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    nn, bnb = _bitsandbytes()
+    layer = nn.Linear4bit(512, 256, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer.to(device)
     packed, scales = bnb.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
@@ -199,13 +198,17 @@ def _nf4_error(device: torch.device) -> float:
 
 @torch.inference_mode()
 def _int8_error(device: torch.device) -> float:
-    from bitsandbytes.nn import Linear8bitLt
-
     weight, x = _weight(), _input().to(device, torch.float16)
-    layer = Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
+    nn, _ = _bitsandbytes()
+    layer = nn.Linear8bitLt(512, 256, bias=False, has_fp16_weights=False)
     layer.load_state_dict({"weight": weight})
     layer.to(device)
     return _relative(layer(x), x.float() @ weight.to(device).T)
+
+
+def _bitsandbytes() -> tuple[Any, Any]:
+    """Its layers and its functions, imported only here, so that a broken installation is a finding."""
+    return import_module("bitsandbytes.nn"), import_module("bitsandbytes.functional")
 
 
 def _weight() -> torch.Tensor:

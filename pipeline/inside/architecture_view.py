@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.architecture import Architecture, architecture
 from pipeline.checkpoint import find_model, locate
@@ -109,7 +109,7 @@ def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = 
     dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
     try:
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(
+            network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Screens of the views on the model: the module tree, and one step with its attention."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
@@ -106,7 +106,7 @@ def write_png(attention: Attention, texts: Sequence[str], path: str) -> None:
         raise ConfigError(f"png={path}: cannot be written ({error.strerror or error}).") from error
 
 
-def _in_font(text: str, glyphs: dict[int, int]) -> str:
+def _in_font(text: str, glyphs: Container[int]) -> str:
     """Characters that the font lacks, as Korean in matplotlib's own, by their code."""
     made = "".join(c if ord(c) in glyphs else f"\\u{ord(c):04x}" for c in text)
     return made.replace("$", "\\$")

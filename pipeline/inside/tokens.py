@@ -9,7 +9,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's byte fallback, as Llama 2 and Gemma have
-_BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+_BYTE_OF_CHARACTER = {c: byte for byte, c in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 _ROLES = ("bos", "eos", "pad", "unk")
 
 
