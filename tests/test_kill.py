@@ -12,7 +12,7 @@ from pipeline.compose import job_folder
 from pipeline.results import MANIFEST, ROWS
 
 KILLS = 24
-ROWS_OF_JOB = 400
+ROWS_OF_JOB = 200
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def prompt_rows():
         row["generation"] = {"max_new_tokens": 4 + 3 * (i % 11)}
     rows[7]["generation"] = rows[60]["generation"] = {"n": 3}
     rows[11]["prompt"] = "x " * 2000
-    rows[200]["messages"] = "both forms"
+    rows[150]["messages"] = "both forms"
     return rows
 
 
