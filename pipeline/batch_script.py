@@ -51,6 +51,8 @@ case $status in
 138 | 140 | 143) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
 esac
 note ended "\"status\": $status"
+trap - USR1 USR2 TERM
+[ "$status" -le 128 ] || kill -s "$((status - 128))" $$ # killed: then Slurm is to know by which signal
 exit "$status"
 """
 

@@ -123,8 +123,10 @@ def _how_it_ended(record: EndedTask, events: Events) -> tuple[str, str]:
         return "cancelled", "cancelled" if events.started else "cancelled before it started"
     if record.state in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED"):
         return "failed", record.state.lower().replace("_", " ") + _last_words(events)
+    if events.ended is not None and events.ended["status"]:
+        return _by_status(events.ended["status"], events)
     if record.signal:
-        return "failed", f"killed by signal {record.signal}"
+        return _by_status(128 + record.signal, events)
     if record.state == "COMPLETED":
         return "stopped", "ended, with rows missing"
     if record.state == "FAILED":

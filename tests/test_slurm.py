@@ -176,7 +176,7 @@ def test_a_sweep_with_shards_runs_on_two_nodes_and_merges_to_what_one_run_gives(
 
 
 def test_requeued_warned_killed_and_cancelled_cells_end_whole_by_the_same_command(place: Place) -> None:
-    write_prompts(place.folder / "many.jsonl", 100)
+    write_prompts(place.folder / "many.jsonl", 60)
     job = (*TINY, "prompts=many.jsonl", "generation.max_new_tokens=64", "quant=fp32")
     sweep = (*job, "generation.seed=1,2,3,4", *SMALL, "submit.width=3")  # greedy: all say the same
     first = place.submit(*sweep)
@@ -189,6 +189,10 @@ def test_requeued_warned_killed_and_cancelled_cells_end_whole_by_the_same_comman
     place.run("scancel", "--full", "--signal=USR2", f"{first}_1")
 
     until(lambda: "killed by signal 9" in place.state(killed), "the killed cell to be known as such")
+    until(
+        lambda: "FAILED|0:9" in place.run("sacct", "-nPX", f"--jobs={first}_2", "--format=State,ExitCode"),
+        "Slurm too",
+    )
     until(lambda: "requeued 1×" in place.state(requeued), "the requeued cell to start again")
     until(lambda: "requeued 1×" in place.state(warned), "the warned cell to start again")
     second = place.submit(*sweep)
@@ -205,7 +209,7 @@ def test_requeued_warned_killed_and_cancelled_cells_end_whole_by_the_same_comman
 
 
 def test_a_node_that_goes_down_and_a_preemption_cost_no_row(place: Place) -> None:
-    write_prompts(place.folder / "lost.jsonl", 100)
+    write_prompts(place.folder / "lost.jsonl", 60)
     job = (*TINY, "prompts=lost.jsonl", "generation.max_new_tokens=64", "quant=fp32", *SMALL)
     first = place.submit(*job, "submit.partition=low")
     (folder,) = place.folders("lost")
@@ -224,7 +228,7 @@ def test_a_node_that_goes_down_and_a_preemption_cost_no_row(place: Place) -> Non
     until(lambda: "resumed 2×" in place.state(folder), "the preempted cell to start again")
     place.wait_until_idle()
     assert place.state(folder).startswith("complete; resumed 2×")
-    assert sorted(index for index, _ in texts(folder)) == list(range(100))
+    assert sorted(index for index, _ in texts(folder)) == list(range(60))
 
 
 def test_a_cell_that_raises_is_failed_for_slurm_and_its_error_is_shown(place: Place) -> None:
@@ -256,7 +260,7 @@ def test_the_hydra_launcher_runs_a_sweep_to_its_end(place: Place) -> None:
 
 
 def test_plain_sbatch_runs_the_shards_of_a_file_and_comes_back_after_a_warning(place: Place) -> None:
-    write_prompts(place.folder / "plain.jsonl", 120)
+    write_prompts(place.folder / "plain.jsonl", 60)
     options = ("--parsable", "--array=0-1", "--cpus-per-task=1", "--mem=2G", "--time=10")
     job = (*TINY, "prompts=plain.jsonl", "generation.max_new_tokens=64", "quant=fp32")
     first = place.run("sbatch", *options, ROOT / "jobs" / "array.sbatch", *job).strip()
@@ -268,4 +272,4 @@ def test_plain_sbatch_runs_the_shards_of_a_file_and_comes_back_after_a_warning(p
     states = place.run("sacct", "-nPXD", f"--jobs={first}", "--format=JobID,State").split()
     assert sorted(states) == [f"{first}_0|COMPLETED", f"{first}_1|COMPLETED", f"{first}_1|REQUEUED"]
     place.python("pipeline.merge", str(shard.parent))
-    assert [index for index, _ in texts(shard.parent)] == list(range(120))
+    assert [index for index, _ in texts(shard.parent)] == list(range(60))
