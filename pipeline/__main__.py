@@ -88,7 +88,8 @@ def _hydra() -> int:
         nonlocal status
         from pipeline.runner import Job
 
-        status = Job(to_config(composed), Path(HydraConfig.get().runtime.output_dir)).run()
+        folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+        status = Job(to_config(composed), folder).run()
         return status
 
     hydra.main(version_base="1.3", config_path=prepare(), config_name="config")(run)()
