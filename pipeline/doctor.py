@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.display import say, visible
 from pipeline.errors import PipelineError
 
-COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
+COLOURS = {"green": "bold green", "yellow": "bold yellow", "red": "bold red"}
 
 
 def diagnose(config: Config) -> list[Any]:
@@ -48,11 +48,12 @@ def show(checks: list[Any]) -> None:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for check in checks:
-        colour = COLOURS[check.state.name]
         finding = Text(visible(check.found))
         if check.next_step:
-            finding.append(f"\n→ {visible(check.next_step)}", style=colour)
-        table.add_row(Text(check.state.name, style=colour), Text(check.name, style="bold"), finding)
+            finding.append(f"\n→ {visible(check.next_step)}")
+        table.add_row(
+            Text(check.state.name, style=COLOURS[check.state.name]), Text(check.name, style="bold"), finding
+        )
     counts = {name: sum(check.state.name == name for check in checks) for name in COLOURS}
     console = Console(highlight=False)
     console.print(table)

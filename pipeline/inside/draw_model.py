@@ -118,17 +118,18 @@ def _grow(tree: Tree, node: Node) -> None:
 
 
 def _label(node: Node) -> Text:
-    line = Text(f"{node.count} × " if node.count > 1 else "", style="bold magenta")
+    line = Text()
+    line.append(f"{node.count} × " if node.count > 1 else "", "bold magenta")
     line.append(f"{shown(node.name)} " if node.name and node.count == 1 else "", "bold")
-    line.append(node.kind, "not bold cyan")
-    line.append(f"({node.shape})" if node.shape else "", "not bold")
-    line.append(f" {node.name}" if node.count > 1 else "", "not bold")
+    line.append(node.kind)
+    line.append(f"({node.shape})" if node.shape else "")
+    line.append(f" {node.name}" if node.count > 1 else "")
     if node.parameters or node.bytes:
         dtypes = " + ".join(_SHORT.get(dtype, dtype) for dtype in node.dtype.split(" + "))
-        line.append(f"  {_millions(node.parameters)}  {dtypes}  ", "not bold dim")
-        line.append(_mb(node.bytes), "not bold green")
+        line.append(f"  {_millions(node.parameters)}  {dtypes}  ", "dim")
+        line.append(_mb(node.bytes))
     if node.note:
-        line.append(f"  is {node.note}", "not bold dim")
+        line.append(f"  is {node.note}", "dim")
     return line
 
 
@@ -188,10 +189,8 @@ def _draw_attention(attention: Attention, texts: Sequence[str], console: Console
     note = f", the last {room} tokens" if first else ""
     console.print(Text(f"\nAttention of layer {attention.layer}, head {attention.head}{note}", style="bold"))
     for row in range(first, len(texts)):
-        line = Text(f"{row:>5} ", "dim")
-        line.append(_fixed(shown(texts[row])), "not dim")
-        line.append(" ")
-        line.append("".join(2 * _shade(w) for w in attention.weights[row][first : row + 1]), "not dim green")
+        line = Text.assemble((f"{row:>5} ", "dim"), _fixed(shown(texts[row])), " ")
+        line.append("".join(2 * _shade(w) for w in attention.weights[row][first : row + 1]))
         console.print(line, no_wrap=True, crop=True)
     console.print(
         Text(

@@ -11,15 +11,14 @@ from pipeline.inside.chat_view import ChatView, Segment
 from pipeline.inside.tokens import Token, TokensView
 
 _SPELT = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\", " ": "␣"}
-# Named colours only, which a terminal's own theme keeps readable on light and dark.
+# Told apart on light and dark themes alike, so without green, yellow, cyan and blue, which fade on one of them.
 COLOURS = {
     "control": "magenta",
-    "role": "cyan",
+    "role": "bold magenta",
     "template": "red",
-    "system": "blue",
-    "user": "green",
+    "system": "underline",
     "assistant": "bold",
-    "tool": "cyan",
+    "tool": "italic",
 }
 _CELL = 6  # columns of the screen for a number of the batch view
 _NAMES = 14
@@ -224,12 +223,11 @@ def _line(
     mask: list[int] | None = None,
     style: str = "",
 ) -> Text:
-    line = Text(
-        f"{shown(name, blanks=False)[: _NAMES - 1]:{_NAMES}}{label:6}", style="bold" if mask else style
-    )
+    head = f"{shown(name, blanks=False)[: _NAMES - 1]:{_NAMES}}{label:6}"
+    line = Text.assemble((head, "bold" if mask else style))
     for i, (cell, column) in enumerate(zip(cells, columns, strict=True)):
         if i and column != columns[i - 1] + 1:
             line.append(f"{'…':>{_CELL}}", "dim")
         pad = mask is not None and not mask[column]
-        line.append(f"{cell:>{_CELL}}", "not bold dim" if pad else "not bold green" if mask else style)
+        line.append(f"{cell:>{_CELL}}", "dim" if pad else style)
     return line
