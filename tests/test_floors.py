@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
     0: "errors request",
     1: """config prompts prompt_row results fingerprint display interrupt architecture memory_plan
+          intervals
           engine.scheduler""",
     2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
           engine.probe""",
-    3: "engine.engine loading memory_stats gguf rows manifest",
+    3: "engine.engine loading memory_stats gguf rows manifest scoring timeline",
     4: "runner progress job_stats report",
     5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf""",
 }
