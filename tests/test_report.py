@@ -167,7 +167,7 @@ def test_rows_are_the_same_only_with_the_same_id_and_text(tmp_path):
 
 def test_quality_counts_what_a_plain_loop_counts(sweep):
     folder, _ = sweep
-    record = next(r for r in records_of(folder) if r["quant"] == "int8")
+    record = next(r for r in records_of(folder) if r["label"] == "tiny · int8")
     pairs = [
         (a["completion"], b["completion"])
         for a, b in zip(many_rows(30, "int8"), many_rows(30, "fp32"), strict=True)
@@ -265,7 +265,7 @@ def test_the_spread_of_a_speed_comes_from_its_moments():
 def test_every_plot_is_written_light_and_dark(sweep):
     _, report = sweep
     names = {path.name for path in (report / "plots").iterdir()}
-    assert names == {f"{p.name}{d}.{e}" for p in PLOTS for d in ("", "-dark") for e in ("png", "svg")}
+    assert names == {p.name + ending for p in PLOTS for ending in (".png", ".svg", "-dark.svg")}
 
 
 def test_a_plot_without_figures_is_left_out_and_named(tmp_path):

@@ -57,9 +57,9 @@ def find_jobs(folders: Iterable[Path]) -> list[Job]:
             raise OutputError(
                 f"{folder}: no such folder. Pass a job's folder, or one that holds jobs: outputs/"
             )
-        before = len(found)
-        found |= {path.resolve(): read_job(path) for path in _job_folders(folder)}
-        if len(found) == before and folder.resolve() not in found:
+        paths = list(_job_folders(folder))
+        found |= {path.resolve(): read_job(path) for path in paths}
+        if not paths:
             raise OutputError(
                 f"{folder}: holds no job (a folder with {ROWS}, {STATS} or {MANIFEST}). "
                 "Run one with python -m pipeline, or pass another folder."

@@ -75,7 +75,6 @@ def draw(plot: Plot, records: Sequence[Record], theme: str) -> Figure | None:
             axes.tick_params(length=0, labelcolor=colours["muted"])
         axes.set_axisbelow(True)
         plot.draw(axes, shown, colours)
-        figure.canvas.draw()
     return figure
 
 
@@ -87,8 +86,8 @@ def svg(figure: Figure) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write one file; its ending says the format."""
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    """Write the figure as a PNG file."""
+    figure.savefig(path, dpi=150)
 
 
 def _names(axes: Axes, records: Sequence[Record]) -> list[int]:

@@ -71,18 +71,11 @@ def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, str]]
         if light is None or dark is None:
             missing.append(plot.title)
             continue
-        for name, figure in ((plot.name, light), (f"{plot.name}-dark", dark)):
-            for ending in ("svg", "png"):
-                save(figure, folder / f"{name}.{ending}")
-        drawn.append(
-            {
-                "name": plot.name,
-                "title": plot.title,
-                "caption": plot.caption,
-                "light": svg(light),
-                "dark": svg(dark),
-            }
-        )
+        save(light, folder / f"{plot.name}.png")
+        images = {"light": svg(light), "dark": svg(dark)}
+        (folder / f"{plot.name}.svg").write_text(images["light"], "utf-8")
+        (folder / f"{plot.name}-dark.svg").write_text(images["dark"], "utf-8")
+        drawn.append({"name": plot.name, "title": plot.title, "caption": plot.caption, **images})
         plt.close(light)
         plt.close(dark)
     return drawn, missing
