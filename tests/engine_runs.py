@@ -1,5 +1,6 @@
 """What the engine's tests share: requests, the text of each alone by `model.generate`, an engine run."""
 
+import functools
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,16 +37,21 @@ def shuffled(requests: Sequence[Request], seed: int) -> list[Request]:
     return random.Random(seed).sample(list(requests), len(requests))
 
 
-@torch.inference_mode()
 def alone(model: Any, request: Request, eos: Iterable[int] = EOS) -> tuple[int, ...]:
     """The tokens that `model.generate` makes greedily of this prompt alone, without the eos."""
-    ids = torch.tensor([request.prompt_token_ids])
-    ends = sorted(eos) or [model.config.vocab_size]  # a token that never comes
+    return _alone(model, request.prompt_token_ids, request.params.max_new_tokens, tuple(sorted(eos)))
+
+
+@functools.cache
+@torch.inference_mode()
+def _alone(model: Any, prompt: tuple[int, ...], new_tokens: int, eos: tuple[int, ...]) -> tuple[int, ...]:
+    ids = torch.tensor([prompt])
+    ends = list(eos) or [model.config.vocab_size]  # a token that never comes
     made = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=request.params.max_new_tokens,
+        max_new_tokens=new_tokens,
         eos_token_id=ends,
         pad_token_id=0,
     )[0, ids.shape[1] :].tolist()

@@ -148,13 +148,14 @@ def test_every_kind_of_bad_row_is_an_error_row_with_its_place_and_every_good_one
     done = cli("prompts=bad_rows.jsonl")
     assert done.status == 1
     good = [row for row in done.rows if row["error"] is None]
-    assert len(good) == len(SURVIVES)
+    assert len({row["index"] for row in good}) == len(SURVIVES)
     assert all(row["completion"] is not None for row in good)
     bad = sorted((row for row in done.rows if row["error"]), key=lambda r: r["index"])
     for line, row in zip(BAD, bad, strict=True):
         assert f"bad_rows.jsonl:{line}: " in row["error"]
         assert row["completion"] is None
-    assert len({row["index"] for row in done.rows}) == len(done.rows)
+    assert len({(row["index"], row["sample"]) for row in done.rows}) == len(done.rows)
+    assert {row["index"] for row in done.rows} == set(range(len(SURVIVES) + len(BAD)))
     assert "Error" not in done.said.replace("errors", "")
 
 
@@ -239,7 +240,7 @@ def test_streamed_text_is_shown_and_its_escape_sequences_are_not_obeyed(cli, tmp
 
 
 def test_an_error_shows_escape_sequences_of_a_file_name_and_does_not_obey_them(cli):
-    done = cli("prompts=\x1b[31mnone.jsonl")
+    done = cli('prompts="\x1b[31mnone.jsonl"')
     assert done.status == 3
     assert "\x1b" not in done.said
 

@@ -224,6 +224,8 @@ def test_repetition_penalty_is_that_of_generate(each_tiny_model, flat, max_rows)
 
 def alone_with_penalty(model: Any, request: Request, penalty: float) -> tuple[int, ...]:
     class Penalised:
+        config = model.config
+
         """`model.generate` with the penalty beside the arguments that `alone` gives."""
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:

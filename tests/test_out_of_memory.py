@@ -64,14 +64,20 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator"])
 @pytest.mark.parametrize("late", [False, True], ids=["before the work", "after it"])
-def test_no_token_is_lost(each_tiny_model, error, late):
-    scarce = Scarce(each_tiny_model, on_calls(2, 8, 20), error, late)
+def test_no_token_is_lost(each_tiny_model, late):
+    scarce = Scarce(each_tiny_model, on_calls(2, 8, 20), OUT_OF_MEMORY, late)
     requests = mixed_requests()
     done = tokens(run(scarce, requests))
     assert scarce.failures == 3
     assert done == {(r.id, 0): alone(each_tiny_model, r) for r in requests}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator"])
+def test_every_way_to_run_out_of_memory_is_known(tiny_model, error):
+    engine = Engine(Scarce(tiny_model("llama"), on_calls(2), error), EOS)
+    assert not [c.error for c in engine.generate(mixed_requests()[:5]) if c.error]
+    assert engine.stats.out_of_memory == 1
 
 
 @pytest.mark.parametrize("fits", [1, 3])
