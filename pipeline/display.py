@@ -23,7 +23,7 @@ def megabytes(size: float | None) -> str:
 
 
 def say(text: str, style: str = "") -> None:
-    console.print(Text(visible(text), style=style))
+    console.print(Text(visible(text), style=style), soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
-    0: "errors request",
-    1: """config prompts prompt_row results fingerprint display interrupt architecture memory_plan
+    0: "errors request interrupt",
+    1: """config prompts prompt_row results fingerprint display ledger watchdog architecture memory_plan
           engine.scheduler""",
     2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
-          engine.probe""",
-    3: "engine.engine loading memory_stats gguf rows manifest",
-    4: "runner progress job_stats report",
-    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf""",
+          engine.probe engine.packing survey""",
+    3: "engine.engine loading memory_stats gguf rows manifest inside health model_health",
+    4: "generate progress job_stats report timeline scoring",
+    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf notebook runner""",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
