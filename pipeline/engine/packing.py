@@ -58,7 +58,7 @@ def _on_cpu(module: nn.Linear) -> bool:
 
 def _pack(module: nn.Linear) -> Tensor | None:
     """The packed weight, or None where packing is not to be had or changes a bit of the result."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     weight = module.weight.detach()
     try:
