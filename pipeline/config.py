@@ -4,6 +4,7 @@ conf/ states choices on top of them. Hydra checks keys and types against these c
 misspelt key is an error that names it.
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -40,7 +41,7 @@ class OnError(Enum):
 
 class Resume(Enum):
     auto = "auto"  # go on where the folder's rows stop
-    never = "never"  # start anew in a folder beside the old one
+    never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
 
 
 class Attention(Enum):
@@ -78,6 +79,12 @@ class GenerationConfig(GenerationParams):
 
 @dataclass
 class EngineConfig:
+    """How the batch is run; it never decides the text.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the key.
+    """
+
     max_rows: int | None = None  # rows in flight; null is as many as memory holds
     max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
     memory_fraction: float = 0.85  # how much of the free memory may be used
@@ -87,6 +94,57 @@ class EngineConfig:
     pack_weights: bool = True  # CPU, bf16: reorder the weights once and not at each call
     compile: bool = False  # torch.compile; pays for itself only on long jobs
 
+    def __post_init__(self) -> None:
+        tokens = self.max_tokens_in_flight
+        for name, ok, rule in (
+            ("max_rows", self.max_rows is None or self.max_rows >= 1, "null, or at least 1"),
+            ("max_tokens_in_flight", tokens is None or tokens >= 1, "null, or at least 1"),
+            ("memory_fraction", 0 < self.memory_fraction <= 1, "above 0 and at most 1"),
+            ("prefill_tokens", self.prefill_tokens >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
+
+
+@dataclass
+class SubmitConfig:
+    """How `python -m pipeline.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+
+    dry_run: bool = False  # print the table and the batch script, and submit nothing
+    partition: str | None = None  # null is the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    time_min: int = 240  # of one run; a cell that needs longer comes back by itself
+    memory: str | None = None  # of the host, as 32G; null is the partition's default
+    cpus: int = 4
+    gpus: int = 1
+    gpu_type: str | None = None  # as a100, where the cluster names them
+    gpu_memory: str | None = None  # of one GPU, as 80G: only to warn of what cannot fit
+    width: int | None = None  # cells at once; null is as many as Slurm gives
+    signal_sec: int = 120  # warning before the time limit: long enough to finish a step and write
+    options: list[str] = field(default_factory=list)  # more of sbatch's, as ["--constraint=ib"]
+    setup: list[str] = field(default_factory=list)  # shell lines before the job, as ["module load cuda"]
+    python: str | None = None  # null is the one that submits
+    environment: dict[str, str] = field(default_factory=dict)
+    offline: bool = True  # get models here and now, so that no compute node needs the hub
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("time_min", self.time_min >= 1, "at least 1 minute"),
+            ("cpus", self.cpus >= 1, "at least 1"),
+            ("gpus", self.gpus >= 0, "0 or more"),
+            ("width", self.width is None or self.width >= 1, "null, or at least 1"),
+            ("signal_sec", 0 <= self.signal_sec < 60 * self.time_min, "less than the time limit's seconds"),
+            ("memory", _is_size(self.memory), "null, or a size as 32G"),
+            ("gpu_memory", _is_size(self.gpu_memory), "null, or a size as 80G"),
+        ):
+            if not ok:
+                raise ValueError(f"submit.{name}={getattr(self, name)!r}: must be {rule}")
+
+
+def _is_size(text: str | None) -> bool:
+    return text is None or re.fullmatch(r"[1-9][0-9]*[KMGT]?", text) is not None
+
 
 @dataclass
 class Config:
@@ -94,6 +152,7 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
     prompts: str = MISSING  # a path, a name in jobs/, or - for standard input; .jsonl or .jsonl.gz
     prompt_field: str = "prompt"  # the field of a row that holds its prompt
     system: str | None = None  # a system prompt for every row that has none
@@ -102,6 +161,7 @@ class Config:
     on_error: OnError = OnError.record
     resume: Resume = Resume.auto
     retry_errors: bool = False  # redo the rows that ended in an error
+    watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
     report: bool = False  # at the end of a sweep, write the report of its jobs
@@ -124,3 +184,4 @@ def register() -> None:
     store.store(group="quant", name="schema", node=QuantConfig)
     store.store(group="generation", name="schema", node=GenerationConfig)
     store.store(group="engine", name="schema", node=EngineConfig)
+    store.store(group="submit", name="schema", node=SubmitConfig)

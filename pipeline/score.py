@@ -22,12 +22,12 @@ from pipeline.chat import prepare_chat, render
 from pipeline.compose import to_config
 from pipeline.config import Config, root
 from pipeline.errors import ConfigError, JobError, PipelineError
+from pipeline.fingerprint import row_key
 from pipeline.loading import Loaded, load_model, release
 from pipeline.prompts import find_prompts, read_prompts
 from pipeline.report.jobs import SCORES, Job, find_jobs
 from pipeline.request import GenerationParams, PromptRow
 from pipeline.results import JobFolder, read_rows
-from pipeline.rows import key_of
 from pipeline.scoring import Scores, TextRow, score
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _prompts(folder: Path, config: Config) -> dict[str, PromptRow]:
     names = GenerationParams.__dataclass_fields__
     params = GenerationParams(**{name: getattr(config.generation, name) for name in names})
     rows = read_prompts(path, params, prompt_field=config.prompt_field, limit=config.limit)
-    return {key_of(row): row for row in rows if isinstance(row, PromptRow)}
+    return {row_key(row): row for row in rows if isinstance(row, PromptRow)}
 
 
 def text_rows(path: Path, tokenizer: Any, window: int) -> list[TextRow]:

@@ -1,0 +1,155 @@
+"""Where a job's folder stands, by its own files: rows, errors, speed, and what happened to it on Slurm.
+
+Slurm's view is never needed for this, and never believed over it.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.results import ROWS, STATS, read_json
+
+EVENTS = "slurm.jsonl"  # one line for each time a cell was submitted, started or ended
+COUNTED_BYTES = 64 * 1024**2  # larger files are not counted but estimated, from a piece of each end
+PIECE_BYTES = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Counts are of completions: a row with n samples counts n times."""
+
+    done: int
+    errors: int
+    total: int | None  # None: nobody has counted yet
+    exact: bool  # else `done` and `errors` are estimates
+    run_sec: float | None  # of the last run that ended by itself
+    tokens_per_sec: float | None
+
+    @property
+    def complete(self) -> bool:
+        return self.exact and self.total is not None and self.done >= self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """What slurm.jsonl tells of a cell, the last submission first in mind."""
+
+    submitted: list[dict[str, Any]] = field(default_factory=list)
+    started: list[dict[str, Any]] = field(default_factory=list)  # of the last submission
+    ended: dict[str, Any] | None = None  # of the last start
+
+    @property
+    def job(self) -> str | None:
+        """The last submission's job, as 12_3."""
+        return str(self.submitted[-1]["job"]) if self.submitted else None
+
+
+def read_standing(folder: Path) -> Standing:
+    """Count what is written; stats.json is believed if nothing was written after it."""
+    rows, stats = folder / ROWS, read_json(folder / STATS) or {}
+    counted = stats.get("rows", {})
+    total = _last_total(folder, counted.get("total"))
+    speed = stats.get("run_sec"), stats.get("tokens_per_sec")
+    if counted and _modified(folder / STATS) >= _modified(rows):
+        return Standing(counted["done"], counted["errors"], total, True, *speed)
+    if not rows.exists():
+        return Standing(0, 0, total, True, *speed)
+    if rows.stat().st_size <= COUNTED_BYTES:
+        done, errors = _count(rows.open("rb"))
+        return Standing(done, errors, total, True, *speed)
+    done, errors = _estimate(rows)
+    return Standing(done, errors, total, False, *speed)
+
+
+def read_events(folder: Path) -> Events:
+    """The events of a cell; a damaged line is left out."""
+    events = Events()
+    for event in _json_lines(folder / EVENTS):
+        if event.get("event") == "submitted":
+            events = Events([*events.submitted, event])
+        elif event.get("event") == "started":
+            events = Events(events.submitted, [*events.started, event])
+        elif event.get("event") == "ended":
+            events = Events(events.submitted, events.started, event)
+    return events
+
+
+def append_event(folder: Path, event: str, **more: Any) -> None:
+    """Add one line to the folder's events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
+
+
+def tokens_per_row(folder: Path) -> float | None:
+    """The mean completion tokens of the rows written last."""
+    try:
+        with (folder / ROWS).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - PIECE_BYTES))
+            counts = [int(n) for n in re.findall(rb'"completion_tokens":(\d+)', file.read())]
+    except OSError:
+        return None
+    return sum(counts) / len(counts) if counts else None
+
+
+def _last_total(folder: Path, counted: int | None) -> int | None:
+    """Of the last submission, if it came after the last run, else of that run."""
+    submitted = read_events(folder).submitted
+    if submitted and (counted is None or submitted[-1]["time"] > _modified(folder / STATS)):
+        return int(submitted[-1]["total"])
+    return counted
+
+
+def _count(lines: Any) -> tuple[int, int]:
+    done = errors = 0
+    with lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                done += 1
+                # Only a line without a completion can be an error's, and only those are worth parsing.
+                errors += b'"completion":null' in line and _is_error(line)
+    return done, errors
+
+
+def _is_error(line: bytes) -> bool:
+    try:
+        return bool(json.loads(line)["error"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _estimate(rows: Path) -> tuple[int, int]:
+    """From the lines in a piece of each end."""
+    size = rows.stat().st_size
+    with rows.open("rb") as file:
+        piece = file.read(PIECE_BYTES)
+        file.seek(size - PIECE_BYTES)
+        piece = piece[: piece.rfind(b"\n") + 1] + file.read(PIECE_BYTES).partition(b"\n")[2]
+    lines = piece.splitlines(keepends=True)
+    scale = size / len(piece)
+    return round(len(lines) * scale), round(sum(map(_is_error, lines)) * scale)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
