@@ -202,6 +202,16 @@ def test_shards_are_one_job(tmp_path):
     assert record["tokens_per_sec"] == 2 * job_stats("nf4", 1)["tokens_per_sec"]
 
 
+def test_merged_shards_are_read_from_the_merged_file_with_a_shards_config(tmp_path):
+    whole = write_job(tmp_path, "nf4", [answer_row(i, "x") for i in range(2)])
+    part = write_job(tmp_path / "parts", "nf4", [answer_row(0, "x")], prompt_set="0")
+    part.rename(whole / "shard-0-of-2")
+    (whole / ".hydra").rename(tmp_path / "gone")
+    (record,) = records_of(tmp_path / "invented")
+    assert (record["rows"]["done"], record["quant"]) == (2, "nf4")
+    assert record["setup"]["config"]["quant"]["method"] == "nf4"
+
+
 @pytest.mark.parametrize("make", [False, True], ids=["no folder", "no job"])
 def test_a_folder_without_jobs_is_an_error_that_says_what_to_do(tmp_path, make):
     folder = tmp_path / "nothing"

@@ -85,12 +85,16 @@ def _shards(folder: Path) -> list[Path]:
 def read_job(folder: Path) -> Job:
     """One job, from whatever files its folder has."""
     shards = _shards(folder)
-    first = shards[0] if shards and not (folder / ROWS).exists() else folder
-    config = _yaml(first / ".hydra" / "config.yaml")
-    hydra = _yaml(first / ".hydra" / "hydra.yaml")
+    merged = (folder / ROWS).exists()
+    first = shards[0] if shards and not merged else folder
+    settings = next((path for path in (folder, *shards) if (path / ".hydra").is_dir()), folder)
+    config = _yaml(settings / ".hydra" / "config.yaml")
+    hydra = _yaml(settings / ".hydra" / "hydra.yaml")
     choices = _choices(hydra) or _choices_of_name(folder.name)
     overrides = hydra.get("hydra", {}).get("overrides", {}).get("task", [])
     stats = [read_json(path / STATS) or {} for path in (shards if first is not folder else [folder])]
+    for each in stats if shards else []:
+        each.pop("timeline", None)  # of several machines, which have no common time
     return Job(
         folder=folder,
         model=choices["model"],

@@ -169,11 +169,15 @@ def cells(record: Record) -> dict[str, float | None]:
 
 
 def best_values(records: Sequence[Record]) -> dict[str, float]:
-    """Each column's best value among the jobs that finished, where they differ. A baseline is not compared."""
-    table = [cells(record) for record in records if record["state"] == "done"]
+    """Each column's best value among the jobs that finished, where they differ; a baseline's quality is no merit."""
+    table = []
+    for record in records:
+        if record["state"] == "done":
+            own = ("kl", "top1", "perplexity") if record["baseline"] == record["label"] else ()
+            table.append({name: value for name, value in cells(record).items() if name not in own})
     best: dict[str, float] = {}
     for column, more in BEST.items():
-        values = [v for row in table if (v := row[column]) is not None]
+        values = [v for row in table if (v := row.get(column)) is not None]
         if len(set(values)) > 1:
             best[column] = max(values) if more else min(values)
     return best
