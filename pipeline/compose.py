@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,35 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
+def take_own(arguments: list[str], examples: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Take a command's own KEY=VALUE arguments out; the rest is the job's.
+
+    Args:
+        examples: the command's own keys, each with a value to show in an error.
+
+    Returns:
+        the values of each key that was given, in order; the overrides for `read_config`.
+
+    Raises:
+        ConfigError: one has no value, or is a misspelt one of them.
+    """
+    own: dict[str, list[str]] = {}
+    overrides: list[str] = []
+    known = [*GROUPS, *_keys(Config)]
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in examples:
+            if not value:
+                raise ConfigError(f"{argument}: needs a value, as {key}={examples[key]}.")
+            own.setdefault(key, []).append(value)
+            continue
+        near = difflib.get_close_matches(key, [*examples, *known], n=1, cutoff=0.6)
+        if near and near[0] in examples and key not in known:
+            raise ConfigError(f"{key}: no such key. Did you mean {near[0]}={examples[near[0]]}?")
+        overrides.append(argument)
+    return own, overrides
+
+
 def sweep_cells(overrides: list[str]) -> list[list[str]]:
     """Every combination of the overrides' comma-separated values, in the order of the command line.
 
@@ -116,9 +145,9 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
 def explain(error: Exception) -> str:
     """Say what an error of Hydra's means, with the nearest valid word where one is near."""
     text, cause = str(error), str(error.__cause__ or "")
-    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
+    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
         group, name = missing.groups()
-        return f"{group}={name}: no such {group}.{_nearest(name, options(group))}"
+        return f"{group}={name}: no such {group}.{_nearest(name, options(group) or _listed(text))}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return (
             f"{unknown[1]}: no such key.{_nearest(unknown[1], [*GROUPS, *_keys(Config), 'hydra/launcher'])}"
@@ -138,6 +167,12 @@ def options(group: str) -> list[str]:
     """The names that GROUP= accepts."""
     folders = [root() / "conf" / group] if group != "jobs" else [root() / "jobs", Path("jobs")]
     return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+def _listed(text: str) -> list[str]:
+    """The options that Hydra's own message lists, for a group that is not ours."""
+    _, _, after = text.partition("Available options in ")
+    return re.findall(r"^\t(\S+)$", after, re.MULTILINE)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ class OnError(Enum):
 
 class Resume(Enum):
     auto = "auto"  # go on where the folder's rows stop
-    never = "never"  # start anew in a folder beside the old one
+    never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
 
 
 class Attention(Enum):
@@ -79,6 +79,12 @@ class GenerationConfig(GenerationParams):
 
 @dataclass
 class EngineConfig:
+    """How the batch is run; it never decides the text.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the key.
+    """
+
     max_rows: int | None = None  # rows in flight; null is as many as memory holds
     max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
     memory_fraction: float = 0.85  # how much of the free memory may be used
@@ -87,6 +93,17 @@ class EngineConfig:
     attention: Attention = Attention.auto
     pack_weights: bool = True  # CPU, bf16: reorder the weights once and not at each call
     compile: bool = False  # torch.compile; pays for itself only on long jobs
+
+    def __post_init__(self) -> None:
+        tokens = self.max_tokens_in_flight
+        for name, ok, rule in (
+            ("max_rows", self.max_rows is None or self.max_rows >= 1, "null, or at least 1"),
+            ("max_tokens_in_flight", tokens is None or tokens >= 1, "null, or at least 1"),
+            ("memory_fraction", 0 < self.memory_fraction <= 1, "above 0 and at most 1"),
+            ("prefill_tokens", self.prefill_tokens >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
 
 
 @dataclass
@@ -144,8 +161,10 @@ class Config:
     on_error: OnError = OnError.record
     resume: Resume = Resume.auto
     retry_errors: bool = False  # redo the rows that ended in an error
+    watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
+    report: bool = False  # at the end of a sweep, write the report of its jobs
     models_dir: str = "models"  # searched first, for a folder with the model's own name
     outputs_dir: str = "outputs"
     prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name

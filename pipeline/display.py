@@ -23,7 +23,7 @@ def megabytes(size: float | None) -> str:
 
 
 def say(text: str, style: str = "") -> None:
-    console.print(Text(visible(text), style=style))
+    console.print(Text(visible(text), style=style), soft_wrap=True)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -37,9 +37,11 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:
-    """Print names and values, one a line."""
+    """Print names and values, one a line, however long."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
     console.print(Text(title, style="bold"))
-    made = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in rows:
-        made.add_row(Text(f"  {name}", style="dim"), Text(visible(str(value))))
-    console.print(made)
+        line = Text(f"  {name:{width}}  ", style="dim")
+        line.append(Text(visible(str(value)), style="not dim"))
+        console.print(line, soft_wrap=True)

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.request import PromptRow
+from pipeline.request import BadRow, GenerationParams, PromptRow
+
+DEFAULTS = vars(GenerationParams())
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
@@ -23,9 +24,7 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     model = dict(config["model"])
     for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
         model.pop(irrelevant, None)
-    template = model.get("chat_template")
-    if template and len(template) < 1024 and Path(template).is_file():
-        model["chat_template"] = Path(template).read_text(encoding="utf-8")
+    model["chat_template"] = _template(model.get("chat_template"))
     local = Path(model["name"])
     model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
     prompts = config["prompts"]
@@ -34,6 +33,23 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     return fingerprint(parts)
 
 
-def row_key(row: PromptRow) -> str:
-    """Of what decides one row's completions within its job: 16 hexadecimal digits."""
-    return fingerprint([row.id, row.prompt, row.messages, row.system, asdict(row.params)], 16)
+def row_key(row: PromptRow | BadRow) -> str:
+    """Of what decides one row's completions within its job: 16 hexadecimal digits.
+
+    Not its place in the file. Parameters count where they differ from the defaults, so that a new
+    parameter in a later version leaves old rows as they are.
+    """
+    if isinstance(row, BadRow):
+        return fingerprint([row.id, row.error], 16)
+    params = {name: value for name, value in vars(row.params).items() if value != DEFAULTS[name]}
+    return fingerprint([row.id, row.prompt, row.messages, row.system, params], 16)
+
+
+def _template(template: str | None) -> str | None:
+    """A template file counts by what is in it."""
+    try:
+        if template and len(template) < 1024 and Path(template).is_file():
+            return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # its reader says what is wrong with it
+        pass
+    return template

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,16 @@ def convert(gguf: Path, folder: Path, dtype: str) -> bool:
     if (folder / "config.json").is_file():
         return False
     _check(gguf, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        half_made = Path(temporary) / folder.name
+    half_made = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(half_made, ignore_errors=True)  # of a run that was killed
+    half_made.mkdir(parents=True)
+    try:
         _save(gguf, half_made, dtype)
         if folder.is_dir():  # empty, or _check had refused it
             folder.rmdir()
-        shutil.move(half_made, folder)
+        half_made.rename(folder)
+    finally:
+        shutil.rmtree(half_made, ignore_errors=True)
     return True
 
 
@@ -65,7 +67,8 @@ def _save(gguf: Path, folder: Path, dtype: str) -> None:
     # transformers takes a model from a GGUF for a quantized one, and refuses to save it or to
     # quantize it again, though its weights are plain by now.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -24,7 +24,8 @@ Set anything with KEY=VALUE; the keys most used:
   resume=never                start anew; retry_errors=true does failed rows again
 
 The same command again goes on where it stopped. Results: outputs/PROMPT SET/JOB/outputs.jsonl
-Exit status: 0 all rows done, 1 some rows failed, 2 bad configuration, 3 the job failed, 75 stopped: run it again.
+Exit status: 0 all rows done, 1 some rows failed, 2 bad configuration, 3 the job failed,
+  4 no progress (watchdog_sec), 75 stopped: run it again.
 More: --cfg job (the whole config), --hydra-help (flags), README.md.
 """
 

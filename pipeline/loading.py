@@ -99,7 +99,7 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
         pair: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
-            quantization_config=_quantization(quant),
+            quantization_config=quantization(quant),
             device_map=model.device_map,
             max_memory=_max_memory(model.max_memory),
             offload_folder=model.offload_dir,
@@ -127,7 +127,8 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
     return network
 
 
-def _quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
+def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
+    """As transformers wants it; None for weights that stay as they are."""
     if quant.method is QuantMethod.none:
         return None
     if quant.method is QuantMethod.int8:

@@ -41,6 +41,21 @@ def manifest(prompts: Path, source: str, revision: str | None, **more: Any) -> d
     }
 
 
+def model_digest(folder: Path, revision: str | None) -> str:
+    """What tells whether a model is still the same: the hub's commit, or of a folder its small files'
+    content and its weights' sizes.
+    """
+    if revision is not None:
+        return revision
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.glob("*") if p.is_file()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
 def _sha256(path: Path) -> str | None:
     """Of the prompt lines as they are read, so that compressing a file does not change it."""
     digest = hashlib.sha256()

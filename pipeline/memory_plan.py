@@ -1,8 +1,7 @@
 """Predicted bytes of a model, from its architecture alone: no weights, no torch.
 
 Exact to the byte: the footprint (what `get_memory_footprint()` of the loaded model returns), the
-quantization state, and the KV cache of given rectangles. Estimates, and named so: activations, logits,
-the device context, load peak and run peak.
+quantization state, and the KV cache of given rectangles. Estimates are in memory_peaks.py.
 """
 
 import math
@@ -12,12 +11,9 @@ from functools import cache
 
 from pipeline.architecture import Architecture
 
-MIB = 1024**2
 KV_CHUNK = 32  # columns a rectangle has allocated beyond its rows' tokens
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
 STATE_BLOCK = 256  # scales that share a scale of their own in double quantization
-CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
-HOST_RUNTIME_BYTES = 24 * MIB  # an assumption: what the libraries allocate at a first forward pass on a CPU
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -38,7 +34,7 @@ class Weight:
     """One tensor of the loaded model."""
 
     name: str
-    part: str  # embedding, attention, mlp, norm, head or buffer
+    part: str  # embedding, attention, mlp, norm, head or buffers
     shape: tuple[int, ...]
     quantizable: bool = False  # a linear layer that is not the output head
 
@@ -71,9 +67,9 @@ def weights(arch: Architecture) -> tuple[Weight, ...]:
     if not arch.tie_word_embeddings:
         found.append(Weight("lm_head", "head", (arch.vocab_size, hidden)))
     for i in range(arch.rotary_sets):  # the frequencies in use, and the original ones
-        found += [Weight(f"rotary_emb.{i}.{name}", "buffer", (arch.rotary_dim // 2,)) for name in _ROTARY]
+        found += [Weight(f"rotary_emb.{i}.{name}", "buffers", (arch.rotary_dim // 2,)) for name in _ROTARY]
     if arch.embed_scale:
-        found.append(Weight("embed_tokens.embed_scale", "buffer", ()))
+        found.append(Weight("embed_tokens.embed_scale", "buffers", ()))
     return tuple(found)
 
 
@@ -109,7 +105,7 @@ def _linear(name: str, part: str, outputs: int, inputs: int, bias: bool) -> list
 
 def parameters(arch: Architecture) -> int:
     """How many weights the model has; buffers are not weights."""
-    return sum(w.count for w in weights(arch) if w.part != "buffer")
+    return sum(w.count for w in weights(arch) if w.part != "buffers")
 
 
 def plain_dtype(arch: Architecture, quant: Quant) -> str:
@@ -119,7 +115,7 @@ def plain_dtype(arch: Architecture, quant: Quant) -> str:
 
 def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
     """The dtype and the bytes of one tensor. Rotary frequencies stay float32; 4-bit packs two in a byte."""
-    if weight.part == "buffer" and weight.shape:
+    if weight.part == "buffers" and weight.shape:
         return "float32", 4 * weight.count
     if weight.quantizable and quant.method == "int8":
         return "int8", weight.count
@@ -129,7 +125,8 @@ def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
     return dtype, ELEMENT_BYTES[dtype] * weight.count
 
 
-def parts(arch: Architecture, quant: Quant) -> list[Part]:
+@cache
+def parts(arch: Architecture, quant: Quant) -> tuple[Part, ...]:
     """The footprint by part and stored dtype, in the order of the model."""
     sums: dict[tuple[str, str], list[int]] = {}
     for weight in weights(arch):
@@ -137,7 +134,7 @@ def parts(arch: Architecture, quant: Quant) -> list[Part]:
         entry = sums.setdefault((weight.part, dtype), [0, 0])
         entry[0] += weight.count
         entry[1] += size
-    return [Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items()]
+    return tuple(Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items())
 
 
 def footprint_bytes(arch: Architecture, quant: Quant) -> int:
@@ -145,6 +142,7 @@ def footprint_bytes(arch: Architecture, quant: Quant) -> int:
     return sum(part.bytes for part in parts(arch, quant))
 
 
+@cache
 def quant_state_bytes(arch: Architecture, quant: Quant, *, repacked: bool = False) -> int:
     """What bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
 
@@ -174,9 +172,6 @@ def _state_bytes_4bit(count: int, double_quant: bool, repacked: bool) -> int:
 def checkpoint_bytes(arch: Architecture) -> int:
     """The tensors of the checkpoint's files."""
     return ELEMENT_BYTES[arch.dtype] * parameters(arch)
-
-
-# --- KV cache ---------------------------------------------------------------------------------------
 
 
 def kv_bytes_per_token(arch: Architecture, quant: Quant) -> dict[int | None, int]:
@@ -213,115 +208,3 @@ def kv_cache_bytes(
 def _kv_layer_bytes(arch: Architecture, quant: Quant) -> int:
     """One token in one layer."""
     return 2 * arch.num_key_value_heads * arch.head_dim * ELEMENT_BYTES[plain_dtype(arch, quant)]
-
-
-# --- estimates --------------------------------------------------------------------------------------
-
-
-def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool = False) -> int:
-    """One row of logits a sequence; sampling works on float32 copies: scaled, probabilities, their sums."""
-    return rows * arch.vocab_size * (ELEMENT_BYTES[plain_dtype(arch, quant)] + (12 if sampled else 0))
-
-
-def activation_bytes(arch: Architecture, quant: Quant, tokens: int) -> int:
-    """The largest that is alive at once in a layer, for `tokens` in one forward pass; not the logits.
-
-    Either the MLP (the residual and its norm; gate, up and product, or fused gate_up, gate's activation
-    and product) or attention (residual, norm; queries, rotated, padded, the result; keys and values, and
-    repeated for the query heads) or the norm's float32 copies. int8 adds what its products go through.
-    """
-    element = ELEMENT_BYTES[plain_dtype(arch, quant)]
-    hidden, inner = arch.hidden_size, arch.intermediate_size
-    queries = arch.num_attention_heads * arch.head_dim
-    keys = arch.num_key_value_heads * arch.head_dim
-    mlp = element * (2 * hidden + (4 if arch.fused else 3) * inner)
-    attention = element * (2 * hidden + 6 * queries + 4 * keys)
-    norm = element * hidden + 3 * 4 * hidden
-    return tokens * (max(mlp, attention, norm) + _int8_activation_bytes(arch, quant))
-
-
-def _int8_activation_bytes(arch: Architecture, quant: Quant) -> int:
-    """A token's int8 copy, outlier mask and int32 result, for the widest product."""
-    if quant.method != "int8":
-        return 0
-    return max((2 * w.shape[1] + 4 * w.shape[0] for w in weights(arch) if w.quantizable), default=0)
-
-
-def scratch_bytes(arch: Architecture, quant: Quant) -> int:
-    """4-bit: the largest matrix, dequantized for a product of many rows."""
-    if quant.method not in ("nf4", "fp4"):
-        return 0
-    compute = plain_dtype(arch, quant) if quant.compute_dtype == "auto" else quant.compute_dtype
-    return ELEMENT_BYTES[compute] * max(w.count for w in weights(arch) if w.quantizable)
-
-
-@dataclass(frozen=True, slots=True)
-class RunPeak:
-    """What a run holds at its fullest, part by part. Bytes; `total` is their sum."""
-
-    footprint: int
-    quant_state: int
-    kv_cache: int
-    activations: int
-    logits: int
-    scratch: int
-    context: int  # the CUDA context, or what the libraries take on a host
-
-    @property
-    def total(self) -> int:
-        return (
-            self.footprint
-            + self.quant_state
-            + self.kv_cache
-            + self.activations
-            + self.logits
-            + self.scratch
-            + self.context
-        )
-
-
-def run_peak(
-    arch: Architecture,
-    quant: Quant,
-    kv_cache: int,
-    rows: int,
-    *,
-    prefill_tokens: int,
-    sampled: bool,
-    gpus: int,
-) -> RunPeak:
-    """A full batch while one more prefill passes through.
-
-    Args:
-        kv_cache: bytes, as from `kv_cache_bytes`.
-        gpus: 0 is a run on the CPU.
-    """
-    return RunPeak(
-        footprint=footprint_bytes(arch, quant),
-        quant_state=quant_state_bytes(arch, quant),
-        kv_cache=kv_cache,
-        activations=activation_bytes(arch, quant, prefill_tokens),
-        logits=logits_bytes(arch, quant, rows, sampled=sampled),
-        scratch=scratch_bytes(arch, quant),
-        context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPeak:
-    """What loading holds at its fullest. `mapped` are file pages that the system can take back at will."""
-
-    held: int
-    mapped: int
-
-
-def load_peak(arch: Architecture, quant: Quant, *, gpus: int) -> LoadPeak:
-    """Weights as they will be stored, and beside them the largest tensor as the checkpoint has it.
-
-    On a host the checkpoint's file is mapped while it is read; weights that stay as they are may be
-    those very pages, and then are not held twice.
-    """
-    largest = max(w.count for w in weights(arch)) * ELEMENT_BYTES[arch.dtype]
-    held = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant) + largest
-    context = gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES
-    return LoadPeak(held=held + context, mapped=0 if gpus else checkpoint_bytes(arch))

@@ -1,14 +1,29 @@
 """A sweep on this machine: every cell is a job in a process of its own, one after the other."""
 
+import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from pipeline import display
-from pipeline.compose import compose_config, job_folder, sweep_cells
+from pipeline.compose import compose_config, job_folder, read_config, sweep_cells, to_config
+from pipeline.errors import ConfigError
+from pipeline.interrupt import Interrupt
 from pipeline.results import STATS, read_json
 
-MEANINGS = {0: "done", 1: "some rows failed", 2: "bad configuration", 3: "failed", 75: "stopped"}
+RESUME_ME = 75  # exit status
+MEANINGS = {
+    0: "done",
+    1: "some rows failed",
+    2: "bad configuration",
+    3: "failed",
+    4: "no progress",
+    75: "stopped",
+    -signal.SIGKILL: "killed (SIGKILL): out of memory?",
+    -signal.SIGSEGV: "crashed (SIGSEGV)",
+}
 
 
 def run_sweep(overrides: list[str]) -> int:
@@ -22,18 +37,44 @@ def run_sweep(overrides: list[str]) -> int:
     """
     cells = sweep_cells(overrides)
     for cell in cells:
-        compose_config(cell)
+        if to_config(compose_config(cell)).prompts == "-":
+            raise ConfigError(
+                "prompts=-: standard input can be read once only. Write it to a file for a sweep."
+            )
     statuses: list[int] = []
-    for number, cell in enumerate(cells, 1):
-        display.say(f"\n[{number}/{len(cells)}] {' '.join(cell)}", style="bold")
-        status = subprocess.run([sys.executable, "-m", "pipeline", *cell], check=False).returncode
-        statuses.append(status)
-        if status in (130, -2, 75):
-            break
+    with Interrupt() as interrupt:
+        interrupt.hold()
+        for number, cell in enumerate(cells, 1):
+            display.say(f"\n[{number}/{len(cells)}] {' '.join(cell)}", style="bold")
+            statuses.append(_run_cell(cell, interrupt))
+            if interrupt.signal or statuses[-1] == RESUME_ME:
+                break
     rows = [_line(cell, status) for cell, status in zip(cells, statuses, strict=False)]
     columns = ("job", "state", "rows", "errors", "tokens/s", "load", "weights", "peak")
     display.table("\nAll cells", columns, rows)
+    _report([job_folder(cell) for cell in cells[: len(statuses)]], write=read_config(cells[0]).report)
     return next((status for status in statuses if status), 0)
+
+
+def _run_cell(cell: list[str], interrupt: Interrupt) -> int:
+    """The exit status of a job in its own process; negative for the signal that killed it.
+
+    Its own process group too: a terminal's ^C reaches this process alone, which hands it on once.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-m", "pipeline", *cell]
+    with subprocess.Popen(command, process_group=0) as process:
+        interrupt.hold(process.send_signal)
+        return process.wait()
+
+
+def _report(folders: list[Path], write: bool) -> None:
+    """Name the command that reports on these jobs, or run it with report=true."""
+    parents = list(dict.fromkeys(str(folder.parent) for folder in folders))
+    command = ["python", "-m", "pipeline.report", *parents]
+    if write:
+        subprocess.run([sys.executable, *command[1:]], check=False)
+    else:
+        display.say(f"See them side by side: {shlex.join(command)}")
 
 
 def _line(cell: list[str], status: int) -> tuple[Any, ...]:

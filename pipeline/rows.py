@@ -1,10 +1,11 @@
 """The rows of outputs.jsonl: one for each completion, one for each row that failed."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.chat import opens_thinking, split_thinking
-from pipeline.fingerprint import fingerprint, row_key
+from pipeline.fingerprint import row_key
 from pipeline.request import BadRow, Completion, PromptRow, TokenLogprob
 
 Decode = Callable[[Sequence[int]], str]
@@ -15,7 +16,7 @@ def completion_row(
 ) -> dict[str, Any]:
     """What is written for one completion; or for its failure, if the engine gave it up."""
     if completion.error:
-        return {**error_row(row, completion.error), "sample": completion.sample}
+        return error_row(row, completion.error, completion.sample)
     text = cut_at_stop(decode(completion.token_ids), row.params.stop)
     return {
         **_head(row),
@@ -40,24 +41,19 @@ def part_thinking(written: dict[str, Any], tokenizer: Any, prompt_token_ids: Seq
         written["thinking"], written["completion"] = split_thinking(written["completion"], opened=opened)
 
 
-def error_row(row: PromptRow | BadRow, error: str) -> dict[str, Any]:
-    """What is written for a row that cannot be run."""
+def error_row(row: PromptRow | BadRow, error: str, sample: int = 0) -> dict[str, Any]:
+    """What is written for a row that cannot be run: one for each of its samples."""
     head = _head(row) if isinstance(row, PromptRow) else {"id": row.id, "index": row.index, "prompt": None}
     return {
         **head,
-        "sample": 0,
+        "sample": sample,
         "completion": None,
         "finish_reason": None,
         "usage": None,
         "error": error,
         "metadata": row.metadata if isinstance(row, PromptRow) else {},
-        "key": key_of(row),
+        "key": row_key(row),
     }
-
-
-def key_of(row: PromptRow | BadRow) -> str:
-    """What tells whether a written row still answers a row of the prompt file."""
-    return row_key(row) if isinstance(row, PromptRow) else fingerprint([row.id, row.error], 16)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
@@ -76,8 +72,13 @@ def _logprobs(logprobs: Sequence[TokenLogprob], decode: Decode) -> list[dict[str
         {
             "token": decode([item.token_id]),
             "token_id": item.token_id,
-            "logprob": item.logprob,
-            "top": [{"token": decode([i]), "token_id": i, "logprob": p} for i, p in item.top],
+            "logprob": _number(item.logprob),
+            "top": [{"token": decode([i]), "token_id": i, "logprob": _number(p)} for i, p in item.top],
         }
         for item in logprobs
     ]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity: the logprob of a token of probability 0 is null."""
+    return value if math.isfinite(value) else None

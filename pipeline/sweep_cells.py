@@ -12,7 +12,8 @@ from pipeline.compose import compose_config, job_folder, sweep_cells, to_config
 from pipeline.config import Config, Resume, SubmitConfig, root
 from pipeline.display import say
 from pipeline.errors import ConfigError, JobError
-from pipeline.memory_plan import Quant, kv_bytes_per_token, load_peak
+from pipeline.memory_peaks import load_peak
+from pipeline.memory_plan import Quant, kv_bytes_per_token
 from pipeline.prompt_count import count_prompts
 from pipeline.prompts import find_prompts, parse_shard
 from pipeline.request import GenerationParams

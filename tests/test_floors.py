@@ -9,14 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
-    0: "errors request",
-    1: """config prompts prompt_row results fingerprint display interrupt architecture memory_plan
+    0: "errors request interrupt intervals merge_stats",
+    1: """config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display ledger
+          watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
-    2: """chat checkpoint capacity engine.kv_cache engine.batch engine.sampling engine.stats engine.forward
-          engine.probe""",
-    3: "engine.engine loading memory_stats gguf rows manifest",
-    4: "runner progress job_stats report",
-    5: """__main__ compose help multirun plan inspect submit status doctor score import_gguf""",
+    2: """chat checkpoint capacity model_facts fit engine.kv_cache engine.batch engine.sampling engine.stats
+          engine.forward engine.probe engine.packing survey""",
+    3: """engine.engine loading memory_stats timeline gguf rows manifest scoring inside health
+          model_health""",
+    4: "generate progress job_stats report",
+    5: """__main__ compose help multirun plan plan_tables inspect submit sweep_cells status doctor score
+          import_gguf notebook runner""",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))

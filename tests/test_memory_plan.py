@@ -2,28 +2,35 @@
 
 import json
 import os
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
 from pipeline.architecture import Architecture, architecture, differences
 from pipeline.config import root
+from pipeline.engine.kv_cache import allocate, regroup, write
+from pipeline.engine.scheduler import Sequence
 from pipeline.errors import ConfigError
+from pipeline.memory_peaks import activation_bytes, load_peak, run_peak
 from pipeline.memory_plan import (
     Quant,
     footprint_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
-    load_peak,
     parameters,
     parts,
     quant_state_bytes,
-    run_peak,
 )
+from pipeline.request import GenerationParams, Request
 
 QUANTS = {
     "none": Quant("none"),
@@ -144,7 +151,7 @@ def test_known_footprints_of_smollm2() -> None:
 
 def test_llama_8b_in_4_bits_takes_5591_mb_and_not_4015() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
-    size = dict.fromkeys(("linear", "embedding and head", "norm", "buffer"), 0)
+    size = dict.fromkeys(("linear", "embedding and head", "norm", "buffers"), 0)
     for part in parts(arch, quant):
         kind = "linear" if part.dtype == "nf4" else part.part
         size["embedding and head" if kind in ("embedding", "head") else kind] += part.bytes
@@ -212,14 +219,73 @@ def test_float32_doubles_the_kv_cache_and_quantized_weights_do_not_shrink_it() -
     assert (half, full, nf4) == (131_072, 262_144, 131_072)
 
 
-def test_a_peak_is_the_sum_of_its_parts_and_only_a_gpu_has_a_context_of_its_own() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
+def test_the_kv_cache_takes_the_bytes_that_the_engine_allocates(family: str) -> None:
+    arch, quant = architecture(tiny(family)), QUANTS["bf16"]
+    rows = [Sequence(Request(str(i), (1,) * 50, GenerationParams()), 0) for i in range(3)]
+    rectangle = allocate(rows, [50, 50, 50], arch.windows)
+    keys = torch.ones(150, arch.num_key_value_heads, arch.head_dim, dtype=torch.bfloat16)
+    row, column = torch.arange(3).repeat_interleave(50), torch.arange(50).repeat(3)
+    for layer in range(arch.num_hidden_layers):
+        write(rectangle, layer, keys, keys, row, column)
+    assert kv_cache_bytes(arch, quant, [(3, 50)], prefilling=True) == rectangle.nbytes
+    regrouped = regroup([rectangle], [rows[:2], rows[2:]])
+    assert kv_cache_bytes(arch, quant, [(2, 50), (1, 50)]) == sum(r.nbytes for r in regrouped)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that results of operations held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._tensors: Counter[int] = Counter()  # of each storage
+        self._bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._tensors[storage.data_ptr()] += 1
+                self._bytes[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(tensor, self._drop, storage.data_ptr())
+        self.peak = max(self.peak, sum(self._bytes.values()))
+        return result
+
+    def _drop(self, storage: int) -> None:
+        self._tensors[storage] -= 1
+        if self._tensors[storage] == 0:
+            del self._bytes[storage]
+
+
+@pytest.mark.parametrize("name", ["none", "fp32"])
+def test_prefill_activations_are_those_of_a_real_pass(smollm2: Path, name: str) -> None:
+    model = load(smollm2, QUANTS[name])
+    with torch.inference_mode(), LiveBytes() as live:
+        model.model(torch.ones(8, 64, dtype=torch.int64), use_cache=False)
+    assert activation_bytes(facts("smollm2"), QUANTS[name], 512, 64) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_a_peak_is_the_sum_of_its_parts() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
-    on_gpu, on_cpu = (
-        run_peak(arch, quant, 10**9, 8, prefill_tokens=2048, sampled=True, gpus=gpus) for gpus in (1, 0)
+    peak = run_peak(
+        arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, sampled=True, gpus=1
     )
-    assert on_gpu.total > footprint_bytes(arch, quant) + quant_state_bytes(arch, quant) + 10**9
-    assert on_gpu.total - on_cpu.total == on_gpu.context - on_cpu.context > 0
-    assert load_peak(arch, quant, gpus=1).held > footprint_bytes(arch, quant)
+    assert peak.total == sum(asdict(peak).values())
+    assert min(asdict(peak).values()) > 0
+    assert (peak.footprint, peak.kv_cache) == (footprint_bytes(arch, quant), 10**9)
+
+
+def test_loading_maps_the_file_on_a_host_and_holds_a_tensor_more_on_a_gpu() -> None:
+    arch = facts("smollm2")
+    as_is, converted, on_gpu = (
+        load_peak(arch, QUANTS[name], gpus=gpus) for name, gpus in (("none", 0), ("fp32", 0), ("none", 1))
+    )
+    assert (as_is.mapped, converted.mapped, on_gpu.mapped) == (0, 269_030_016, 0)
+    assert as_is.held > 269_030_272
+    assert converted.held > 538_060_288
+    assert on_gpu.held > 269_030_272 + 2 * 49_152 * 576
 
 
 @pytest.mark.parametrize(

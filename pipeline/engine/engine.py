@@ -17,7 +17,7 @@ from pipeline.request import Completion, FinishReason, GenerationParams, Request
 
 log = logging.getLogger(__name__)
 
-RECTANGLE_OVERHEAD = 1500  # columns attended in the time of one more rectangle's kernel launches
+RECTANGLE_OVERHEAD = 512  # columns attended in the time of one more rectangle's kernel launches
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 
 
@@ -79,14 +79,19 @@ class Engine:
         while self._groups or self._rectangles or scheduler.waiting:
             if not self._groups:
                 self._admit(scheduler)
-            finished: list[Completion] | None = None
+            finished: list[Completion] = []
+            recover = False
             try:
-                finished = self._prefill(scheduler) if self._groups else self._decode_step(scheduler)
+                if self._groups:
+                    self._prefill(scheduler, finished)
+                else:
+                    self._decode_step(scheduler, finished)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                recover = _is_out_of_memory(error)
+                if not recover:
                     raise
             # Outside the handler, whose traceback would keep the failed step's tensors alive.
-            yield self._recover(scheduler) if finished is None else finished
+            yield finished + self._recover(scheduler) if recover else finished
             scheduler.read_ahead()
         self._prefix = None
 
@@ -102,7 +107,7 @@ class Engine:
             same = [s for s in rest if self._is_long(s) == long]
             self._groups += prefill_groups(same, 0, self._prefill_tokens, equal)
 
-    def _prefill(self, scheduler: Scheduler) -> list[Completion]:
+    def _prefill(self, scheduler: Scheduler, finished: list[Completion]) -> None:
         """Run one admitted group; it joins the batch as a rectangle of its own."""
         started = time.perf_counter()
         group = self._groups[0]
@@ -121,16 +126,14 @@ class Engine:
         del self._groups[0]
         self._rectangles.append(rectangle)
         self.stats.count_rectangles(self._rectangles)
-        finished = self._extend([rectangle], tokens, scheduler)
+        finished += self._extend([rectangle], tokens, scheduler)
         self.stats.prefill_sec += time.perf_counter() - started
-        return finished
 
-    def _decode_step(self, scheduler: Scheduler) -> list[Completion]:
-        """One token for every row."""
+    def _decode_step(self, scheduler: Scheduler, finished: list[Completion]) -> None:
+        """One token for every row. Its second pass can fail when rows of the first have finished."""
         started = time.perf_counter()
         self._put_back_crossing(scheduler)
         self._regroup()
-        finished: list[Completion] = []
         for long in (True, False):
             rectangles = [r for r in self._rectangles if self._is_long(r.rows[0]) == long]
             if rectangles:
@@ -141,7 +144,6 @@ class Engine:
                     rectangle.head += 1
                 finished += self._extend(rectangles, tokens, scheduler)
         self.stats.decode_sec += time.perf_counter() - started
-        return finished
 
     def _extend(
         self, rectangles: list[Rectangle], tokens: list[int], scheduler: Scheduler
@@ -232,7 +234,12 @@ class Engine:
         self._prefix = None
         if ids and not (self._rope_switch and len(ids) > self._rope_switch):
             row = Sequence(Request("", ids, GenerationParams()), 0)
-            rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
+            try:
+                rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                return
             self.stats.count_prefill(rectangle, None)
             self._prefix = ids, rectangle
 

@@ -1,0 +1,88 @@
+"""Who takes part: our own job, and the peers with the environment and the files that each needs."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to push a prompt file through the model.
+
+    `env` is a folder of --envs with a virtual environment. `converted` is the model in the peer's own
+    format, below that folder, where "{model}" is the model folder's name and "{dtype}" the dtype.
+    """
+
+    name: str
+    env: str
+    script: str
+    options: list[str] = field(default_factory=list)
+    converted: str | None = None
+    own_threads: bool = False  # binds its threads to the cores itself
+
+
+OURS = "ours"
+PEERS = [
+    Contender("generate", "transformers", "generate.py"),
+    Contender("pipeline", "transformers", "text_pipeline.py"),
+    Contender("generate_batch", "transformers", "generate_batch.py"),
+    Contender("vllm", "vllm", "vllm_cpu.py", own_threads=True),
+    Contender("vllm-eager", "vllm", "vllm_cpu.py", ["--eager"], own_threads=True),
+    Contender("openvino", "openvino", "openvino_cb.py", converted="models/{model}-fp32"),
+    Contender("llama.cpp", "llama_cpp", "llama_cpp.py", converted="models/{model}-{dtype}.gguf"),
+]
+REFERENCE = Contender("reference", "transformers", "reference.py")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where things are, for one run of the benchmark."""
+
+    model: Path
+    dtype: str
+    envs: Path
+    python: str  # runs our own job
+    job_args: list[str]
+
+
+def _converted(peer: Contender, setting: Setting) -> Path | None:
+    if peer.converted is None:
+        return None
+    name = peer.converted.format(model=setting.model.name, dtype=setting.dtype)
+    return setting.envs / peer.env / name
+
+
+def missing(peer: Contender, setting: Setting) -> str | None:
+    """The command that installs the peer or converts the model for it; None where all is there."""
+    converted = _converted(peer, setting)
+    python = setting.envs / peer.env / "bin" / "python"
+    if python.exists() and (converted is None or converted.exists()):
+        return None
+    return f"benchmarks/setup_peers.sh {setting.envs} {setting.model} {peer.env}"
+
+
+def peer_command(peer: Contender, setting: Setting, tokens: Path, out: Path) -> list[str]:
+    command = [str(setting.envs / peer.env / "bin" / "python"), str(HERE / "peers" / peer.script)]
+    command += ["--model", str(setting.model), "--prompts", str(tokens), "--out", str(out)]
+    command += ["--dtype", setting.dtype, *peer.options]
+    converted = _converted(peer, setting)
+    return command if converted is None else [*command, "--converted", str(converted)]
+
+
+def job_command(setting: Setting, prompts: Path, generation: list[str], out: Path) -> list[str]:
+    """Our own job, into an empty folder."""
+    return [
+        setting.python, "-m", "pipeline", "model=smollm2", f"model.name={setting.model}",
+        f"quant={setting.dtype}", f"prompts={prompts}", f"outputs_dir={out}", "resume=never",
+        *generation, *setting.job_args,
+    ]  # fmt: skip
+
+
+def environment(peer: Contender | None) -> dict[str, str]:
+    """What every contender gets: all cores, and no look at the hub."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    if peer and peer.own_threads:
+        del env["OMP_NUM_THREADS"]
+    return env

@@ -1,0 +1,97 @@
+"""How much memory there is to plan for: GPUs, else host memory, else what one is told. No torch."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipeline.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
+}
+_CGROUP_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory that a job can use. Bytes."""
+
+    name: str
+    gpus: int  # 0 is the CPU
+    free_bytes: int
+    offload_bytes: int  # behind it: host memory behind a GPU, the disk behind host memory
+
+
+def find_device(offload_dir: str | None) -> Device:
+    """All GPUs together where nvidia-smi finds any, else this machine's memory."""
+    gpus = _gpus()
+    if gpus:
+        names = " + ".join(name for name, _ in gpus)
+        return Device(names, len(gpus), sum(free for _, free in gpus), host_free_bytes())
+    folder = Path(offload_dir or ".").expanduser()
+    disk = shutil.disk_usage(folder if folder.is_dir() else ".").free
+    return Device("this machine's CPU", 0, host_free_bytes(), disk)
+
+
+def given_device(memory: str) -> Device:
+    """A GPU of so much memory, in front of this machine's host memory.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    return Device(f"a GPU of {memory}", 1, parse_bytes(memory), host_free_bytes())
+
+
+def parse_bytes(size: str) -> int:
+    """ "24GB" is 24 · 10⁹, "24GiB" and "24G" are 24 · 2³⁰.
+
+    Raises:
+        ConfigError: neither.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", size.strip())
+    units = {unit.lower(): value for unit, value in _UNITS.items()}
+    if not match or match[2].lower() not in units or float(match[1]) == 0:
+        raise ConfigError(f"memory={size}: not a size. Write it as 24GB or 24GiB.")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def host_free_bytes() -> int:
+    """What the system can give without swapping, or the control group's rest if that is less."""
+    free: int = psutil.virtual_memory().available
+    for limit, used in _CGROUP_LIMITS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(free, 0)
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and free bytes of each GPU that CUDA_VISIBLE_DEVICES leaves."""
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(text, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_gpus(text: str, visible: str | None) -> list[tuple[str, int]]:
+    """nvidia-smi's lines "index, uuid, name, free MiB", those that `visible` names by index or uuid."""
+    wanted = None if visible is None else {part.strip() for part in visible.split(",")}
+    found: list[tuple[str, int]] = []
+    for line in text.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 4 and fields[3].isdigit() and (wanted is None or wanted & {fields[0], fields[1]}):
+            found.append((fields[2], int(fields[3]) * 1024**2))
+    return found

@@ -1,0 +1,225 @@
+"""The heavy half of a job: load the model, run what is missing, measure. Imported only when there is work."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import display
+from pipeline.capacity import context_tokens, in_flight
+from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
+from pipeline.config import Config
+from pipeline.engine.engine import Engine
+from pipeline.engine.forward import Forward
+from pipeline.engine.packing import pack_weights
+from pipeline.engine.probe import choose_forward
+from pipeline.errors import JobError, PromptError
+from pipeline.fingerprint import row_key
+from pipeline.interrupt import Interrupt
+from pipeline.job_stats import job_stats, measure_weights, show_stats
+from pipeline.ledger import Ledger
+from pipeline.loading import Loaded, load_model, release
+from pipeline.manifest import manifest, model_digest
+from pipeline.memory_stats import PeakSampler
+from pipeline.progress import JobProgress
+from pipeline.request import BadRow, Completion, PromptRow, Request
+from pipeline.results import MANIFEST, STATS, JobFolder, read_json
+from pipeline.rows import completion_row, error_row, part_thinking
+from pipeline.survey import rows_of
+from pipeline.timeline import Timeline
+from pipeline.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Pending:
+    """A row in the engine."""
+
+    row: PromptRow
+    number: int  # of the job's rows, from 0
+    prompt_token_ids: tuple[int, ...]
+    samples: int  # still to come from the engine
+    missing: list[int]  # the samples that are not written by an earlier run
+
+
+def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, interrupt: Interrupt) -> None:
+    """Make what the ledger says is missing; returns early, between two steps, after a signal.
+
+    Raises:
+        Stopped: a signal came before there was anything to finish.
+        PipelineError: the job as a whole cannot go on; what was written stays.
+    """
+    done_before = ledger.done
+    display.say(f"Loading {config.model.name}")
+    timeline = Timeline()
+    with PeakSampler() as load:
+        loaded = load_model(config.model, config.quant, config.models_dir)
+    try:
+        digest = model_digest(Path(loaded.source), loaded.revision)
+        if done_before:
+            _check_same_model(results, digest)
+        weights = measure_weights(loaded.model)
+        if config.engine.pack_weights:
+            log.info("%d linear layers packed", pack_weights(loaded.model))
+        forward, probe = choose_forward(loaded.model, config.engine.attention.value)
+        facts = {"model_digest": digest, "attention": probe}
+        results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
+        work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
+        interrupt.hold()
+        with PeakSampler() as run:
+            started = time.perf_counter()
+            engine = work.run(forward)
+            results.sync()
+            run_sec = time.perf_counter() - started
+        stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
+        counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
+        stats["rows"] = {"total": ledger.total, **counts}
+        stats["timeline"] = timeline.points
+        results.write_json(STATS, stats)
+        show_stats(stats, results.path)
+    finally:
+        release(loaded)
+
+
+def _check_same_model(results: JobFolder, digest: str) -> None:
+    """Rows of two models must not mix in one file."""
+    before = read_json(results.path / MANIFEST) or {}
+    if before.get("model_digest", digest) != digest:
+        raise JobError(
+            f"{results.path}: its rows are of {before.get('model')}, revision {before.get('revision')}, as it was "
+            f"on {before.get('when')}; the model's files have changed since. Pin that revision with "
+            "model.revision=… to go on, or pass resume=never to make all rows anew."
+        )
+
+
+class _Work:
+    """Rows into the engine, completions out of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: str,
+        results: JobFolder,
+        ledger: Ledger,
+        loaded: Loaded,
+        interrupt: Interrupt,
+        timeline: Timeline,
+    ) -> None:
+        assert loaded.model is not None
+        self._config = config
+        self._prompts = prompts
+        self._results = results
+        self._ledger = ledger
+        self._interrupt = interrupt
+        self._timeline = timeline
+        self._watchdog = Watchdog(config.watchdog_sec, results.sync)
+        self._tokenizer = loaded.tokenizer
+        self._decode = partial(decode, loaded.tokenizer)
+        self._context = context_tokens(loaded.model.config)
+        self._eos_token_ids = eos_token_ids(loaded.model.generation_config, loaded.tokenizer)
+        settings = config.engine
+        self._limits = in_flight(
+            loaded.model, settings.memory_fraction, settings.max_rows, settings.max_tokens_in_flight
+        )
+        self._pending: dict[str, Pending] = {}
+
+    def run(self, forward: Forward) -> Engine:
+        """Run all missing rows, or those that are done before a signal comes."""
+        settings, model = self._config.engine, self._config.model
+        rows, tokens = self._limits
+        log.info("At most %d rows and %d tokens in flight", rows, tokens)
+        engine = Engine(
+            forward,
+            self._eos_token_ids,
+            self._decode,
+            max_rows=rows,
+            max_tokens=tokens,
+            prefill_tokens=settings.prefill_tokens,
+            share_prefix=settings.shared_prefix,
+        )
+        chat = prepare_chat(
+            self._tokenizer,
+            system=self._config.system,
+            template=model.chat_template,
+            template_kwargs=model.chat_template_kwargs,
+        )
+        with JobProgress(self._ledger.total, self._ledger.done) as progress, self._watchdog:
+            for finished in engine.steps(self._requests(chat)):
+                for completion in finished:
+                    self._write(completion)
+                self._results.sync_if_due()
+                self._watchdog.beat(f"step {engine.stats.steps}, with {self._ledger.done} rows done")
+                self._show(progress, engine)
+                if self._interrupt.signal:
+                    break
+        return engine
+
+    def _requests(self, chat: Chat) -> Iterator[Request]:
+        """Render the rows that are missing; a row that cannot be run is written at once."""
+        for number, row in enumerate(rows_of(self._config, self._prompts)):
+            missing = self._ledger.missing_samples(number, row_key(row))
+            if missing is None:
+                raise PromptError(
+                    f"{row.source}: the prompt file changed while the job was reading it. "
+                    "Run the same command again."
+                )
+            self._watchdog.beat(f"row {row.index} was read")
+            if self._interrupt.signal:
+                return
+            if not missing:
+                continue
+            try:
+                if isinstance(row, BadRow):
+                    raise PromptError(row.error)
+                request = _request(row, render(row, chat), self._context)
+            except PromptError as error:
+                for sample in missing:
+                    self._results.append(error_row(row, str(error), sample))
+                    self._ledger.mark(number, sample, failed=True)
+                continue
+            self._pending[row.id] = Pending(row, number, request.prompt_token_ids, row.params.n, missing)
+            yield request
+
+    def _write(self, completion: Completion) -> None:
+        pending = self._pending[completion.request_id]
+        pending.samples -= 1
+        if pending.samples == 0:
+            del self._pending[completion.request_id]
+        if completion.sample not in pending.missing:
+            return  # an earlier run wrote it; the engine makes all samples of a row
+        written = completion_row(pending.row, pending.prompt_token_ids, completion, self._decode)
+        if self._config.generation.thinking:
+            part_thinking(written, self._tokenizer, pending.prompt_token_ids)
+        if self._config.token_ids:
+            written["token_ids"] = list(completion.token_ids)
+        self._results.append(written)
+        self._ledger.mark(pending.number, completion.sample, failed=completion.error is not None)
+
+    def _show(self, progress: JobProgress, engine: Engine) -> None:
+        live: list[Any] = engine.live
+        tokens = sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
+        self._timeline.sample(tokens)
+        progress.update(self._ledger.done, tokens)
+        if self._config.stream and live:
+            first = min(live, key=lambda s: (self._pending[s.request.id].row.index, s.sample))
+            progress.stream(first.request.id, self._decode(first.token_ids))
+
+
+def _request(row: PromptRow, prompt_token_ids: list[int], context: int) -> Request:
+    """The engine's request; its completion ends where the context does.
+
+    Raises:
+        PromptError: the prompt fills the context.
+    """
+    room = context - len(prompt_token_ids)
+    if room < 1:
+        raise PromptError(
+            f"{row.source}: the prompt has {len(prompt_token_ids)} tokens and the model's context {context}. "
+            "Shorten the prompt, or choose a model with a longer context."
+        )
+    params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
+    return Request(row.id, tuple(prompt_token_ids), params)

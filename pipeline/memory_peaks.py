@@ -1,0 +1,144 @@
+"""Estimates of what a load and a run take at their fullest, from the architecture alone: no weights, no torch.
+
+Exact are the parts that memory_plan.py knows; activations, logits, scratch and the context are estimates.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from pipeline.architecture import Architecture
+from pipeline.memory_plan import (
+    ELEMENT_BYTES,
+    Quant,
+    checkpoint_bytes,
+    footprint_bytes,
+    plain_dtype,
+    quant_state_bytes,
+    weights,
+)
+
+MIB = 1024**2
+CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
+HOST_RUNTIME_BYTES = 24 * MIB  # an assumption: what the libraries allocate at a first forward pass on a CPU
+
+
+def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool = False) -> int:
+    """One row of logits a sequence; sampling works on float32 copies: scaled, probabilities, their sums."""
+    return rows * arch.vocab_size * (ELEMENT_BYTES[plain_dtype(arch, quant)] + (12 if sampled else 0))
+
+
+def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int) -> int:
+    """The largest that is alive at once in a layer of one forward pass; not the logits.
+
+    Either the MLP (its input, residuals and norm; gate, up and product, or fused gate_up, gate's activation
+    and product) or attention (the same input; queries, rotated, padded, the result; keys, values, both
+    repeated for the query heads; the mask) or a norm's float32 copies. An int8 product's results go
+    through int32 and float32, 16 bytes each. Within 5 % of the live tensors of SmolLM2's forward pass.
+
+    Args:
+        tokens: in the pass.
+        columns: the longest prompt so far, whose keys the pass attends to.
+    """
+    element = ELEMENT_BYTES[plain_dtype(arch, quant)]
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    queries = arch.num_attention_heads * arch.head_dim
+    keys = arch.num_key_value_heads * arch.head_dim
+    mlp = element * tokens * (4 * hidden + (4 if arch.fused else 3) * inner)
+    attention = element * tokens * (4 * hidden + 4 * queries + 2 * keys)
+    attention += element * max(tokens, columns) * 2 * queries + (1 + element) * tokens * columns
+    norm = tokens * (element * hidden + 3 * 4 * hidden)
+    int8 = 0
+    if quant.method == "int8":
+        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
+    return max(mlp, attention, norm, int8)
+
+
+@cache
+def scratch_bytes(arch: Architecture, quant: Quant, gpus: int) -> int:
+    """4-bit: the largest matrix, dequantized for a product of many rows.
+
+    On a CPU it is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
+    """
+    if quant.method not in ("nf4", "fp4"):
+        return 0
+    compute = plain_dtype(arch, quant) if quant.compute_dtype == "auto" else quant.compute_dtype
+    return max(w.count for w in weights(arch) if w.quantizable) * (ELEMENT_BYTES[compute] if gpus else 8)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPeak:
+    """What a run holds at its fullest, part by part. Bytes; `total` is their sum."""
+
+    footprint: int
+    quant_state: int
+    kv_cache: int
+    activations: int
+    logits: int
+    scratch: int
+    context: int  # the CUDA context, or what the libraries take on a host
+
+    @property
+    def total(self) -> int:
+        return (
+            self.footprint
+            + self.quant_state
+            + self.kv_cache
+            + self.activations
+            + self.logits
+            + self.scratch
+            + self.context
+        )
+
+
+def run_peak(
+    arch: Architecture,
+    quant: Quant,
+    *,
+    kv_cache: int,
+    rows: int,
+    prefill_tokens: int,
+    columns: int,
+    sampled: bool,
+    gpus: int,
+) -> RunPeak:
+    """A full batch while one more prefill passes through.
+
+    Args:
+        kv_cache: bytes, as from `kv_cache_bytes`.
+        rows: of the batch, whose logits are held.
+        prefill_tokens: tokens in one pass of the prefill.
+        columns: the longest prompt.
+        gpus: 0 is a run on the CPU.
+    """
+    return RunPeak(
+        footprint=footprint_bytes(arch, quant),
+        quant_state=quant_state_bytes(arch, quant),
+        kv_cache=kv_cache,
+        activations=activation_bytes(arch, quant, prefill_tokens, columns),
+        logits=logits_bytes(arch, quant, rows, sampled=sampled),
+        scratch=scratch_bytes(arch, quant, gpus),
+        context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPeak:
+    """What loading holds at its fullest. `mapped` are file pages that the system can take back at will."""
+
+    held: int
+    mapped: int
+
+
+def load_peak(arch: Architecture, quant: Quant, *, gpus: int) -> LoadPeak:
+    """Weights as they will be stored; on a GPU beside them the largest tensor as the checkpoint has it.
+
+    On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those
+    very pages: nothing is held twice.
+    """
+    stored_bytes = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
+    if gpus:
+        largest = max(w.count for w in weights(arch)) * ELEMENT_BYTES[arch.dtype]
+        return LoadPeak(held=stored_bytes + largest + gpus * CUDA_CONTEXT_BYTES, mapped=0)
+    as_is = quant.method == "none" and plain_dtype(arch, quant) == arch.dtype
+    return LoadPeak(stored_bytes + HOST_RUNTIME_BYTES, 0 if as_is else checkpoint_bytes(arch))

@@ -1,0 +1,183 @@
+"""One record a job, of plain data: what the table, the plots and report.json say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.jobs import Job
+from pipeline.report.prompts import Prompt
+from pipeline.report.quality import against_references, baselines, compare_jobs
+
+Record = dict[str, Any]
+
+
+def summarize(jobs: Sequence[Job], prompts: Sequence[Prompt], baseline: Path | None = None) -> list[Record]:
+    """The jobs' records, in their order.
+
+    Raises:
+        OutputError: as `baselines`.
+    """
+    records = []
+    for number, (job, other) in enumerate(zip(jobs, baselines(jobs, baseline), strict=True)):
+        own = [p for p in prompts if p.answers[number] is not None]
+        records.append(
+            {
+                "label": job.label,
+                "folder": str(job.folder),
+                "model": job.model,
+                "quant": job.quant,
+                "generation": job.generation,
+                "prompt_set": job.prompt_set,
+                **_state(job, own, number),
+                **_speed(job, own, number),
+                "memory": memory(job.stats),
+                "baseline": None if other is None else jobs[other].label,
+                "quality": compare_jobs(prompts, number, other),
+                "reference": against_references(prompts, number),
+                "scores": _scores(job.scores),
+                "completions": _completions(own, number),
+                "timeline": job.stats.get("timeline") or [],
+                "setup": _setup(job),
+            }
+        )
+    return records
+
+
+def _state(job: Job, own: Sequence[Prompt], number: int) -> Record:
+    """done, stopped or failed, and why. A job whose rows are all written is done, errors among them or not."""
+    rows = job.stats.get("rows") or {}
+    errors = sum(bool(answer.error) for p in own if (answer := p.answers[number]))
+    total = max(rows.get("total") or 0, len(own))
+    found = {"rows": {"total": total, "done": len(own), "errors": errors}, "reason": None}
+    if not own:
+        reason = job.problem or "Its log names no error: it was killed, or is still loading."
+        return {**found, "state": "failed", "reason": reason}
+    if not job.stats or len(own) < total:
+        reason = job.problem or f"{len(own)} of {total} rows are done. The same command goes on from here."
+        return {**found, "state": "stopped", "reason": reason}
+    return {**found, "state": "done"}
+
+
+def _speed(job: Job, own: Sequence[Prompt], number: int) -> Record:
+    tokens = sum(answer.completion_tokens for p in own if (answer := p.answers[number]))
+    stats = job.stats
+    return {
+        "completion_tokens": tokens,
+        "tokens_per_sec": stats.get("tokens_per_sec"),
+        "load_sec": stats.get("load_sec"),
+        "run_sec": stats.get("run_sec"),
+    }
+
+
+def memory(stats: dict[str, Any]) -> Record:
+    """Measured bytes by part, their peak, and the prediction where the job wrote one.
+
+    peak_bytes is allocated on GPUs where there are any, else the resident set; `rest` is what the peak
+    holds beside the parts: activations, logits, and on a CPU Python and its libraries.
+    """
+    measured = stats.get("memory") or {}
+    peak = measured.get("run_peak") or {}
+    gpus = peak.get("devices") or []
+    allocated = sum(gpu.get("peak_allocated_bytes") or 0 for gpu in gpus)
+    parts = {part: sum(sizes.values()) for part, sizes in (measured.get("weight_bytes") or {}).items()}
+    parts["quantization state"] = measured.get("quantization_state_bytes") or 0
+    parts["KV cache"] = (stats.get("engine") or {}).get("peak_kv_cache_bytes") or 0
+    peak_bytes = allocated or peak.get("host_bytes")
+    parts["rest"] = max(0, (peak_bytes or 0) - sum(parts.values()))
+    predicted = measured.get("predicted") or {}
+    return {
+        "footprint_bytes": measured.get("footprint_bytes"),
+        "quantization_state_bytes": measured.get("quantization_state_bytes"),
+        "peak_bytes": peak_bytes,
+        "peak_of": "GPU memory allocated" if allocated else "resident set",
+        "load_peak_bytes": (measured.get("load_peak") or {}).get("host_bytes"),
+        "parts": {name: size for name, size in parts.items() if size},
+        "predicted_footprint_bytes": _first(predicted, "footprint_bytes", "footprint"),
+        "predicted_peak_bytes": _first(predicted, "run_peak_bytes", "peak_bytes", "run_peak", "total_bytes"),
+    }
+
+
+def _first(values: dict[str, Any], *names: str) -> int | None:
+    found = (values.get(name) for name in names)
+    return next((int(v) for v in found if isinstance(v, int | float)), None)
+
+
+def _completions(own: Sequence[Prompt], number: int) -> Record:
+    """Lengths in tokens, and how completions ended."""
+    answers = [answer for p in own if (answer := p.answers[number])]
+    ends: dict[str, int] = {}
+    for answer in answers:
+        end = "error" if answer.error else str(answer.finish_reason)
+        ends[end] = ends.get(end, 0) + 1
+    lengths = [answer.completion_tokens for answer in answers if not answer.error]
+    return {"lengths": lengths, "finish_reasons": ends}
+
+
+def _scores(scores: dict[str, Any]) -> dict[str, Any] | None:
+    return scores if scores.get("nll") else None
+
+
+def _setup(job: Job) -> Record:
+    manifest = job.manifest
+    command = manifest.get("command") or ["python", "-m", "pipeline", *job.overrides]
+    return {
+        "command": [str(part) for part in command],
+        "overrides": job.overrides,
+        "config": job.config,
+        "manifest": {name: value for name, value in manifest.items() if name != "command"},
+        "engine": job.stats.get("engine") or {},
+    }
+
+
+BEST = {  # column to whether more is better
+    "tokens_per_sec": True,
+    "load_sec": False,
+    "footprint_bytes": False,
+    "peak_bytes": False,
+    "exact_match": True,
+    "agreement": True,
+    "kl": False,
+    "top1": True,
+    "perplexity": False,
+    "reference": True,
+}
+
+
+def cells(record: Record) -> dict[str, float | None]:
+    """The numbers of a record's table row, by column."""
+    quality, scores = record["quality"] or {}, record["scores"] or {}
+    marks = record["reference"] or {}
+    best_mark = marks.get("contains")
+    return {
+        "rows": record["rows"]["done"],
+        "errors": record["rows"]["errors"],
+        "completion_tokens": record["completion_tokens"],
+        "tokens_per_sec": record["tokens_per_sec"],
+        "load_sec": record["load_sec"],
+        "footprint_bytes": record["memory"]["footprint_bytes"],
+        "predicted_footprint_bytes": record["memory"]["predicted_footprint_bytes"],
+        "peak_bytes": record["memory"]["peak_bytes"],
+        "predicted_peak_bytes": record["memory"]["predicted_peak_bytes"],
+        "exact_match": _value(quality.get("exact_match")),
+        "agreement": _value(quality.get("agreement")),
+        "divergence": quality.get("median_first_divergence"),
+        "kl": _value(scores.get("kl")),
+        "top1": _value(scores.get("top1")),
+        "perplexity": _value(scores.get("perplexity")),
+        "reference": _value(best_mark),
+    }
+
+
+def best_values(records: Sequence[Record]) -> dict[str, float]:
+    """Each column's best value among the jobs that finished, where they differ. A baseline is not compared."""
+    table = [cells(record) for record in records if record["state"] == "done"]
+    best: dict[str, float] = {}
+    for column, more in BEST.items():
+        values = [v for row in table if (v := row[column]) is not None]
+        if len(set(values)) > 1:
+            best[column] = max(values) if more else min(values)
+    return best
+
+
+def _value(interval: dict[str, float | None] | None) -> float | None:
+    return interval["value"] if interval else None

@@ -1,0 +1,156 @@
+"""The summary table: its columns, and a record as a line of shown text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.display import megabytes
+from pipeline.report.summary import Record, best_values, cells
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: what it is called, what it means, how its numbers are written."""
+
+    name: str
+    title: str
+    help: str
+    show: Callable[[Any], str] = str
+    text: bool = False
+
+
+@dataclass(slots=True)
+class Cell:
+    """What is shown, and in small type below it an interval or a prediction."""
+
+    shown: str
+    small: str = ""
+    best: bool = False
+    text: bool = False
+
+
+@dataclass(slots=True)
+class Line:
+    """One job. A failed one has a reason instead of numbers."""
+
+    label: str
+    baseline: bool
+    failed: bool
+    reason: str | None
+    cells: list[Cell]
+    sort: dict[str, Any] = field(default_factory=dict)
+
+
+def _count(x: float) -> str:
+    return f"{x:,.0f}"
+
+
+def _tenths(x: float) -> str:
+    return f"{x:,.1f}"
+
+
+def _share(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+COLUMNS = (
+    Column("label", "Job", "What tells this job from the others", text=True),
+    Column("model", "Model", "model=", text=True),
+    Column("quant", "Quantization", "quant=", text=True),
+    Column("state", "State", "done, stopped or failed", text=True),
+    Column("rows", "Rows", "Rows written, of how many", _count),
+    Column("errors", "Errors", "Rows that failed", _count),
+    Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
+    Column("tokens_per_sec", "Tokens/s", "Completion tokens per second of the run, without loading", _tenths),
+    Column("load_sec", "Load", "Seconds to load the model", lambda x: f"{x:.1f} s"),
+    Column("footprint_bytes", "Footprint", "get_memory_footprint(): weights and buffers as stored", megabytes),
+    Column("peak_bytes", "Peak", "Most memory held during the run: GPU memory, else the resident set", megabytes),
+    Column("exact_match", "Same text", "Completions equal to the baseline's, to the letter", _share),
+    Column("agreement", "Agreement", "Positions with the baseline's token (or word)", _share),
+    Column("divergence", "Diverges at", "Median position of the first difference", lambda x: f"{x:g}"),
+    Column("kl", "KL divergence", "From the baseline, in nats per token of its completions", lambda x: f"{x:.4g}"),
+    Column("top1", "Same top token", "How often the most probable token is the baseline's", _share),
+    Column("perplexity", "Perplexity", "Of the baseline's completions", lambda x: f"{x:.3f}"),
+    Column("reference", "Reference", "Completions that contain the reference answer", _share),
+)  # fmt: skip
+ALWAYS = {"label", "state", "rows", "errors", "completion_tokens", "tokens_per_sec", "load_sec", "peak_bytes"}
+PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "predicted_peak_bytes"}
+
+
+def columns(records: Sequence[Record]) -> list[Column]:
+    """The columns that say something about these jobs; model and quantization where no label says them."""
+    table = [{**cells(record), **record} for record in records]
+
+    def wanted(column: Column) -> bool:
+        if column.name in ("model", "quant"):
+            return any(record[column.name] not in record["label"].split(" · ") for record in records)
+        return column.name in ALWAYS or any(line.get(column.name) is not None for line in table)
+
+    return [column for column in COLUMNS if wanted(column)]
+
+
+def lines(records: Sequence[Record]) -> list[Line]:
+    """The records as lines, in their order; a job without any row is a line with its reason."""
+    shown, best = columns(records), best_values(records)
+    return [_line(record, shown, best) for record in records]
+
+
+def _line(record: Record, shown: Sequence[Column], best: dict[str, float]) -> Line:
+    values = {**cells(record), **{c.name: record[c.name] for c in shown if c.text}}
+    failed = record["state"] == "failed"
+    made = [_cell(column, values, record, best) for column in shown[1:] if column.text or not failed]
+    reason = record["reason"] if failed else None
+    return Line(record["label"], record["baseline"] == record["label"], failed, reason, made, values)
+
+
+def _cell(column: Column, values: dict[str, Any], record: Record, best: dict[str, float]) -> Cell:
+    value = values[column.name]
+    if column.text:
+        return Cell(str(value), text=True)
+    if value is None:
+        return Cell("–")
+    is_best = value == best.get(column.name) and record["state"] != "stopped"
+    cell = Cell(column.show(value), best=is_best)
+    if column.name == "rows" and record["rows"]["total"] != value:
+        cell.shown += f" of {record['rows']['total']:,}"
+    predicted = values.get(PREDICTED.get(column.name, ""))
+    interval = _interval(column.name, record)
+    if predicted is not None:
+        cell.small = f"predicted {column.show(predicted)}"
+    elif interval and interval["low"] is not None:
+        low, high = column.show(interval["low"]), column.show(interval["high"])
+        cell.small = f"{low.removesuffix(' %')}–{high}"
+    return cell
+
+
+def _interval(name: str, record: Record) -> dict[str, Any] | None:
+    sources = {
+        "exact_match": "quality",
+        "agreement": "quality",
+        "kl": "scores",
+        "top1": "scores",
+        "perplexity": "scores",
+    }
+    found: dict[str, Any] | None = (record[sources[name]] or {}).get(name) if name in sources else None
+    if name == "reference" and record["reference"]:
+        found = record["reference"]["contains"]
+    return found
+
+
+def notes(records: Sequence[Record]) -> str:
+    """What the quality columns mean here."""
+    parts = []
+    units = {record["quality"]["unit"] for record in records if record["quality"]}
+    if units:
+        parts.append(f"Agreement and divergence count {' or '.join(sorted(units))}.")
+    bases = sorted({record["baseline"] for record in records if record["baseline"]})
+    if bases:
+        parts.append(f"Baseline: {', '.join(bases)}.")
+    of = sorted({record["memory"]["peak_of"] for record in records if record["memory"]["peak_bytes"]})
+    if of:
+        parts.append(f"Peak: {' or '.join(of)}.")
+    if not any(record["scores"] for record in records):
+        parts.append(
+            "KL divergence and perplexity: run python -m pipeline.score FOLDER baseline=FOLDER first."
+        )
+    return " ".join(parts)

@@ -1,0 +1,136 @@
+"""What a job still has to do: its prompt file against its folder. No model, no torch."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import display
+from pipeline.config import Config, OnError, root
+from pipeline.errors import PromptError
+from pipeline.fingerprint import fingerprint, row_key
+from pipeline.ledger import Ledger
+from pipeline.prompts import find_prompts, read_prompts
+from pipeline.request import BadRow, GenerationParams, PromptRow
+from pipeline.results import DROP, KEEP, REPLACED, ROWS, JobFolder, read_json
+
+FINISHED = ".finished"  # what a job that lacked nothing looked like: then it need not be read again
+FORMAT = 1  # of row keys
+
+
+def locate_prompts(config: Config, results: JobFolder) -> str:
+    """The prompt file's path; standard input is kept in the job's folder, for it is read twice.
+
+    Raises:
+        PromptError: there is no such file.
+    """
+    prompts = find_prompts(config.prompts, root() / "jobs")
+    return str(results.save("prompts.jsonl", sys.stdin.buffer)) if prompts == "-" else prompts
+
+
+def rows_of(config: Config, prompts: str) -> Iterator[PromptRow | BadRow]:
+    """The job's rows, as `read_prompts` gives them."""
+    params = {name: getattr(config.generation, name) for name in GenerationParams.__dataclass_fields__}
+    return read_prompts(
+        prompts,
+        GenerationParams(**params),
+        prompt_field=config.prompt_field,
+        limit=config.limit,
+        shard=config.shard,
+    )
+
+
+def survey(config: Config, prompts: str, results: JobFolder) -> Ledger:
+    """Read the prompt file and the written rows once; lines that no longer answer a row are moved aside.
+
+    Raises:
+        PromptError: the prompt file cannot be read, or has a bad row and on_error=fail.
+        OutputError: the folder cannot be read or written.
+    """
+    ledger = Ledger()
+    for row in rows_of(config, prompts):
+        if isinstance(row, BadRow) and config.on_error is OnError.fail:
+            raise PromptError(row.error)
+        ledger.add(row_key(row), row.index, row.params.n if isinstance(row, PromptRow) else 1)
+    found: Counter[str] = Counter()
+    damaged: list[int] = []
+
+    def judge(line: dict[str, Any] | None, number: int) -> int:
+        if line is None:
+            damaged.append(number)
+            return DROP
+        row = ledger.find(line["key"])
+        if row is None:
+            if config.limit is not None and line["index"] >= config.limit:
+                return KEEP  # of a run without the limit
+            found["changed"] += 1
+            return DROP
+        failed = line["error"] is not None
+        if failed and config.retry_errors:
+            found["failed"] += 1
+            return DROP
+        if not ledger.mark(row, line["sample"], failed=failed):
+            found["repeated"] += 1
+            return DROP
+        index = ledger.index(row)
+        return KEEP if line["index"] == index else index
+
+    dropped = results.sift(judge)
+    if dropped:
+        _say_dropped(results.path, found, damaged)
+    if ledger.done:
+        display.say(f"Going on: {ledger.done} of {ledger.total} rows were done before.")
+    return ledger
+
+
+def _say_dropped(folder: Path, found: Counter[str], damaged: list[int]) -> None:
+    reasons = [
+        f"{found[kind]} {why}"
+        for kind, why in (
+            ("changed", "whose prompts changed or are gone"),
+            ("failed", "that had failed"),
+            ("repeated", "that were written twice"),
+        )
+        if found[kind]
+    ]
+    if damaged:
+        shown = ", ".join(f"{ROWS}:{number}" for number in damaged[:5])
+        reasons.append(f"{len(damaged)} damaged ({shown}{', …' if len(damaged) > 5 else ''})")
+    display.say(
+        f"Lines of an earlier run that are moved to {folder / REPLACED}: {'; '.join(reasons)}. "
+        "What is missing of their rows is done again.",
+        style="yellow",
+    )
+
+
+def remember_finished(config: Config, prompts: str, results: JobFolder, ledger: Ledger) -> None:
+    """Note what prompt file and results look like, now that nothing is missing."""
+    looks = _looks(config, prompts, results.path)
+    if looks is not None:
+        results.write_json(FINISHED, {**looks, "total": ledger.total, "errors": ledger.errors})
+
+
+def finished_before(config: Config, prompts: str, results: JobFolder) -> tuple[int, int] | None:
+    """Rows and errors of a job that lacked nothing and has not been touched since; else None."""
+    noted = read_json(results.path / FINISHED)
+    if noted is None:
+        return None
+    total, errors = noted.pop("total", None), noted.pop("errors", None)
+    if noted != _looks(config, prompts, results.path):
+        return None
+    if errors and (config.retry_errors or config.on_error is OnError.fail):
+        return None
+    return total, errors
+
+
+def _looks(config: Config, prompts: str, folder: Path) -> dict[str, Any] | None:
+    try:
+        of_prompts, of_rows = Path(prompts).stat(), (folder / ROWS).stat()
+    except OSError:
+        return None
+    return {
+        "prompts": [prompts, of_prompts.st_size, of_prompts.st_mtime_ns],
+        "rows": [of_rows.st_size, of_rows.st_mtime_ns],
+        "settings": fingerprint([FORMAT, config.limit]),
+    }

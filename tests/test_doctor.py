@@ -1,0 +1,108 @@
+"""The doctor: findings with a next step, an exit status for scripts, never a token."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from pipeline import health
+from pipeline.compose import read_config
+from pipeline.doctor import main
+from pipeline.health import State, check_bitsandbytes, check_version
+from pipeline.model_health import check_access, check_room, check_tokenizer
+
+SECRET = "hf_ThisMustNeverBePrinted"
+
+
+@pytest.fixture
+def config(tiny_dir, tmp_path):
+    return read_config([f'model.name="{tiny_dir}"', "quant=nf4", f"outputs_dir={tmp_path}/out"])
+
+
+def states(checks):
+    return {check.name: check.state for check in checks}
+
+
+def test_a_good_machine_and_model_pass_with_status_0(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    file = tmp_path / "doctor.json"
+    status = main([f'model.name="{tiny_dir}"', "quant=nf4", f"outputs_dir={tmp_path}/out", f"json={file}"])
+    out = capsys.readouterr().out
+    checks = json.loads(file.read_text())["checks"]
+    assert [check for check in checks if check["state"] == "red"] == []
+    assert status == 0
+    assert "A job can run here." in out
+    names = {check["name"] for check in checks}
+    assert {"torch", "cpu", "bitsandbytes nf4 on cpu", "hub login", "model files", "BOS", "slurm"} <= names
+    assert SECRET not in out + file.read_text()
+    assert "\x1b" not in out
+
+
+def test_a_model_that_cannot_be_had_is_red_with_status_1(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["model=qwen", f"models_dir={tmp_path}"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "HF_HUB_OFFLINE is set, and the weights are not on this machine" in out
+    assert "hf download Qwen/Qwen3-4B-Instruct-2507" in out
+
+
+def test_a_misspelt_key_is_status_2(capsys):
+    assert main(["modle=smollm2"]) == 2
+    assert "Did you mean model?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("0.49.2", State.red), ("0.50.2", State.green), (None, State.red), ("0.51.0+cu130", State.green)],
+)
+def test_versions_known_to_be_bad_are_red(version, state):
+    check = check_version("bitsandbytes", ">=0.50", "slow", version)
+    assert check.state is state
+    assert bool(check.next_step) == (state is State.red)
+
+
+def test_bitsandbytes_is_judged_by_its_product(monkeypatch):
+    device = torch.device("cpu")
+    assert [check.state for check in check_bitsandbytes(device)] == [State.green, State.green]
+    monkeypatch.setattr(health, "TOLERANCE", 0.0)
+    monkeypatch.setattr(health, "INT8_TOLERANCE", 0.0)
+    assert [check.state for check in check_bitsandbytes(device)] == [State.red, State.red]
+
+
+def test_a_device_that_bitsandbytes_cannot_use_is_red_and_not_a_traceback():
+    checks = check_bitsandbytes(torch.device("meta"))
+    assert {check.state for check in checks} == {State.red}
+    assert all(check.next_step for check in checks)
+
+
+def test_missing_weights_are_red(config, tiny_dir):
+    (tiny_dir / "model.safetensors").unlink()
+    assert states(check_access(config.model, config.models_dir)) == {"model files": State.red}
+
+
+def test_a_second_bos_is_red_and_a_base_model_yellow(config):
+    config.model.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
+    assert states(check_tokenizer(config))["BOS"] is State.red
+
+
+def test_a_date_and_a_thinking_switch_are_named(config):
+    config.model.chat_template = (
+        "{{ bos_token }}{{ strftime_now('%d') }}{{ messages[0]['content'] }}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    found = {check.name: check for check in check_tokenizer(config)}
+    assert found["template's date"].state is State.yellow
+    assert "the prompt opens it" in found["thinking"].found
+
+
+def test_a_model_that_does_not_fit_is_red_before_a_weight_is_read(config, tmp_path):
+    (tmp_path / "huge").mkdir()
+    facts = json.loads((tmp_path / "models" / "tiny" / "config.json").read_text())
+    (tmp_path / "huge" / "config.json").write_text(json.dumps({**facts, "vocab_size": 10**11}))
+    config.model.name = str(tmp_path / "huge")
+    found = {check.name: check for check in check_room(config)}
+    assert found["memory"].state is State.red
+    assert "does not fit" in found["memory"].found
+    assert found["disk for outputs"].state is State.green

@@ -1,0 +1,81 @@
+"""The real SmolLM2 in float32: the engine's greedy text is that of each prompt alone, token for token."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import alone, run_engine, shuffled, tokens
+
+from pipeline.chat import decode, eos_token_ids, prepare_chat, render
+from pipeline.engine.engine import Engine
+from pipeline.engine.forward import FlatForward
+from pipeline.prompts import read_prompts
+from pipeline.request import GenerationParams, PromptRow, Request
+
+JOBS = Path(__file__).resolve().parent.parent / "jobs"
+
+
+@pytest.fixture(scope="module")
+def eos(smollm2: tuple[Any, Any]) -> frozenset[int]:
+    return eos_token_ids(smollm2[0].generation_config, smollm2[1])
+
+
+@pytest.fixture(scope="module")
+def requests(smollm2: tuple[Any, Any]) -> list[Request]:
+    """Every prompt of both files through the chat template, 8 to 24 new tokens."""
+    chat = prepare_chat(smollm2[1])
+    made: list[Request] = []
+    for file in ("jokes.jsonl", "multilingual.jsonl"):
+        for row in read_prompts(str(JOBS / file), GenerationParams()):
+            assert isinstance(row, PromptRow)
+            params = GenerationParams(max_new_tokens=8 + 8 * (len(made) % 3))
+            made.append(Request(f"{file}:{row.id}", tuple(render(row, chat)), params))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(
+    smollm2: tuple[Any, Any], requests: list[Request], eos: frozenset[int]
+) -> dict[str, tuple[int, ...]]:
+    return {r.id: alone(smollm2[0], r, eos) for r in requests}
+
+
+@pytest.fixture(scope="module")
+def forward(smollm2: tuple[Any, Any]) -> FlatForward:
+    return FlatForward(copy.deepcopy(smollm2[0]))
+
+
+def test_the_prompts_share_a_prefix_and_differ_in_length(requests):
+    assert len({r.prompt_token_ids[:8] for r in requests}) == 1
+    assert len({len(r.prompt_token_ids) for r in requests}) > 8
+
+
+@pytest.mark.parametrize(("max_rows", "prefill_tokens"), [(3, 2048), (8, 32), (64, 2048)])
+def test_text_is_that_of_each_prompt_alone(
+    smollm2, forward, requests, expected, eos, max_rows, prefill_tokens
+):
+    engine = Engine(
+        forward, eos, partial(decode, smollm2[1]), max_rows=max_rows, prefill_tokens=prefill_tokens
+    )
+    done = tokens(run_engine(engine, shuffled(requests, max_rows)))
+    assert done == {(id, 0): ids for id, ids in expected.items()}
+
+
+def test_text_is_that_of_each_prompt_alone_one_by_one(forward, requests, expected, eos):
+    some = requests[::4]
+    done = tokens(run_engine(Engine(forward, eos, max_rows=1), some))
+    assert done == {(r.id, 0): expected[r.id] for r in some}
+
+
+def test_a_stop_string_ends_the_real_text_where_it_begins(smollm2, forward, requests, expected, eos):
+    request = requests[-1]
+    whole = decode(smollm2[1], expected[request.id])
+    stop = whole[5:9]
+    params = GenerationParams(max_new_tokens=request.params.max_new_tokens, stop=[stop])
+    engine = Engine(forward, eos, partial(decode, smollm2[1]))
+    done = run_engine(engine, [Request("a", request.prompt_token_ids, params)])["a", 0]
+    assert done.finish_reason == "stop"
+    assert done.token_ids == expected[request.id][: len(done.token_ids)]
+    assert stop in decode(smollm2[1], done.token_ids)
