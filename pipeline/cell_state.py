@@ -55,8 +55,13 @@ def cell_states(folders: Iterable[Path]) -> Iterator[CellState]:
     queue = _in_the_queue() if any(e.job for e in events.values()) else {}
     tasks = queue or {}
     standings = {folder: read_standing(folder) for folder in events}
-    gone = [e.job for f, e in events.items() if e.job and e.job not in tasks and not standings[f].complete]
-    records = ended(gone)
+    # Asked how tasks ended that could not say so themselves, and why others came back.
+    unclear = [
+        e.job
+        for folder, e in events.items()
+        if e.job and (len(e.started) > 1 or (e.job not in tasks and not standings[folder].complete))
+    ]
+    records = ended(unclear)
     for folder, event in events.items():
         standing = standings[folder]
         task, record = tasks.get(event.job or ""), records.get(event.job or "")
@@ -103,7 +108,7 @@ def _state(
         return "complete", _complete(standing)
     if task is not None:
         return "queued", f"queued ({task.where})"
-    if record is not None:
+    if record is not None and record.state not in ("PENDING", "RUNNING"):  # the accounting lags
         return _how_it_ended(record, events)
     if holder := _holder(folder):
         return "running", f"running ({holder})"
