@@ -38,7 +38,7 @@ def job(tiny_dir, tmp_path):
     return build
 
 
-def wait_for(condition, limit_sec=60):
+def wait_for(condition, limit_sec=180):
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit_sec
