@@ -80,7 +80,7 @@ def held_rows(raw):
     return sum(bool(line.strip()) for line in text.split(b"\n"))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.lists(lines, min_size=1, max_size=12))
 def test_every_line_that_is_not_blank_is_one_row_with_a_key_of_its_own(tmp_path, raw):
     path = tmp_path / "prompts.jsonl"
@@ -99,7 +99,7 @@ def test_every_line_that_is_not_blank_is_one_row_with_a_key_of_its_own(tmp_path,
 
 
 @settings(
-    max_examples=60, deadline=None,
+    max_examples=25, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(raw=st.lists(lines, min_size=1, max_size=16))
@@ -145,7 +145,7 @@ one_override = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(line=st.lists(one_override, max_size=3))
 def test_any_command_line_is_a_config_or_a_config_error(line):
     """Composed and typed, and the job's folder named."""

@@ -38,7 +38,7 @@ def job(tiny_dir, tmp_path):
     return build
 
 
-def wait_for(condition, limit_sec=60):
+def wait_for(condition, limit_sec=180):
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit_sec
@@ -143,7 +143,7 @@ def test_a_job_on_a_full_disk_says_so_and_goes_on_when_there_is_room(server, job
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", small], capture_output=True
     ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
