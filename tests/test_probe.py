@@ -10,6 +10,7 @@ from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
 from pipeline.engine.forward import FlatForward, PaddedForward
 from pipeline.engine.probe import choose_forward
+from pipeline.errors import LoadError
 
 SMALL = {
     "vocab_size": 300,
@@ -80,6 +81,18 @@ def test_another_architecture_takes_the_path_that_keeps_its_text(name):
     done = tokens(run(forward, shuffled(requests, 1), max_rows=4))
     for request in requests:
         assert done[request.id, 0] == alone(model, request), request.id
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("MambaConfig", {"state_size": 8}), ("RecurrentGemmaConfig", {"num_hidden_layers": 3})],
+)
+def test_a_model_with_state_besides_keys_and_values_is_refused_at_once(name, changes):
+    config = getattr(transformers, name)(**{**SMALL, "intermediate_size": 128, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(LoadError, match="not supported"):
+        choose_forward(model)
 
 
 class Maskless(transformers.LlamaForCausalLM):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.kv_cache import Rectangle
 from pipeline.engine.scheduler import Sequence
+from pipeline.errors import LoadError
 from pipeline.request import GenerationParams, Request
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,9 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
     Returns:
         the way, and for the manifest its name and `max_logit_difference`, as a share of the logits'
         standard deviation.
+
+    Raises:
+        LoadError: the model keeps other state than keys and values.
     """
     own_attention = model.config._attn_implementation
     short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
@@ -41,15 +46,37 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
                 FlatForward(model) if name == "rectangles" else PaddedForward(model, equal_lengths=False)
             )
             difference = _difference(forward, short, long, expected)
-        except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
             log.info("Attention %s: not for this model (%s)", name, error)
             difference = float("inf")
         if difference <= TOLERANCE.get(model.dtype, 0.5):
             return forward, {"path": name, "max_logit_difference": difference}
         log.warning("Attention %s: a padded row's logits differ by %.3g; not used", name, difference)
         model.set_attn_implementation(own_attention)
+    if not _runs_alone(model, short):
+        raise LoadError(
+            f"{type(model).__name__}: this model keeps other state than keys and values (recurrent or convolution "
+            "layers), which is not supported. Choose a model whose layers all are attention."
+        )
     log.warning("This model computes other text in a padded row: only prompts of equal length share a batch.")
     return PaddedForward(model, equal_lengths=True), {"path": "equal lengths", "max_logit_difference": None}
+
+
+def _runs_alone(model: Any, ids: tuple[int, ...]) -> bool:
+    """Whether at least a row of its own finds a way through the model."""
+    row = Sequence(Request("", ids, GenerationParams()), 0)
+    try:
+        _check_layers(PaddedForward(model, equal_lengths=True).prefill([row], None, 1 << 30)[0])
+    except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
+        log.info("Alone: not for this model (%s)", error)
+        return False
+    return True
+
+
+def _check_layers(rectangle: Rectangle) -> None:
+    """Raises NotImplementedError unless every layer has written keys and values."""
+    if len(rectangle.keys) != len(rectangle.windows):
+        raise NotImplementedError("layers that keep other state than keys and values")
 
 
 def _difference(
@@ -58,6 +85,7 @@ def _difference(
     """Prefill a short row beside a long one, then feed one token to both."""
     rows = [Sequence(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate((long, short))]
     rectangle, logits = forward.prefill(rows, None, 1 << 30)
+    _check_layers(rectangle)
     differences = [(logits[1].float() - expected[0]).abs().max() / expected[0].std()]
     for row in rows:
         row.token_ids.append(short[0])
