@@ -14,10 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.prompts import find_prompts, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP_FILES = sorted(
-    f"{path.parent.name}={path.stem}"
-    for path in (ROOT / "conf").glob("*/*.yaml")
-)
+GROUP_FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
 JOB_FILES = sorted(path.stem for path in (ROOT / "jobs").glob("*.yaml"))
 PROMPT_FILES = sorted(path.name for path in (ROOT / "jobs").glob("*.jsonl*"))
 
