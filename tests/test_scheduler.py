@@ -72,6 +72,17 @@ def test_reading_ahead_is_bounded_and_goes_on_at_half():
     assert (len(made.waiting), read) == (10, 18)
 
 
+def test_duplicates_are_read_ahead_in_bounded_numbers_too():
+    same = iter([request(str(i), 5) for i in range(1000)])
+    made = Scheduler(same, 8, FAR, 64)
+    made.read_ahead()
+    (leader,) = made.admit(0, 0)
+    assert len(leader.duplicates) == 63
+    made.retire(leader)
+    assert made.read_ahead()
+    assert int(next(same).id) == 128
+
+
 def test_every_request_comes_once_however_small_the_window():
     made = Scheduler([request(f"{i}", 5, i + 1, first_token=i) for i in range(50)], 3, FAR, window=4)
     seen: list[str] = []

@@ -34,7 +34,7 @@ class Sequence:
 class Scheduler:
     """Holds the requests that wait, and says which sequences to admit.
 
-    It reads ahead `window` sequences at most, so that a prompt file of any size takes bounded memory,
+    It reads ahead `window` requests or samples at most, so that a prompt file of any size takes bounded memory,
     and admits the longest expected work first, so that no long row is left alone at the end.
     """
 
@@ -45,6 +45,7 @@ class Scheduler:
         self._requests: Iterator[Request] = iter(requests)
         self._waiting: list[Sequence] = []  # least work first: the next to admit is at the end
         self._leaders: dict[tuple[object, ...], Sequence] = {}
+        self._duplicates = 0  # requests that wait for another one's tokens
         self._exhausted = False
 
     @property
@@ -53,10 +54,10 @@ class Scheduler:
 
     def read_ahead(self) -> bool:
         """Fill the window once it is half empty; True if anything came in."""
-        if self._exhausted or len(self._waiting) * 2 > self._window:
+        if self._exhausted or (len(self._waiting) + self._duplicates) * 2 > self._window:
             return False
         new: list[Sequence] = []
-        while len(self._waiting) + len(new) < self._window:
+        while len(self._waiting) + self._duplicates + len(new) < self._window:
             request = next(self._requests, None)
             if request is None:
                 self._exhausted = True
@@ -92,6 +93,7 @@ class Scheduler:
         """Forget a finished sequence."""
         if sequence.request.params.greedy:
             self._leaders.pop(_text_key(sequence.request), None)
+            self._duplicates -= len(sequence.duplicates)
 
     def shrink(self, live_rows: int, live_tokens: int) -> None:
         """Halve what may be in flight, after this much ran out of memory."""
@@ -103,11 +105,11 @@ class Scheduler:
         if not request.params.greedy:
             return [Sequence(request, sample) for sample in range(request.params.n)]
         leader = self._leaders.setdefault(_text_key(request), Sequence(request, 0))
-        if leader.request is request:
-            leader.duplicates.extend([request] * (request.params.n - 1))
-            return [leader]
-        leader.duplicates.extend([request] * request.params.n)
-        return []
+        is_leader = leader.request is request
+        copies = request.params.n - is_leader
+        leader.duplicates.extend([request] * copies)
+        self._duplicates += copies
+        return [leader] if is_leader else []
 
 
 def shared_prefix(sequences: Ordered[Sequence], min_tokens: int = 8) -> tuple[int, ...]:
