@@ -50,7 +50,7 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     try:
         with initialize_config_dir(conf, version_base="1.3"):
             return compose("config", overrides=overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=true
         raise ConfigError(explain(error)) from error
 
 

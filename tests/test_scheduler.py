@@ -145,7 +145,7 @@ def test_requests_that_differ_in_what_they_ask_are_not_duplicates(other):
 
 
 def test_a_duplicate_joins_a_sequence_that_runs_already_but_not_one_that_has_finished():
-    made = Scheduler([request(x, 5) for x in "abcd"], 8, FAR, window=1)
+    made = Scheduler([request(x, 5) for x in "abcd"], 8, FAR, window=4)
     made.read_ahead()
     (a,) = made.admit(0, 0)
     a.token_ids.append(1)
