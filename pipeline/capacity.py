@@ -8,6 +8,7 @@ import torch
 
 from pipeline.architecture import Architecture, architecture
 from pipeline.devices import host_free_bytes
+from pipeline.engine.forward import input_device
 from pipeline.errors import ConfigError
 from pipeline.memory_peaks import activation_bytes, logits_bytes, scratch_bytes
 from pipeline.memory_plan import KV_CHUNK, Quant, kv_bytes_per_token, kv_cache_bytes
@@ -26,18 +27,21 @@ class Capacity:
     max_tokens: int
     architecture: Architecture | None
     quant: Quant
-    free_bytes: int  # all of it, once the work of a pass is taken off
+    free_bytes: int
+    prefill_tokens: int  # in one pass
 
     def refusal(self, prompt_tokens: int) -> str | None:
         """Why a prompt can never fit, though nothing else were in flight; None if it can."""
         if self.architecture is None:
             return None
-        needed = kv_cache_bytes(self.architecture, self.quant, [(1, prompt_tokens)], prefilling=True)
-        if needed <= self.free_bytes:
+        arch, quant = self.architecture, self.quant
+        kv_cache = kv_cache_bytes(arch, quant, [(1, prompt_tokens)], prefilling=True)
+        work = activation_bytes(arch, quant, min(prompt_tokens, self.prefill_tokens), prompt_tokens)
+        if kv_cache + work <= self.free_bytes:
             return None
         return (
-            f"the prompt has {prompt_tokens} tokens, whose keys and values take {needed / 1e6:,.1f} MB, and "
-            f"{max(0, self.free_bytes) / 1e6:,.1f} MB are free. "
+            f"the prompt's {prompt_tokens} tokens take {kv_cache / 1e6:,.1f} MB of keys and values and "
+            f"{work / 1e6:,.1f} MB of work, and {self.free_bytes / 1e6:,.1f} MB are free. "
             "Shorten the prompt, or choose a smaller model or quantization."
         )
 
@@ -57,19 +61,19 @@ def capacity(
     Args:
         fraction: of the free memory, for keys and values and the work of a pass.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = max_rows or MAX_ROWS
     arch = kv_architecture(model.config.get_text_config().to_dict())
     free = free_bytes(device)
     if arch is None:
-        return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, free)
+        return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, free, prefill_tokens)
     work = (
         activation_bytes(arch, quant, prefill_tokens, prefill_tokens)
         + scratch_bytes(arch, quant, 0 if device.type == "cpu" else 1)
         + logits_bytes(arch, quant, rows, sampled=sampled)
     )
     tokens = tokens_that_fit(arch, quant, int(free * fraction) - work, rows)
-    return Capacity(rows, max_tokens or tokens, arch, quant, free - work)
+    return Capacity(rows, max_tokens or tokens, arch, quant, free, prefill_tokens)
 
 
 def tokens_that_fit(arch: Architecture, quant: Quant, budget_bytes: int, rows: int) -> int:

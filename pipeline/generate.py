@@ -11,14 +11,14 @@ from typing import Any
 from pipeline import display
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
-from pipeline.config import Config
+from pipeline.config import Config, QuantMethod
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import Forward
 from pipeline.engine.packing import pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
-from pipeline.host_memory import release_files, return_large_blocks, trim
+from pipeline.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
 from pipeline.interrupt import Interrupt
 from pipeline.job_stats import compare_memory, job_stats, measure_weights, show_stats
 from pipeline.ledger import Ledger
@@ -96,6 +96,8 @@ def _settle(model: Any, config: Config) -> bool:
     log.info("%d linear layers packed", packed)
     release_files(model)
     trim()
+    if config.quant.method is not QuantMethod.int8:
+        return_large_blocks(GLIBC_BYTES)
     return packed > 0
 
 

@@ -16,16 +16,18 @@ log = logging.getLogger(__name__)
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 LARGE_BYTES = 1 << 20  # blocks from here on go back to the system when they are freed
+GLIBC_BYTES = 1 << 25  # glibc's own bound, which it comes to by itself once a program frees large blocks
 WEIGHTS = (".safetensors", ".bin")
 
 
-def return_large_blocks() -> bool:
-    """Have glibc return each large block when it is freed, and keep none; whether it could be told.
+def return_large_blocks(size_bytes: int = LARGE_BYTES) -> bool:
+    """Have glibc return each block of this size or more when it is freed; whether it could be told.
 
-    Without this, glibc takes blocks of up to 32 MiB from its heap, whose holes the system never gets back.
+    Without this, it takes blocks of up to 32 MiB from its heap, whose holes the system never gets back. But
+    each block then costs page faults anew: worth it while loading, and for 8-bit products.
     """
     try:
-        return bool(_libc().mallopt(MMAP_THRESHOLD, LARGE_BYTES))
+        return bool(_libc().mallopt(MMAP_THRESHOLD, size_bytes))
     except (OSError, AttributeError):
         return False
 

@@ -19,7 +19,10 @@ from pipeline.memory_plan import (
 
 MIB = 1024**2
 CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
-HOST_RUNTIME_BYTES = (
+# Fitted to SmolLM2 on one CPU: code and buffers that the libraries add from loading to the first passes, and
+# the heap that 8-bit products leave in pieces.
+HOST_RUNTIME_BYTES = 36 * MIB
+INT8_HEAP_BYTES = 48 * MIB
     24 * MIB
 )  # measured: code and buffers that the libraries add from loading to the first pass
 
@@ -135,8 +138,12 @@ def run_peak(
         activations=activation_bytes(arch, quant, prefill_tokens, columns),
         logits=logits_bytes(arch, quant, rows, sampled=sampled),
         scratch=scratch_bytes(arch, quant, gpus),
-        context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
+        context=gpus * CUDA_CONTEXT_BYTES if gpus else _host_bytes(quant),
     )
+
+
+def _host_bytes(quant: Quant) -> int:
+    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.method == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
