@@ -23,8 +23,6 @@ CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and wor
 # the heap that 8-bit products leave in pieces.
 HOST_RUNTIME_BYTES = 36 * MIB
 INT8_HEAP_BYTES = 48 * MIB
-    24 * MIB
-)  # measured: code and buffers that the libraries add from loading to the first pass
 
 
 def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool = False) -> int:

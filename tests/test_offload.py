@@ -1,6 +1,5 @@
 """A model larger than its budget runs from disk: slower, with the same text."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ def offloaded(folder: Path, offload_dir: Path, dtype: Dtype, budget: str) -> Any
         name=str(folder), device_map="auto", max_memory={"cpu": budget}, offload_dir=str(offload_dir)
     )
     model = load_model(config, QuantConfig(dtype=dtype), "models").model
-    assert {"cpu", "disk"} == set(model.hf_device_map.values())
+    assert "disk" in model.hf_device_map.values()
     return model
 
 
-@pytest.mark.parametrize("budget", ["200KB", "350KB"])
+@pytest.mark.parametrize("budget", ["150KB", "250KB", "400KB"])
 def test_an_offloaded_model_makes_the_same_text(tiny_model, tiny_dir, tmp_path, budget):
     model = offloaded(tiny_dir, tmp_path / "offload", Dtype.float32, budget)
     release_files(model)
@@ -40,7 +39,7 @@ def test_an_offloaded_model_makes_the_same_text(tiny_model, tiny_dir, tmp_path, 
 
 def test_packing_leaves_offloaded_layers_alone(tiny_dir, tmp_path):
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.bfloat16).eval()
-    model = offloaded(tiny_dir, tmp_path / "offload", Dtype.bfloat16, "150KB")
+    model = offloaded(tiny_dir, tmp_path / "offload", Dtype.bfloat16, "200KB")
     on_disk = [path for path, place in model.hf_device_map.items() if place == "disk"]
     pack_weights(model)
     assert on_disk
