@@ -10,16 +10,13 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import ConfigError
+from pipeline.memory_limits import control_group_rests, resource_rests
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
 }
-_CGROUP_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +63,9 @@ def parse_bytes(size: str) -> int:
 
 
 def host_free_bytes() -> int:
-    """What the system can give without swapping, or the control group's rest if that is less."""
+    """What the system can give without swapping, or the rest of this process's limits if that is less."""
     free: int = psutil.virtual_memory().available
-    for limit, used in _CGROUP_LIMITS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return max(free, 0)
+    return max(0, min([free, *control_group_rests(), *resource_rests()]))
 
 
 def _gpus() -> list[tuple[str, int]]:

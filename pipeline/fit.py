@@ -26,6 +26,7 @@ class Settings:
     prefill_tokens: int
     max_rows: int | None
     max_tokens_in_flight: int | None
+    pack_weights: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
         },
         prompts=_summary(job.lengths),
         needs=tuple(need(job, quant, rows) for rows in SHOWN_ROWS),
-        load_peak=peaks.load_peak(arch, quant, gpus=job.device.gpus),
+        load_peak=peaks.load_peak(arch, quant, gpus=job.device.gpus, packed=job.settings.pack_weights),
         device=job.device,
         verdict=_verdict(job, quant),
         best=best,
@@ -158,6 +159,7 @@ def need(job: Job, quant: Quant, rows: int) -> Need:
         columns=prompt,
         sampled=job.lengths.sampled,
         gpus=job.device.gpus,
+        packed=settings.pack_weights,
     )
     return Need(rows, peak, peak.total)
 
@@ -188,7 +190,8 @@ def rows_that_fit(job: Job, quant: Quant, budget_bytes: int) -> int:
 def _verdict(job: Job, quant: Quant) -> Verdict:
     budget = int(job.device.free_bytes * job.settings.memory_fraction)
     rows = rows_that_fit(job, quant, budget)
-    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus).held
+    packed = job.settings.pack_weights
+    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus, packed=packed).held
     if rows > 0 and loads <= job.device.free_bytes:
         return Verdict(FITS, rows, rows >= len(job.lengths.samples), budget)
     status = OFFLOAD if _fits_with_offload(job, quant, budget) else TOO_LARGE

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import display
-from pipeline.capacity import context_tokens, in_flight
+from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
-from pipeline.config import Config
+from pipeline.config import Config, QuantMethod
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import Forward
 from pipeline.engine.packing import pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
+from pipeline.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
 from pipeline.interrupt import Interrupt
-from pipeline.job_stats import job_stats, measure_weights, show_stats
+from pipeline.job_stats import compare_memory, job_stats, measure_weights, show_stats
 from pipeline.ledger import Ledger
 from pipeline.loading import Loaded, load_model, release
 from pipeline.manifest import manifest, model_digest
+from pipeline.memory_compare import Setup, known_architecture
+from pipeline.memory_plan import Quant
 from pipeline.memory_stats import PeakSampler
 from pipeline.progress import JobProgress
 from pipeline.request import BadRow, Completion, PromptRow, Request
@@ -56,15 +59,16 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
     done_before = ledger.done
     display.say(f"Loading {config.model.name}")
     timeline = Timeline()
+    return_large_blocks()
     with PeakSampler() as load:
         loaded = load_model(config.model, config.quant, config.models_dir)
+        weights = measure_weights(loaded.model)
+        packed = _settle(loaded.model, config)
     try:
         digest = model_digest(Path(loaded.source), loaded.revision)
         if done_before:
             _check_same_model(results, digest)
-        weights = measure_weights(loaded.model)
-        if config.engine.pack_weights:
-            log.info("%d linear layers packed", pack_weights(loaded.model))
+        setup = _setup(config, loaded.model, packed)
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
         facts = {"model_digest": digest, "attention": probe}
         results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
@@ -76,6 +80,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
             results.sync()
             run_sec = time.perf_counter() - started
         stats = job_stats(engine.stats, weights, load.peaks(), run.peaks(), loaded.load_sec, run_sec)
+        stats["memory"] |= compare_memory(stats["memory"], setup, engine.stats, loaded.bare_bytes)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
         stats["rows"] = {"total": ledger.total, **counts}
         stats["timeline"] = timeline.points
@@ -83,6 +88,40 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         show_stats(stats, results.path)
     finally:
         release(loaded)
+
+
+def _settle(model: Any, config: Config) -> bool:
+    """Pack the weights, and give back what loading leaves; whether layers were packed."""
+    packed = pack_weights(model) if config.engine.pack_weights else 0
+    log.info("%d linear layers packed", packed)
+    release_files(model)
+    trim()
+    if config.quant.method is not QuantMethod.int8:
+        return_large_blocks(GLIBC_BYTES)
+    return packed > 0
+
+
+def _setup(config: Config, model: Any, packed: bool) -> Setup:
+    """What decides the job's memory, beside its prompts."""
+    return Setup(
+        known_architecture(model.config.to_dict()),
+        _quant(config),
+        gpus=len({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}),
+        packed=packed,
+        prefill_tokens=config.engine.prefill_tokens,
+        sampled=not config.generation.greedy,
+    )
+
+
+def _quant(config: Config) -> Quant:
+    quant = config.quant
+    return Quant(
+        quant.method.value,
+        quant.method.value,
+        quant.dtype.value,
+        quant.double_quant,
+        quant.compute_dtype.value,
+    )
 
 
 def _check_same_model(results: JobFolder, digest: str) -> None:
@@ -122,15 +161,21 @@ class _Work:
         self._context = context_tokens(loaded.model.config)
         self._eos_token_ids = eos_token_ids(loaded.model.generation_config, loaded.tokenizer)
         settings = config.engine
-        self._limits = in_flight(
-            loaded.model, settings.memory_fraction, settings.max_rows, settings.max_tokens_in_flight
+        self._capacity = capacity(
+            loaded.model,
+            _quant(config),
+            fraction=settings.memory_fraction,
+            prefill_tokens=settings.prefill_tokens,
+            sampled=not config.generation.greedy,
+            max_rows=settings.max_rows,
+            max_tokens=settings.max_tokens_in_flight,
         )
         self._pending: dict[str, Pending] = {}
 
     def run(self, forward: Forward) -> Engine:
         """Run all missing rows, or those that are done before a signal comes."""
         settings, model = self._config.engine, self._config.model
-        rows, tokens = self._limits
+        rows, tokens = self._capacity.max_rows, self._capacity.max_tokens
         log.info("At most %d rows and %d tokens in flight", rows, tokens)
         engine = Engine(
             forward,
@@ -175,7 +220,7 @@ class _Work:
             try:
                 if isinstance(row, BadRow):
                     raise PromptError(row.error)
-                request = _request(row, render(row, chat), self._context)
+                request = _request(row, render(row, chat), self._context, self._capacity)
             except PromptError as error:
                 for sample in missing:
                     self._results.append(error_row(row, str(error), sample))
@@ -209,11 +254,11 @@ class _Work:
             progress.stream(first.request.id, self._decode(first.token_ids))
 
 
-def _request(row: PromptRow, prompt_token_ids: list[int], context: int) -> Request:
+def _request(row: PromptRow, prompt_token_ids: list[int], context: int, capacity: Capacity) -> Request:
     """The engine's request; its completion ends where the context does.
 
     Raises:
-        PromptError: the prompt fills the context.
+        PromptError: the prompt fills the context, or can never fit in memory.
     """
     room = context - len(prompt_token_ids)
     if room < 1:
@@ -221,5 +266,7 @@ def _request(row: PromptRow, prompt_token_ids: list[int], context: int) -> Reque
             f"{row.source}: the prompt has {len(prompt_token_ids)} tokens and the model's context {context}. "
             "Shorten the prompt, or choose a model with a longer context."
         )
+    if refusal := capacity.refusal(len(prompt_token_ids)):
+        raise PromptError(f"{row.source}: {refusal}")
     params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
     return Request(row.id, tuple(prompt_token_ids), params)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import display
 from pipeline.engine.stats import EngineStats
+from pipeline.memory_compare import Setup, compared, predicted
 from pipeline.memory_stats import (
     Peaks,
     devices,
@@ -51,6 +52,31 @@ def job_stats(
     }
 
 
+def compare_memory(
+    memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_bytes: int
+) -> dict[str, Any]:
+    """What was predicted beside what was measured, for stats.json's `memory`.
+
+    Args:
+        memory: as in `job_stats`.
+        bare_bytes: the resident set before the first weight; on a CPU the peaks are what came on top.
+    """
+    measured = {
+        "footprint": memory["footprint_bytes"],
+        "quantization_state": memory["quantization_state_bytes"],
+        "kv_cache": engine.peak_kv_cache_bytes,
+        "load_peak": _grown(memory["load_peak"], setup.gpus, bare_bytes),
+        "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
+    }
+    return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
+
+
+def _grown(peaks: dict[str, Any], gpus: int, bare_bytes: int) -> int | None:
+    if gpus:
+        return sum(int(device["peak_allocated_bytes"]) for device in peaks["devices"])
+    return None if peaks["host_bytes"] is None else int(peaks["host_bytes"]) - bare_bytes
+
+
 def show_stats(stats: dict[str, Any], folder: Path) -> None:
     """The short table at the end of a job."""
     rows, memory = stats["rows"], stats["memory"]
@@ -58,10 +84,28 @@ def show_stats(stats: dict[str, Any], folder: Path) -> None:
         ("rows", f"{rows['done']} of {rows['total']}, {rows['errors']} with errors"),
         ("tokens", f"{stats['completion_tokens']:,} in {stats['run_sec']:.1f} s"),
         ("speed", f"{stats['tokens_per_sec'] or 0:,.1f} tokens/s (loading took {stats['load_sec']:.1f} s)"),
-        ("weights", display.megabytes(memory["footprint_bytes"])),
         ("peak memory", display.megabytes(memory["run_peak"]["host_bytes"]) + " resident"),
     ]
     for device in memory["run_peak"]["devices"]:
         peak = display.megabytes(device["peak_allocated_bytes"])
         facts.append((f"peak GPU {device['index']}", f"{peak} allocated"))
+    _show_memory(memory)
     display.facts("Done", [*facts, ("results", folder / "outputs.jsonl")])
+
+
+def _show_memory(memory: dict[str, Any]) -> None:
+    """Predicted beside measured, part by part."""
+    names = {
+        "footprint": "weights",
+        "quantization_state": "quantization state",
+        "kv_cache": "KV cache",
+        "load_peak": "load peak",
+        "run_peak": "run peak",
+    }
+    rows = []
+    for part, name in names.items():
+        sizes = [memory[side][f"{part}_bytes"] for side in ("predicted", "measured")]
+        error = memory["error_percent"][part]
+        if any(sizes):
+            rows.append([name, *map(display.megabytes, sizes), "-" if error is None else f"{error:+.1f} %"])
+    display.table("Memory", ("", "predicted", "measured", "error"), rows)

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer; every failure is a LoadError that says what to do next."""
 
 import gc
+import importlib
 import logging
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -22,6 +24,7 @@ from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.errors import LoadError
+from pipeline.memory_stats import resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Loaded:
     source: str  # a folder, or a name on the hub
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
+    bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
 
 
 def quiet_transformers() -> None:
@@ -72,8 +76,11 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     checkpoint = locate(model, models_dir, weights=True)
     _check_architecture(checkpoint, model, quant)
     tokenizer = _read_tokenizer(checkpoint, model)
+    _import_libraries(checkpoint, model, quant)
+    bare = resident_bytes()
     network = _read_weights(checkpoint, model, quant)
-    return Loaded(network, tokenizer, checkpoint.source, checkpoint.revision, time.perf_counter() - start)
+    load_sec = time.perf_counter() - start
+    return Loaded(network, tokenizer, checkpoint.source, checkpoint.revision, load_sec, bare)
 
 
 def release(loaded: Loaded) -> None:
@@ -92,6 +99,16 @@ def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
             f"{checkpoint.source}: its tokenizer cannot be read: {_first_line(error)} "
             "The folder needs tokenizer.json, or the files that this tokenizer is made from"
         ) from error
+
+
+def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
+    """What reading the weights would import, so that it does not count as theirs."""
+    importlib.import_module("accelerate")
+    if quant.method is not QuantMethod.none:
+        importlib.import_module("bitsandbytes")
+    if not model.trust_remote_code:
+        kind = CONFIG_MAPPING[str(read_config(checkpoint)["model_type"])]
+        MODEL_FOR_CAUSAL_LM_MAPPING[kind]
 
 
 def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> PreTrainedModel:

@@ -19,7 +19,10 @@ from pipeline.memory_plan import (
 
 MIB = 1024**2
 CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
-HOST_RUNTIME_BYTES = 24 * MIB  # an assumption: what the libraries allocate at a first forward pass on a CPU
+# Fitted to SmolLM2 on one CPU: code and buffers that the libraries add from loading to the first passes, and
+# the heap that 8-bit products leave in pieces.
+HOST_RUNTIME_BYTES = 36 * MIB
+INT8_HEAP_BYTES = 48 * MIB
 
 
 def logits_bytes(arch: Architecture, quant: Quant, rows: int, *, sampled: bool = False) -> int:
@@ -66,12 +69,23 @@ def scratch_bytes(arch: Architecture, quant: Quant, gpus: int) -> int:
     return max(w.count for w in weights(arch) if w.quantizable) * (ELEMENT_BYTES[compute] if gpus else 8)
 
 
+def packed_bytes(arch: Architecture, quant: Quant) -> int:
+    """What packing the bf16 linear layers on a CPU holds twice: a head that is also the embedding.
+
+    The other layers' unpacked weights are freed as they are packed.
+    """
+    if plain_dtype(arch, quant) != "bfloat16" or not arch.tie_word_embeddings:
+        return 0
+    return ELEMENT_BYTES["bfloat16"] * arch.vocab_size * arch.hidden_size
+
+
 @dataclass(frozen=True, slots=True)
 class RunPeak:
     """What a run holds at its fullest, part by part. Bytes; `total` is their sum."""
 
     footprint: int
     quant_state: int
+    packed: int  # a tied head, held a second time in oneDNN's order
     kv_cache: int
     activations: int
     logits: int
@@ -83,6 +97,7 @@ class RunPeak:
         return (
             self.footprint
             + self.quant_state
+            + self.packed
             + self.kv_cache
             + self.activations
             + self.logits
@@ -101,6 +116,7 @@ def run_peak(
     columns: int,
     sampled: bool,
     gpus: int,
+    packed: bool = False,
 ) -> RunPeak:
     """A full batch while one more prefill passes through.
 
@@ -110,16 +126,22 @@ def run_peak(
         prefill_tokens: tokens in one pass of the prefill.
         columns: the longest prompt.
         gpus: 0 is a run on the CPU.
+        packed: bf16 linear layers are packed, on a CPU.
     """
     return RunPeak(
         footprint=footprint_bytes(arch, quant),
         quant_state=quant_state_bytes(arch, quant),
+        packed=packed_bytes(arch, quant) if packed and not gpus else 0,
         kv_cache=kv_cache,
         activations=activation_bytes(arch, quant, prefill_tokens, columns),
         logits=logits_bytes(arch, quant, rows, sampled=sampled),
         scratch=scratch_bytes(arch, quant, gpus),
-        context=gpus * CUDA_CONTEXT_BYTES if gpus else HOST_RUNTIME_BYTES,
+        context=gpus * CUDA_CONTEXT_BYTES if gpus else _host_bytes(quant),
     )
+
+
+def _host_bytes(quant: Quant) -> int:
+    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.method == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +152,18 @@ class LoadPeak:
     mapped: int
 
 
-def load_peak(arch: Architecture, quant: Quant, *, gpus: int) -> LoadPeak:
+def load_peak(arch: Architecture, quant: Quant, *, gpus: int, packed: bool = False) -> LoadPeak:
     """Weights as they will be stored; on a GPU beside them the largest tensor as the checkpoint has it.
 
     On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those
-    very pages: nothing is held twice.
+    very pages: nothing is held twice, unless they are packed.
     """
     stored_bytes = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
     if gpus:
         largest = max(w.count for w in weights(arch)) * ELEMENT_BYTES[arch.dtype]
         return LoadPeak(held=stored_bytes + largest + gpus * CUDA_CONTEXT_BYTES, mapped=0)
     as_is = quant.method == "none" and plain_dtype(arch, quant) == arch.dtype
+    if packed:
+        stored_bytes += packed_bytes(arch, quant)
+        as_is = as_is and plain_dtype(arch, quant) != "bfloat16"
     return LoadPeak(stored_bytes + HOST_RUNTIME_BYTES, 0 if as_is else checkpoint_bytes(arch))

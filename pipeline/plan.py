@@ -134,6 +134,7 @@ def _job(config: Config, name: str | None, device: Device, arguments: Arguments)
         prefill_tokens=config.engine.prefill_tokens,
         max_rows=config.engine.max_rows,
         max_tokens_in_flight=config.engine.max_tokens_in_flight,
+        pack_weights=config.engine.pack_weights,
     )
     lengths = _lengths(config, facts, given=any(o.startswith("prompts=") for o in arguments.overrides))
     return Job(name or Path(config.model.name).name, facts, lengths, device, settings)

@@ -89,6 +89,7 @@ def _needs_table(plan: Plan) -> Table:
     names = {
         "footprint": "weights",
         "quant_state": "quantization state",
+        "packed": "packed copy of the tied head",
         "kv_cache": "KV cache",
         "activations": "prefill activations",
         "logits": "logits",
@@ -98,7 +99,7 @@ def _needs_table(plan: Plan) -> Table:
     for field, name in names.items():
         sizes = [getattr(need.peak, field) for need in plan.needs]
         if any(sizes):
-            estimate = "" if field in ("footprint", "quant_state", "kv_cache") else " (estimate)"
+            estimate = "" if field in ("footprint", "quant_state", "packed", "kv_cache") else " (estimate)"
             table.add_row(name + estimate, *map(_mb, sizes))
     table.add_section()
     table.add_row("total", *(_mb(need.total_bytes) for need in plan.needs))

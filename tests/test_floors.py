@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
-    0: "errors request interrupt intervals merge_stats",
+    0: "errors request interrupt intervals merge_stats memory_limits",
     1: """config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display ledger
           watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
-    2: """chat checkpoint capacity model_facts fit engine.kv_cache engine.batch engine.sampling engine.stats
-          engine.forward engine.probe engine.packing survey""",
+    2: """chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
+          engine.sampling engine.stats engine.forward engine.probe engine.packing survey""",
     3: """engine.engine loading memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",

@@ -273,6 +273,18 @@ def _has_stop(sequence: Sequence, decode: Callable[[Ordered[int]], str]) -> bool
     return any(stop in text for stop in sequence.request.params.stop)
 
 
+# What the CPU allocator, C++, the system, oneDNN and cuBLAS say in a plain RuntimeError.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "cannot allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "alloc_failed",
+)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    """The CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(m in text for m in _OUT_OF_MEMORY)

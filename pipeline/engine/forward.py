@@ -43,7 +43,7 @@ class FlatForward:
         self.config = model.config.get_text_config()
         self._windows = layer_windows(self.config)
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
@@ -91,7 +91,7 @@ class PaddedForward:
         self.equal_lengths = equal_lengths
         self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
 
     def prefill(
         self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
@@ -161,6 +161,15 @@ class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
         layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
         super().__init__(layers=layers)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        device = torch.device(embedding._hf_hook.execution_device)
+    return device
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.forward import FlatForward, Forward, PaddedForward, input_device
 from pipeline.engine.kv_cache import Rectangle
 from pipeline.engine.scheduler import Sequence
 from pipeline.errors import LoadError
@@ -34,7 +34,7 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
     """
     own_attention = model.config._attn_implementation
     short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     expected = [
         model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
         for ids in (short, (*short, short[0]))

@@ -1,7 +1,7 @@
 """What the engine counts while it runs."""
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.engine.kv_cache import Rectangle
 
@@ -21,16 +21,26 @@ class EngineStats:
     columns_attended: int = 0  # summed over steps and rows
     columns_needed: int = 0
     peak_kv_cache_bytes: int = 0
+    peak_rectangles: list[tuple[int, int, bool]] = field(default_factory=list)  # those of that peak, as below
+    largest_prefill_columns: int = 0  # of one group, padding included
+    longest_prompt_columns: int = 0
     out_of_memory: int = 0
 
     def count_prefill(self, rectangle: Rectangle, prefix: Rectangle | None) -> None:
         shared = prefix.head if prefix else 0
         count = len(rectangle.rows)
-        self.prefill_columns += count * (rectangle.head - shared)
+        columns = count * (rectangle.head - shared)
+        self.prefill_columns += columns
+        self.largest_prefill_columns = max(self.largest_prefill_columns, columns)
+        self.longest_prompt_columns = max(self.longest_prompt_columns, rectangle.head)
         self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
 
     def count_rectangles(self, rectangles: Ordered[Rectangle]) -> None:
-        self.peak_kv_cache_bytes = max(self.peak_kv_cache_bytes, sum(r.nbytes for r in rectangles))
+        held = sum(r.nbytes for r in rectangles)
+        if held > self.peak_kv_cache_bytes:
+            self.peak_kv_cache_bytes = held
+            # Of each: the rows it was made with, its width, and whether sliding layers are cut to their window.
+            self.peak_rectangles = [(len(r.keys[0]), r.width, bool(r.first_columns)) for r in rectangles]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 
     def count_step(self, rectangles: Ordered[Rectangle]) -> None:
