@@ -85,6 +85,9 @@ def memory(stats: dict[str, Any]) -> Record:
     peak_bytes = allocated or peak.get("host_bytes")
     parts["rest"] = max(0, (peak_bytes or 0) - sum(parts.values()))
     predicted = measured.get("predicted") or {}
+    predicted_peak = _first(predicted, "run_peak_bytes")
+    if predicted_peak is not None and not allocated:  # what comes on top of the bare process
+        predicted_peak += measured.get("bare_bytes") or 0
     return {
         "footprint_bytes": measured.get("footprint_bytes"),
         "quantization_state_bytes": measured.get("quantization_state_bytes"),
@@ -93,7 +96,7 @@ def memory(stats: dict[str, Any]) -> Record:
         "load_peak_bytes": (measured.get("load_peak") or {}).get("host_bytes"),
         "parts": {name: size for name, size in parts.items() if size},
         "predicted_footprint_bytes": _first(predicted, "footprint_bytes", "footprint"),
-        "predicted_peak_bytes": _first(predicted, "run_peak_bytes", "peak_bytes", "run_peak", "total_bytes"),
+        "predicted_peak_bytes": predicted_peak,
     }
 
 
