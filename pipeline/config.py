@@ -92,7 +92,6 @@ class EngineConfig:
     shared_prefix: bool = True  # prefill what all prompts share once
     attention: Attention = Attention.auto
     pack_weights: bool = True  # CPU, bf16: reorder the weights once and not at each call
-    compile: bool = False  # torch.compile; pays for itself only on long jobs
 
     def __post_init__(self) -> None:
         tokens = self.max_tokens_in_flight
