@@ -273,7 +273,7 @@ def test_a_peak_is_the_sum_of_its_parts() -> None:
         arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, sampled=True, gpus=1
     )
     assert peak.total == sum(asdict(peak).values())
-    assert min(asdict(peak).values()) > 0
+    assert {name for name, part in asdict(peak).items() if part <= 0} == {"packed"}  # only on a CPU
     assert (peak.footprint, peak.kv_cache) == (footprint_bytes(arch, quant), 10**9)
 
 
