@@ -39,7 +39,7 @@ $(VENV)/run.stamp: pyproject.toml tests/constraints.txt
 	@$(FIND_PYTHON); echo "Setting up $(VENV) with $$python: some minutes the first time, for torch is large"; \
 	test -x $(BIN)/pip || $$python -m venv $(VENV) || { rm -rf $(VENV); \
 	echo "$$python cannot make virtual environments (on Debian: apt install python3-venv)"; exit 1; }
-	@$(PIP) install $(WITH_CONSTRAINTS) --editable '.[gguf]'
+	@$(PIP) install $(WITH_CONSTRAINTS) --editable '.[cpu,gguf]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
+from pipeline.engine.fused_layer import load_kernels
 from pipeline.errors import LoadError
 from pipeline.memory_stats import resident_bytes
 
@@ -106,6 +107,8 @@ def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantCo
     importlib.import_module("accelerate")
     if quant.method is not QuantMethod.none:
         importlib.import_module("bitsandbytes")
+    if not torch.cuda.is_available():
+        load_kernels()
     if not model.trust_remote_code:
         kind = CONFIG_MAPPING[str(read_config(checkpoint)["model_type"])]
         MODEL_FOR_CAUSAL_LM_MAPPING[kind]

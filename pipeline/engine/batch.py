@@ -7,8 +7,10 @@ gets the pass it belongs to as the keyword argument `batch`, which models hand d
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +36,8 @@ class PrefillBatch:
     last: int
     rows: Tensor  # [N] int64, each token's row
     columns: Tensor  # [N] int64, and its column in the rectangle
-    mask: dict[int | None, Tensor]  # for each window: [R, 1, T, last], True where a query sees a key
+    kernels: ModuleType | None = None  # cpu_kernels, for models in bf16 on a CPU
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
@@ -51,10 +54,45 @@ class PrefillBatch:
         rows_count, width = len(rectangle.rows), self.last - self.first
         padded = query.new_zeros(rows_count, query.shape[1], width, query.shape[2])
         padded[rows, :, columns - self.first] = query
-        mask = self.mask[rectangle.windows[layer]].to(query.device)
         keys, values = (t[layer][:, :, : self.last] for t in (rectangle.keys, rectangle.values))
-        out = _attend_block(padded, keys, values, mask, scaling)
+        out = self._attend_block(padded, keys, values, rectangle.windows[layer], scaling)
         return out[rows, :, columns - self.first]
+
+    def _attend_block(
+        self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scaling: float
+    ) -> Tensor:
+        """query [R, H, T, D]; keys, values [R, H_kv, W, D] → [R, H, T, D].
+
+        Short blocks on a CPU as products of all query heads that share a key head: 1.6 times faster there.
+        """
+        rows, heads, columns, size = query.shape
+        kv_heads, width = keys.shape[1:3]
+        if query.device.type != "cpu" or width > 1024:
+            repeats = heads // kv_heads
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+            mask = self._mask(window).to(query.device)
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        packed = (query * scaling).reshape(rows * kv_heads, heads // kv_heads * columns, size)
+        scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
+        scores = scores.view(rows, heads, columns, width)
+        if self.kernels is not None:
+            self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window)
+        else:
+            scores = scores.masked_fill_(~self._mask(window), -torch.inf).softmax(-1)
+        out = torch.bmm(scores.view(*packed.shape[:2], width), values.reshape(rows * kv_heads, width, -1))
+        return out.view(rows, heads, columns, -1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[R, 1, T, last], True where a query sees a key; made once for all layers of this window."""
+        if window not in self._masks:
+            starts = torch.tensor(self.rectangle.starts)[:, None, None]
+            queries, keys = torch.arange(self.first, self.last)[:, None], torch.arange(self.last)
+            seen = (keys <= queries) & (keys >= starts)
+            if window is not None:
+                seen &= keys > queries - window
+            seen |= queries < starts  # a padding query sees all: its result is not read, nor NaN
+            self._masks[window] = seen[:, None]
+        return self._masks[window]
 
     def _write_prefix(self, prefix: Rectangle, layer: int) -> None:
         count, length = len(self.rectangle.rows), prefix.head
@@ -67,10 +105,12 @@ class PrefillBatch:
 
 @dataclass(eq=False)
 class DecodeBatch:
-    """One token of every row of every rectangle, in column `head`. N = B."""
+    """One token of every row of every rectangle, in column `head`. N = B, or more with spare rows at the end."""
 
     rectangles: Ordered[Rectangle]
+    kernels: ModuleType | None = None  # cpu_kernels, for models in bf16 on a CPU
     _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
+    _tables: dict[int | None, np.ndarray] = field(default_factory=dict)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -81,7 +121,32 @@ class DecodeBatch:
         return torch.tensor([[r.head - start for r in self.rectangles for start in r.starts]])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [B, H, D], key and value [B, H_kv, D] → [B, H, D].
+        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
+        window = self.rectangles[0].windows[layer]
+        if self.kernels is None or key.shape != value.shape:
+            return self._attend_rectangles(layer, window, query, key, value, scaling)
+        stores = [(r.keys[layer], r.values[layer]) for r in self.rectangles]
+        blocks = np.array([(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in stores])
+        output: Tensor = self.kernels.attend(query, key, value, self._table(window), blocks, scaling)
+        return output
+
+    def _table(self, window: int | None) -> np.ndarray:
+        """[B, 4] int64: each row's rectangle, its row there, the first column it sees, the one it writes."""
+        if window not in self._tables:
+            rows = []
+            for index, rectangle in enumerate(self.rectangles):
+                stored = rectangle.first_columns.get(window, 0)
+                last = rectangle.head - stored
+                seen = 0 if window is None else max(0, last + 1 - window)
+                for row, start in enumerate(rectangle.starts):
+                    rows.append((index, row, max(start - stored, seen), last))
+            self._tables[window] = np.array(rows)
+        return self._tables[window]
+
+    def _attend_rectangles(
+        self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """The same, rectangle by rectangle, in torch's own operators.
 
         Query heads that share a key head are rows of one product, so keys are read once. All blocks are
         contiguous: [rows · H_kv, width, D].
@@ -91,7 +156,6 @@ class DecodeBatch:
         for rectangle in self.rectangles:
             count = len(rectangle.rows)
             own = slice(first, first + count)
-            window = rectangle.windows[layer]
             keys, values = rectangle.keys[layer][:count], rectangle.values[layer][:count]
             column = rectangle.head - rectangle.first_columns.get(window, 0)
             keys[:, :, column] = key[own]
@@ -109,24 +173,6 @@ class DecodeBatch:
         return self._biases[key]
 
 
-def _attend_block(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """query [R, H, T, D]; keys, values [R, H_kv, W, D]; mask [R, 1, T, W] → [R, H, T, D].
-
-    Short blocks on a CPU as products of all query heads that share a key head: 1.6 times faster there.
-    """
-    rows, heads, columns, size = query.shape
-    kv_heads, width = keys.shape[1:3]
-    if query.device.type != "cpu" or width > 1024:
-        repeats = heads // kv_heads
-        keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
-    packed = (query * scaling).reshape(rows * kv_heads, heads // kv_heads * columns, size)
-    scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
-    scores = scores.view(rows, heads, columns, width).masked_fill_(~mask, -torch.inf).softmax(-1)
-    out = torch.bmm(scores.view(*packed.shape[:2], width), values.reshape(rows * kv_heads, width, -1))
-    return out.view(rows, heads, columns, -1)
-
-
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, H_kv, W] → [R, H, D]."""
     rows, heads, size = query.shape
@@ -141,20 +187,13 @@ def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scal
     return out.reshape(rows, heads, values.shape[-1])
 
 
-def prefill_batch(rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None) -> PrefillBatch:
+def prefill_batch(
+    rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None, kernels: ModuleType | None = None
+) -> PrefillBatch:
     """The tokens of columns [first, last) that are neither padding nor shared prefix."""
-    starts = torch.tensor(rectangle.starts)[:, None]
-    own = starts + (prefix.head if prefix else 0)
-    queries, keys = torch.arange(first, last), torch.arange(last)
-    rows, columns = torch.nonzero(queries >= own, as_tuple=True)
-    masks: dict[int | None, Tensor] = {}
-    for window in set(rectangle.windows):
-        seen = (keys <= queries[:, None]) & (keys >= starts[:, :, None])
-        if window is not None:
-            seen &= keys > queries[:, None] - window
-        seen |= (queries < starts)[:, :, None]  # a padding query sees all: its result is not read, nor NaN
-        masks[window] = seen[:, None]
-    return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, masks)
+    own = torch.tensor(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
+    rows, columns = torch.nonzero(torch.arange(first, last) >= own, as_tuple=True)
+    return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, kernels)
 
 
 def rectangle_attention(

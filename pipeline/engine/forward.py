@@ -5,16 +5,22 @@ is the plain path for models whose attention is not transformers' own interface:
 padded, with a mask, through the model's own attention.
 """
 
+import logging
 from collections.abc import Sequence as Ordered
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
+from pipeline.engine.fused_layer import fuse_layers, load_kernels
 from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
+from pipeline.engine.packing import is_packed
 from pipeline.engine.scheduler import Sequence
+
+log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
@@ -44,6 +50,10 @@ class FlatForward:
         self._windows = layer_windows(self.config)
         self._model = model
         self._device = input_device(model)
+        self._kernels = load_kernels() if _is_bf16_on_cpu(model) else None
+        self._packed = self._kernels is not None and is_packed(model)
+        if self._kernels is not None:
+            log.info("%d decoder layers fused", fuse_layers(model, self._kernels))
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
@@ -55,7 +65,7 @@ class FlatForward:
         width = max(1, max_tokens // len(rows))
         while True:
             last = min(first + width, rectangle.head)
-            batch = prefill_batch(rectangle, first, last, prefix)
+            batch = prefill_batch(rectangle, first, last, prefix, self._kernels)
             places = zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
             tokens = [ids[row][column - rectangle.starts[row]] for row, column in places]
             if last == rectangle.head:
@@ -65,9 +75,11 @@ class FlatForward:
             first = last
 
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
-        batch = DecodeBatch(rectangles)
+        batch = DecodeBatch(rectangles, self._kernels)
         tokens = [s.token_ids[-1] for s in batch.sequences]
-        return self._run(tokens, batch.positions, torch.arange(len(tokens)), batch)
+        spare = _round_up(len(tokens)) - len(tokens) if self._packed else 0
+        positions = F.pad(batch.positions, (0, spare))
+        return self._run(tokens + [0] * spare, positions, torch.arange(len(tokens)), batch)
 
     def _run(self, tokens: list[int], positions: Tensor, keep: Tensor, batch: Any) -> Tensor:
         output = self._model(
@@ -161,6 +173,20 @@ class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
         layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
         super().__init__(layers=layers)
+
+
+def _round_up(rows: int) -> int:
+    """A number of rows that comes up often.
+
+    oneDNN compiles a product anew for each number of rows: half a millisecond and half a megabyte, for each
+    shape of weight.
+    """
+    step = 1 if rows <= 16 else 4 if rows <= 64 else 8
+    return -(-rows // step) * step
+
+
+def _is_bf16_on_cpu(model: Any) -> bool:
+    return model.dtype == torch.bfloat16 and all(p.device.type in ("cpu", "meta") for p in model.parameters())
 
 
 def input_device(model: Any) -> torch.device:
