@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,27 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         ConfigError: a value is missing or outside its range.
     """
+    for key, known in _added_keys(composed, Config):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        raise ConfigError(f"+{key}: no such key." + (f" Did you mean {near[0]}?" if near else ""))
     try:
         config = OmegaConf.to_object(composed)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
     return config
+
+
+def _added_keys(node: DictConfig, kind: type[Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Keys that Hydra's `+key=value` added though the schema has none such, each with those that it has."""
+    known = [f"{prefix}{field.name}" for field in fields(kind)]
+    for name in (str(name) for name in node if prefix or name != "hydra"):
+        child = node._get_node(name)
+        inner = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
+        if f"{prefix}{name}" not in known:
+            yield f"{prefix}{name}", known
+        elif isinstance(child, DictConfig) and inner is not None and is_dataclass(inner):
+            yield from _added_keys(child, inner, f"{prefix}{name}.")
 
 
 def take_own(arguments: list[str], examples: Mapping[str, str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -44,6 +44,13 @@ class Resume(Enum):
     never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
 
 
+class MemoryCheck(Enum):
+    """What happens to a job on the CPU that the machine's memory cannot hold."""
+
+    refuse = "refuse"  # nothing is loaded; the error says what would fit
+    warn = "warn"  # into the log, and on
+
+
 class Attention(Enum):
     auto = "auto"  # rectangles where the model allows it, else plain
     plain = "plain"  # the model's own attention, one rectangle at a time
@@ -159,6 +166,7 @@ class Config:
     shard: str | None = None  # "0/4": every fourth row, from the first
     on_error: OnError = OnError.record
     resume: Resume = Resume.auto
+    memory_check: MemoryCheck = MemoryCheck.refuse
     retry_errors: bool = False  # redo the rows that ended in an error
     watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
@@ -167,6 +175,14 @@ class Config:
     models_dir: str = "models"  # searched first, for a folder with the model's own name
     outputs_dir: str = "outputs"
     prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name
+
+    def __post_init__(self) -> None:
+        for name, value, rule in (
+            ("prompts", self.prompts, "the path of a prompt file, or a name in jobs/"),
+            ("model.name", self.model.name, "a model's name on the hub, or a local folder"),
+        ):
+            if not value.strip():
+                raise ValueError(f"{name}=: is empty; it must be {rule}")
 
 
 def root() -> Path:

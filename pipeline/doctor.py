@@ -28,6 +28,7 @@ def diagnose(config: Config) -> list[Any]:
     return [
         *health.check_versions(),
         *health.check_devices(),
+        *health.check_kernels(),
         *(check for device in health.devices() for check in health.check_bitsandbytes(device)),
         *model_health.check_login(),
         *model_health.check_access(config.model, config.models_dir),

@@ -8,6 +8,7 @@ from itertools import accumulate, cycle, islice
 from pipeline import memory_peaks as peaks
 from pipeline import memory_plan as memory
 from pipeline.architecture import Architecture
+from pipeline.config import QuantConfig
 from pipeline.devices import Device
 from pipeline.memory_plan import Quant
 from pipeline.model_facts import Facts
@@ -27,6 +28,12 @@ class Settings:
     max_rows: int | None
     max_tokens_in_flight: int | None
     pack_weights: bool = True
+
+
+def planned(quant: QuantConfig, name: str | None = None) -> Quant:
+    """A quantization as the plan knows it; by default named as its method."""
+    method = quant.method.value
+    return Quant(name or method, method, quant.dtype.value, quant.double_quant, quant.compute_dtype.value)
 
 
 @dataclass(frozen=True, slots=True)

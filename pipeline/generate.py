@@ -18,6 +18,7 @@ from pipeline.engine.packing import pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
+from pipeline.fit import planned
 from pipeline.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
 from pipeline.interrupt import Interrupt
 from pipeline.job_stats import compare_memory, job_stats, measure_weights, show_stats
@@ -25,7 +26,6 @@ from pipeline.ledger import Ledger
 from pipeline.loading import Loaded, load_model, release
 from pipeline.manifest import manifest, model_digest
 from pipeline.memory_compare import Setup, known_architecture
-from pipeline.memory_plan import Quant
 from pipeline.memory_stats import PeakSampler
 from pipeline.progress import JobProgress
 from pipeline.request import BadRow, Completion, PromptRow, Request
@@ -105,22 +105,11 @@ def _setup(config: Config, model: Any, packed: bool) -> Setup:
     """What decides the job's memory, beside its prompts."""
     return Setup(
         known_architecture(model.config.to_dict()),
-        _quant(config),
+        planned(config.quant),
         gpus=len({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}),
         packed=packed,
         prefill_tokens=config.engine.prefill_tokens,
         sampled=not config.generation.greedy,
-    )
-
-
-def _quant(config: Config) -> Quant:
-    quant = config.quant
-    return Quant(
-        quant.method.value,
-        quant.method.value,
-        quant.dtype.value,
-        quant.double_quant,
-        quant.compute_dtype.value,
     )
 
 
@@ -163,7 +152,7 @@ class _Work:
         settings = config.engine
         self._capacity = capacity(
             loaded.model,
-            _quant(config),
+            planned(config.quant),
             fraction=settings.memory_fraction,
             prefill_tokens=settings.prefill_tokens,
             sampled=not config.generation.greedy,

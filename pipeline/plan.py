@@ -17,7 +17,7 @@ from pipeline.compose import options, read_config
 from pipeline.config import Config, root
 from pipeline.devices import Device, find_device, given_device
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.fit import Job, Plan, Settings, best_choice, make_plan
+from pipeline.fit import Job, Plan, Settings, best_choice, make_plan, planned
 from pipeline.memory_plan import Quant
 from pipeline.model_facts import Facts, find_facts, model_folder
 from pipeline.prompt_lengths import (
@@ -124,7 +124,7 @@ def _device(arguments: Arguments, config: Config) -> Device:
 def _quant(config: Config, name: str | None) -> Quant:
     quant = config.quant
     label = name or f"{quant.method.value}" + ("" if quant.dtype.value == "auto" else f" {quant.dtype.value}")
-    return Quant(label, quant.method.value, quant.dtype.value, quant.double_quant, quant.compute_dtype.value)
+    return planned(quant, label)
 
 
 def _job(config: Config, name: str | None, device: Device, arguments: Arguments) -> Job:

@@ -9,6 +9,7 @@ from pipeline.config import Config, Resume
 from pipeline.errors import JobError, PipelineError
 from pipeline.interrupt import Interrupt, Stopped
 from pipeline.ledger import Ledger
+from pipeline.memory_check import check_memory
 from pipeline.results import JobFolder
 from pipeline.survey import finished_before, locate_prompts, remember_finished, survey
 
@@ -59,6 +60,7 @@ class Job:
         if not ledger.missing:
             remember_finished(self.config, prompts, results, ledger)
             return self._nothing_to_do(ledger.total, ledger.errors)
+        check_memory(self.config)
         gc.disable()  # a quarter of the time that the next line takes
         from pipeline.generate import generate  # torch and transformers
 

@@ -3,6 +3,7 @@
 Slurm's view is never needed for this, and never believed over it.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import jsonlines
 
 from pipeline.results import ROWS, STATS, read_json
 
@@ -81,8 +84,8 @@ def read_events(folder: Path) -> Events:
 def append_event(folder: Path, event: str, **more: Any) -> None:
     """Add one line to the folder's events."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": event, "time": round(time.time(), 3), **more}) + "\n")
+    with jsonlines.open(folder / EVENTS, "a") as writer:
+        writer.write({"event": event, "time": round(time.time(), 3), **more})
 
 
 def tokens_per_row(folder: Path) -> float | None:
@@ -142,14 +145,6 @@ def _modified(path: Path) -> float:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+    """The objects in a file that several processes append to; what is damaged is skipped."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        yield from jsonlines.Reader(file).iter(type=dict, skip_invalid=True)

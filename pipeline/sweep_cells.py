@@ -12,8 +12,9 @@ from pipeline.compose import compose_config, job_folder, sweep_cells, to_config
 from pipeline.config import Config, Resume, SubmitConfig, root
 from pipeline.display import say
 from pipeline.errors import ConfigError, JobError
+from pipeline.fit import planned
 from pipeline.memory_peaks import load_peak
-from pipeline.memory_plan import Quant, kv_bytes_per_token
+from pipeline.memory_plan import kv_bytes_per_token
 from pipeline.prompt_count import count_prompts
 from pipeline.prompts import find_prompts, parse_shard
 from pipeline.request import GenerationParams
@@ -81,16 +82,9 @@ def needed_bytes(config: Config, gpus: int) -> int | None:
     Of the GPUs together, or without one of the host.
     """
     arch = architecture(read_config(locate(config.model, config.models_dir, weights=False)))
-    quant = config.quant
-    planned = Quant(
-        quant.method.value,
-        quant.method.value,
-        quant.dtype.value,
-        quant.double_quant,
-        quant.compute_dtype.value,
-    )
-    row = sum(kv_bytes_per_token(arch, planned).values()) * config.generation.max_new_tokens
-    return load_peak(arch, planned, gpus=gpus).held + row + (0 if gpus else PYTHON_BYTES)
+    quant = planned(config.quant)
+    row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
+    return load_peak(arch, quant, gpus=gpus).held + row + (0 if gpus else PYTHON_BYTES)
 
 
 def memory_warning(name: str, need: int, submit: SubmitConfig) -> str | None:

@@ -109,6 +109,11 @@ def test_a_later_choice_wins_over_a_job_file():
         ("generation.n=0", ["n=0", "between 1 and 1024"]),
         ("stream=maybe", ["stream=maybe", "bool"]),
         ("prompts", ["prompts", "KEY=VALUE"]),
+        ("prompts=", ["prompts=", "is empty"]),
+        ("model.name=", ["model.name=", "is empty"]),
+        ("+promts=jokes.jsonl", ["+promts", "prompts?"]),
+        ("+generation.seeds=1", ["seeds", "seed?"]),
+        ("memory_check=no", ["memory_check=no", "refuse, warn"]),
         ("hydra/launcher=slrum", ["hydra/launcher=slrum"]),
     ],
 )
@@ -161,7 +166,15 @@ def test_what_decides_the_text_decides_the_folder(changed):
 
 
 @pytest.mark.parametrize(
-    "changed", ["engine.max_rows=3", "limit=2", "stream=true", "model.device_map=cpu", "retry_errors=true"]
+    "changed",
+    [
+        "engine.max_rows=3",
+        "limit=2",
+        "stream=true",
+        "model.device_map=cpu",
+        "retry_errors=true",
+        "memory_check=warn",
+    ],
 )
 def test_what_does_not_decide_the_text_leaves_the_folder(changed):
     assert job_folder([changed]) == job_folder([])

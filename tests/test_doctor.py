@@ -1,6 +1,7 @@
 """The doctor: findings with a next step, an exit status for scripts, never a token."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from huggingface_hub import constants
 from pipeline import health
 from pipeline.compose import read_config
 from pipeline.doctor import main
-from pipeline.health import State, check_bitsandbytes, check_version
+from pipeline.health import State, check_bitsandbytes, check_kernels, check_version
 from pipeline.model_health import check_access, check_room, check_tokenizer
 
 SECRET = "hf_ThisMustNeverBePrinted"
@@ -34,7 +35,16 @@ def test_a_good_machine_and_model_pass_with_status_0(tiny_dir, tmp_path, monkeyp
     assert status == 0
     assert "A job can run here." in out
     names = {check["name"] for check in checks}
-    assert {"torch", "cpu", "bitsandbytes nf4 on cpu", "hub login", "model files", "BOS", "slurm"} <= names
+    assert {
+        "torch",
+        "cpu",
+        "cpu kernels",
+        "bitsandbytes nf4 on cpu",
+        "hub login",
+        "model files",
+        "BOS",
+        "slurm",
+    } <= names
     assert SECRET not in out + file.read_text()
     assert "\x1b" not in out
 
@@ -61,6 +71,18 @@ def test_versions_known_to_be_bad_are_red(version, state):
     check = check_version("bitsandbytes", ">=0.50", "slow", version)
     assert check.state is state
     assert bool(check.next_step) == (state is State.red)
+
+
+def test_without_numba_the_kernels_are_yellow(monkeypatch):
+    (there,) = check_kernels()
+    assert there.state is State.green
+    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu_kernels")
+    monkeypatch.delattr("pipeline.engine.cpu_kernels")
+    monkeypatch.delattr("pipeline.engine.cpu_loops")
+    monkeypatch.setitem(sys.modules, "pipeline.engine.cpu_loops", None)
+    (missing,) = check_kernels()
+    assert missing.state is State.yellow
+    assert "[cpu]" in missing.next_step
 
 
 def test_bitsandbytes_is_judged_by_its_product(monkeypatch):

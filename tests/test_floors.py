@@ -16,7 +16,7 @@ FLOORS = {
     2: """chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
           engine.sampling engine.stats engine.forward engine.probe engine.packing engine.fused_layer
           engine.cpu_kernels engine.cpu_loops engine.cpu_vectors survey""",
-    3: """engine.engine loading memory_stats timeline gguf rows manifest scoring inside health
+    3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",
     5: """__main__ compose help multirun plan plan_tables inspect submit sweep_cells status doctor score

@@ -1,6 +1,7 @@
 """A job under a hard limit of its address space, where allocations really fail."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,18 @@ def test_a_job_under_a_hard_limit_finishes_with_the_same_texts(wide_folder, tmp_
     assert stats(free)["engine"]["out_of_memory"] == 0
     assert stats(limited)["engine"]["out_of_memory"] > 0
     assert stats(free)["engine"]["peak_kv_cache_bytes"] > headroom
+
+
+def test_a_job_that_cannot_fit_is_refused_before_a_weight_is_read(smollm2_dir, tmp_path):
+    prompts = write_rows(tmp_path / "one.jsonl", [{"id": "a", "prompt": "Hi"}])
+    large = command(smollm2_dir, prompts, tmp_path / "large", "generation.max_new_tokens=1")
+    refused = job(500 * MB, large)
+    assert "LoadError" in refused.stderr
+    assert re.search(r"loading it takes 57\d\.\d MB", refused.stderr), "538.1 MB of weights and the libraries"
+    assert "quant=int8 would fit" in refused.stderr
+    assert "memory_check=warn" in refused.stderr
+    assert "Loading" not in refused.stderr
+    tried = job(500 * MB, [*large, "memory_check=warn"])
+    assert "Loading" in tried.stderr
+    log = (job_folder(large) / "pipeline.log").read_text()
+    assert "of this machine's memory are free" in log

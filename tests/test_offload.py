@@ -38,7 +38,9 @@ def test_an_offloaded_model_makes_the_same_text(tiny_model, tiny_dir, tmp_path, 
 
 
 def test_packing_leaves_offloaded_layers_alone(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.engine.forward.load_kernels", lambda: None)  # they round otherwise than torch
+    monkeypatch.setattr(
+        "pipeline.engine.forward.load_kernels", lambda: None
+    )  # they round otherwise than torch
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.bfloat16).eval()
     model = offloaded(tiny_dir, tmp_path / "offload", Dtype.bfloat16, "200KB")
     on_disk = [path for path, place in model.hf_device_map.items() if place == "disk"]

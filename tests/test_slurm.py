@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,13 @@ def written(folder: Path) -> int:
         return 0
 
 
+def holder(folder: Path) -> int:
+    """The process that runs this job."""
+    found = re.match(r"process (\d+)", (folder / ".holder").read_text())
+    assert found
+    return int(found[1])
+
+
 def test_a_sweep_with_shards_runs_on_two_nodes_and_merges_to_what_one_run_gives(
     place: Place, smollm2_dir: Path
 ) -> None:
@@ -166,6 +174,52 @@ def test_a_sweep_with_shards_runs_on_two_nodes_and_merges_to_what_one_run_gives(
         place.wait_until_idle()
         assert texts(merged) == sorted(texts(next(place.folder.glob(f"alone/few/{merged.name}"))))
         assert [index for index, _ in texts(merged)] == list(range(6))
+
+
+def test_requeued_warned_killed_and_cancelled_cells_end_whole_by_the_same_command(place: Place) -> None:
+    # Long enough that no cell ends before its signal comes: a row takes a tenth of a second.
+    write_prompts(place.folder / "many.jsonl", 160)
+    job = (*TINY, "prompts=many.jsonl", "generation.max_new_tokens=100", "quant=fp32")
+    sweep = (*job, "generation.seed=1,2,3,4", *SMALL, "submit.width=3")  # greedy: all say the same
+    first = place.submit(*sweep)
+    requeued, warned, killed, pending = place.folders("many")
+    place.run("scancel", f"{first}_3")
+    until(lambda: all(map(written, (requeued, warned, killed))), "rows of all three")
+    os.kill(holder(killed), 9)
+    place.run("scontrol", "requeue", f"{first}_0")
+    place.run("scancel", "--full", "--signal=USR2", f"{first}_1")
+    assert all(written(folder) < 160 for folder in (requeued, warned, killed)), "none had ended by itself"
+
+    # The accounting lags behind the queue.
+    until(lambda: place.state(pending) == "cancelled before it started", "the accounting to tell")
+    until(lambda: "killed by signal 9" in place.state(killed), "the killed cell to be known as such")
+    until(
+        lambda: "FAILED|0:9" in place.run("sacct", "-nPX", f"--jobs={first}_2", "--format=State,ExitCode"),
+        "Slurm too",
+    )
+    until(lambda: "requeued 1×" in place.state(requeued), "the requeued cell to start again")
+    until(lambda: "requeued 1×" in place.state(warned), "the warned cell to start again")
+    second = place.submit(*sweep)
+    assert place.folders("many") == [killed, pending], "just what is missing is submitted again"
+    assert second != first
+    place.wait_until_idle()
+    undisturbed = sorted(texts(pending))
+    assert [index for index, _ in undisturbed] == list(range(160))
+    for folder in (requeued, warned, killed, pending):
+        assert place.state(folder).startswith("complete")
+        assert sorted(texts(folder)) == undisturbed, "every row once, and the same text"
+    assert place.submit(*sweep) == ""
+
+
+def test_more_cells_than_an_array_may_have_become_two_arrays(place: Place) -> None:
+    write_prompts(place.folder / "wide.jsonl", 6)
+    job = (*TINY, "prompts=wide.jsonl", "generation.max_new_tokens=2", "quant=fp32", "shards=6", *SMALL)
+    assert len(place.submit(*job).split()) == 2, "the test cluster's arrays have at most four cells"
+    (watched,) = place.folder.glob("outputs/wide/*")
+    place.python("pipeline.status", str(watched), "watch=true")  # ends with status 0 when all is done
+    assert [place.state(folder) for folder in place.folders("wide")] == ["complete"] * 6
+    place.python("pipeline.merge", str(watched))
+    assert [index for index, _ in texts(watched)] == list(range(6))
 
 
 def test_a_node_that_goes_down_and_a_preemption_cost_no_row(place: Place) -> None:

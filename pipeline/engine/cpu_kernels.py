@@ -125,3 +125,5 @@ def _parallel_function() -> Any:
 
 
 _parallel = _parallel_function()
+if not hasattr(loops.attend, "address"):
+    raise ImportError("numba does not compile here (NUMBA_DISABLE_JIT)")

@@ -1,6 +1,7 @@
 """What the CPU kernels need below numba's own language: LLVM instructions on addresses and vectors.
 
 Each function marked `intrinsic` is called from compiled code; its inner `codegen` writes the instructions.
+numba's cache of cpu_loops.py does not see a change in this file: touch that one too.
 """
 
 from typing import Any

@@ -4,6 +4,7 @@ The products stay the model's own modules; what lies between them goes through c
 `forward` is replaced on the layer itself, so its weights, names and hooks stay where they are.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Known line by line: norm, attention with rotary embedding, norm, gated MLP, two residuals, and no more.
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -20,7 +23,8 @@ def load_kernels() -> ModuleType | None:
     """cpu_kernels, or None where numba or the threads it needs are not to be had."""
     try:
         from pipeline.engine import cpu_kernels
-    except (ImportError, OSError):
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
+        log.info("Without the CPU's kernels: %s", error)
         return None
     return cpu_kernels
 

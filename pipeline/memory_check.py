@@ -1,0 +1,65 @@
+"""A job on the CPU that this machine's memory cannot hold is refused before a weight is read. No torch."""
+
+import logging
+
+from pipeline.config import Config, MemoryCheck
+from pipeline.devices import Device, find_device
+from pipeline.errors import ConfigError, LoadError
+from pipeline.fit import Job, Settings, best_choice, need, planned
+from pipeline.memory_peaks import load_peak
+from pipeline.memory_plan import Quant
+from pipeline.model_facts import Facts, find_facts
+from pipeline.prompt_lengths import PromptLengths
+
+log = logging.getLogger(__name__)
+
+ONE_TOKEN = PromptLengths("a row of one token", 1, 0, 0, ((1, 1),), sampled=False)
+# What may fit instead, the nearest to the checkpoint's own answers first.
+SMALLER = (
+    Quant("bf16", dtype="bfloat16"),
+    Quant("int8", "int8"),
+    Quant("nf4", "nf4", double_quant=True),
+)
+
+
+def check_memory(config: Config) -> None:
+    """Compare the least that this job takes with what is free.
+
+    Raises:
+        LoadError: it is more, and memory_check=refuse.
+    """
+    model = config.model
+    device = find_device(model.offload_dir)
+    if (device.gpus and model.device_map != "cpu") or model.max_memory:
+        return
+    try:
+        facts = find_facts(model, config.models_dir)
+    except ConfigError as error:
+        log.info("The job's memory is not predicted: %s", error)
+        return
+    refusal = _refusal(config, facts, device)
+    if refusal is None:
+        return
+    if config.memory_check is MemoryCheck.refuse:
+        raise LoadError(f"{refusal} Pass memory_check=warn to try all the same.")
+    log.warning("%s", refusal)
+
+
+def _refusal(config: Config, facts: Facts, device: Device) -> str | None:
+    """Why the model with one row of one token does not fit; None if it does."""
+    quant = planned(config.quant)
+    settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
+    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", 0, device.free_bytes, 0), settings)
+    loads = load_peak(facts.architecture, quant, gpus=0, packed=settings.pack_weights).held
+    runs = need(job, quant, 1).total_bytes
+    if max(loads, runs) <= device.free_bytes:
+        return None
+    best = best_choice(job, list(SMALLER), lambda: [])
+    instead = (
+        f"quant={best.quant} would fit" if best else "No quantization of it would fit: take a smaller model"
+    )
+    return (
+        f"{facts.name}: loading it takes {loads / 1e6:,.1f} MB and running one row at least {runs / 1e6:,.1f} MB, "
+        f"and {device.free_bytes / 1e6:,.1f} MB of this machine's memory are free. {instead}; "
+        "`python -m pipeline.plan` with the same arguments shows what takes how much."
+    )
