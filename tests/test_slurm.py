@@ -183,8 +183,8 @@ def test_requeued_warned_killed_and_cancelled_cells_end_whole_by_the_same_comman
     sweep = (*job, "generation.seed=1,2,3,4", *SMALL, "submit.width=3")  # greedy: all say the same
     first = place.submit(*sweep)
     requeued, warned, killed, pending = place.folders("many")
-    place.run("scancel", f"{first}_3")
     until(lambda: all(map(written, (requeued, warned, killed))), "rows of all three")
+    place.run("scancel", f"{first}_3")
     os.kill(holder(killed), 9)
     place.run("scontrol", "requeue", f"{first}_0")
     place.run("scancel", "--full", "--signal=USR2", f"{first}_1")

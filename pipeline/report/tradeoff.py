@@ -86,7 +86,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def _label(
     axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], colours: dict[str, str]
 ) -> None:
-    """Write each name beside its point, at the first place where it covers nothing, else at the last tried."""
+    """Write each name beside its point, at the first place inside where it covers nothing, else at the last tried."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.canvas.draw()
@@ -104,6 +104,7 @@ def _label(
             )  # fmt: skip
             box = note.get_window_extent()
             others = taken[:number] + taken[number + 1 :]
-            if not any(box.overlaps(other) for other in others):
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in others):
                 break
         taken.append(box)
