@@ -48,7 +48,7 @@ class MemoryCheck(Enum):
     """What happens to a job on the CPU that the machine's memory cannot hold."""
 
     refuse = "refuse"  # nothing is loaded; the error says what would fit
-    warn = "warn"  # into the log, and on
+    warn = "warn"  # say so, and go on
 
 
 class Attention(Enum):

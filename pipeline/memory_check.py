@@ -2,6 +2,7 @@
 
 import logging
 
+from pipeline import display
 from pipeline.config import Config, MemoryCheck
 from pipeline.devices import Device, find_device
 from pipeline.errors import ConfigError, LoadError
@@ -42,7 +43,7 @@ def check_memory(config: Config) -> None:
         return
     if config.memory_check is MemoryCheck.refuse:
         raise LoadError(f"{refusal} Pass memory_check=warn to try all the same.")
-    log.warning("%s", refusal)
+    display.say(f"Warning: {refusal}", style="yellow")
 
 
 def _refusal(config: Config, facts: Facts, device: Device) -> str | None:

@@ -91,5 +91,4 @@ def test_a_job_that_cannot_fit_is_refused_before_a_weight_is_read(smollm2_dir, t
     assert "Loading" not in refused.stderr
     tried = job(500 * MB, [*large, "memory_check=warn"])
     assert "Loading" in tried.stderr
-    log = (job_folder(large) / "pipeline.log").read_text()
-    assert "of this machine's memory are free" in log
+    assert "Warning: SmolLM2-135M-Instruct" in tried.stderr or f"Warning: {smollm2_dir}" in tried.stderr
