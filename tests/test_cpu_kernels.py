@@ -57,6 +57,12 @@ def test_rotation_is_the_models_own_also_on_a_slice(rows: int, heads: int, size:
     assert torch.equal(wide[:, heads * size :], beyond)
 
 
+@pytest.mark.parametrize("table", [random(3, 8), random(3, 16).float(), random(16, 3).T])
+def test_a_rotation_that_the_kernel_does_not_know_is_an_error(table: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="rotary embedding"):
+        kernels.rotate(random(3, 2, 16), table, table)
+
+
 def test_gate_is_torchs_silu_times_up_for_small_and_large_numbers() -> None:
     both = random(5, 2 * 100) * 30
     both[0, :4] = torch.tensor([0.0, -0.0, 300.0, -300.0])

@@ -38,8 +38,16 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> None:
     Args:
         states: [N, H, D], each token's heads contiguous.
         cos, sin: [N, D], their two halves equal.
+
+    Raises:
+        ValueError: only a part of each head is rotated, or in another precision.
     """
     rows, heads, size = states.shape
+    for table in (cos, sin):
+        if table.shape != (rows, size) or table.dtype != states.dtype or not table.is_contiguous():
+            raise ValueError(
+                f"rotary embedding of {tuple(table.shape)} {table.dtype} on {tuple(states.shape)}"
+            )
     _run(loops.rotate, -(-rows // loops.ROWS), states, cos, sin, rows, heads, _stride(states), size)
 
 
