@@ -52,5 +52,13 @@ def mean_over_rows(rows: Iterable[tuple[float, int]]) -> Interval | None:
     return Interval(mean, mean - half, mean + half)
 
 
+def share_over_rows(rows: Iterable[tuple[float, int]]) -> Interval | None:
+    """The same of a share, whose interval ends at 0 and 1."""
+    found = mean_over_rows(rows)
+    if found is None or found.low is None or found.high is None:
+        return found
+    return Interval(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
 def _exp(x: float) -> float:
     return math.exp(min(x, 700.0))  # beyond it no float is left

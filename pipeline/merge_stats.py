@@ -9,10 +9,12 @@ def merge_stats(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     A key that ends in _sec is the sum (the time that one machine would need), and beside it KEY_max is the
     longest shard's. Memory is that of the shard that took most, entry by entry. Means and fractions are
-    weighted by completion tokens; tokens_per_sec is tokens over summed run_sec.
+    weighted by completion tokens; tokens_per_sec is tokens over summed run_sec. Shards ran at times of
+    their own: there is no common timeline.
     """
     weights = [float(shard.get("completion_tokens") or 0) for shard in shards]
-    merged = _objects(shards, weights, peak=False)
+    untimed = [{key: value for key, value in shard.items() if key != "timeline"} for shard in shards]
+    merged = _objects(untimed, weights, peak=False)
     run_sec = merged.get("run_sec")
     merged["tokens_per_sec"] = merged["completion_tokens"] / run_sec if run_sec else None
     return merged

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.intervals import Interval, mean_over_rows, proportion
+from pipeline.intervals import Interval, mean_over_rows, proportion, share_over_rows
 
 LOGITS_BYTES = 128 << 20  # of one pass, float32; each model's, and about as much again for the sums
 
@@ -154,7 +154,7 @@ def _top1(rows: Sequence[RowScore]) -> Interval | None:
     hits, tokens = sum(row.same_top for row in rows), sum(row.tokens for row in rows)
     if hits in (0, tokens):
         return proportion(hits, tokens)
-    return mean_over_rows((row.same_top, row.tokens) for row in rows)
+    return share_over_rows((row.same_top, row.tokens) for row in rows)
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:

@@ -22,7 +22,7 @@ from synthetic_jobs import (
 )
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.intervals import mean_over_rows, proportion
+from pipeline.intervals import mean_over_rows, proportion, share_over_rows
 from pipeline.report.__main__ import parse
 from pipeline.report.jobs import find_jobs
 from pipeline.report.plots import PLOTS, speed_spread
@@ -71,6 +71,14 @@ def test_a_mean_weighs_tokens_and_its_interval_counts_rows():
     # mean 12/8; squares (2-3)² + (6-3)² + (4-6)² = 14; half = 1.96 · sqrt(3/2 · 14) / 8
     assert found.value == 1.5
     assert found.high - found.value == pytest.approx(1.959964 * 21**0.5 / 8)
+
+
+def test_a_shares_interval_ends_at_0_and_1():
+    rows = [(9.0, 10), (10.0, 10), (10.0, 10)]
+    assert mean_over_rows(rows).high > 1
+    assert share_over_rows(rows).high == 1
+    assert share_over_rows(rows).low == mean_over_rows(rows).low
+    assert share_over_rows([(1.0, 1)]).low is None
 
 
 def test_one_row_has_no_interval_and_none_has_no_mean():

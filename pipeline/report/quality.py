@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputError
-from pipeline.intervals import mean_over_rows, proportion
+from pipeline.intervals import proportion, share_over_rows
 from pipeline.report.jobs import Job, precision
 from pipeline.report.prompts import Answer, Prompt
 
@@ -98,7 +98,7 @@ def compare_jobs(prompts: Sequence[Prompt], number: int, baseline: int | None) -
         "rows": len(found),
         "unit": "tokens" if all(d.unit == "tokens" for d in found) else "words",
         "exact_match": interval(proportion(sum(d.exact for d in found), len(found))),
-        "agreement": interval(mean_over_rows((d.same, d.length) for d in found)),
+        "agreement": interval(share_over_rows((d.same, d.length) for d in found)),
         "median_first_divergence": statistics.median(divergences) if divergences else None,
     }
 
