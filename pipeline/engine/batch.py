@@ -7,6 +7,7 @@ gets the pass it belongs to as the keyword argument `batch`, which models hand d
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from pipeline.engine.kv_cache import Rectangle, write
+from pipeline.engine.kv_cache import Rectangle, new_layer, write
 from pipeline.engine.scheduler import Sequence
 
 ATTENTION = "pipeline_rectangles"
@@ -44,18 +45,44 @@ class PrefillBatch:
         """[1, N]: tokens so far in the row, never the column."""
         return (self.columns - torch.tensor(self.rectangle.starts)[self.rows])[None]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """[R, 2] int64: each row's first token among the N, and the first column that is its own."""
+        own = np.array(self.rectangle.starts) + (self.prefix.head if self.prefix else 0)
+        counts = self.last - np.clip(own, self.first, self.last)
+        return np.stack((counts.cumsum() - counts, own), 1)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
         rectangle = self.rectangle
-        rows, columns = self.rows.to(query.device), self.columns.to(query.device)
         if self.prefix is not None and layer == len(rectangle.keys):
             self._write_prefix(self.prefix, layer)
+        window = rectangle.windows[layer]
+        if self.kernels is not None and key.shape == value.shape:
+            if layer == len(rectangle.keys):
+                new_layer(rectangle, key, value)
+            places, span = self._places, (self.first, self.last)
+            stores = rectangle.keys[layer], rectangle.values[layer]
+            padded = self.kernels.place(query, key, value, rotation, places, span, *stores)
+            out = self._attend_block(padded, *(t[:, :, : self.last] for t in stores), window, scaling)
+            collected: Tensor = self.kernels.collect(out, places, span, len(query))
+            return collected
+        assert rotation is None, "only the kernels rotate"
+        rows, columns = self.rows.to(query.device), self.columns.to(query.device)
         write(rectangle, layer, key, value, rows, columns)
         rows_count, width = len(rectangle.rows), self.last - self.first
         padded = query.new_zeros(rows_count, query.shape[1], width, query.shape[2])
         padded[rows, :, columns - self.first] = query
         keys, values = (t[layer][:, :, : self.last] for t in (rectangle.keys, rectangle.values))
-        out = self._attend_block(padded, keys, values, rectangle.windows[layer], scaling)
+        out = self._attend_block(padded, keys, values, window, scaling)
         return out[rows, :, columns - self.first]
 
     def _attend_block(
@@ -72,11 +99,12 @@ class PrefillBatch:
             keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
             mask = self._mask(window).to(query.device)
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
-        packed = (query * scaling).reshape(rows * kv_heads, heads // kv_heads * columns, size)
+        packed = query if self.kernels is not None else query * scaling
+        packed = packed.reshape(rows * kv_heads, heads // kv_heads * columns, size)
         scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
         scores = scores.view(rows, heads, columns, width)
         if self.kernels is not None:
-            self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window)
+            self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window, scaling)
         else:
             scores = scores.masked_fill_(~self._mask(window), -torch.inf).softmax(-1)
         out = torch.bmm(scores.view(*packed.shape[:2], width), values.reshape(rows * kv_heads, width, -1))
@@ -120,15 +148,36 @@ class DecodeBatch:
     def positions(self) -> Tensor:
         return torch.tensor([[r.head - start for r in self.rectangles for start in r.starts]])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
         window = self.rectangles[0].windows[layer]
         if self.kernels is None or key.shape != value.shape:
+            assert rotation is None, "only the kernels rotate"
             return self._attend_rectangles(layer, window, query, key, value, scaling)
-        stores = [(r.keys[layer], r.values[layer]) for r in self.rectangles]
-        blocks = np.array([(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in stores])
-        output: Tensor = self.kernels.attend(query, key, value, self._table(window), blocks, scaling)
+        output: Tensor = self.kernels.attend(query, key, value, rotation, *self.tables(layer), scaling)
         return output
+
+    def tables(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `cpu_kernels.attend` reads: where the rows are, and where their rectangles."""
+        return self._table(self.rectangles[0].windows[layer]), self._blocks[layer]
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """[L, rectangles, 3] int64: where each layer's keys and values lie, and how wide they are."""
+        return np.array(
+            [
+                [(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in layer]
+                for layer in zip(*(zip(r.keys, r.values, strict=True) for r in self.rectangles), strict=True)
+            ]
+        )
 
     def _table(self, window: int | None) -> np.ndarray:
         """[B, 4] int64: each row's rectangle, its row there, the first column it sees, the one it writes."""

@@ -1,19 +1,31 @@
 """What the CPU kernels need below numba's own language: LLVM instructions on addresses and vectors.
 
 Each function marked `intrinsic` is called from compiled code; its inner `codegen` writes the instructions.
-numba's cache of cpu_loops.py does not see a change in this file: touch that one too.
+numba's cache of the loops does not see a change in this file: touch those too.
 """
 
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features, initialize_native_asmparser
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+PAIRS = 2 * LANES  # bf16 numbers in a vector
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 LANE_NUMBERS = ir.VectorType(ir.IntType(32), LANES)
+HAS_BF16 = bool(get_host_cpu_features().get("avx512bf16"))
+initialize_native_asmparser()  # reads the one instruction that is written as text
+
+# Places in two vectors, one after the other. In each eight of a vector, the lower four and the upper four:
+LOWER_FOURS = [8 * eight + i for eight in range(4) for i in range(4)]
+UPPER_FOURS = [place + 4 for place in LOWER_FOURS]
+FIRST_HALF = [*range(4), *range(16, 20), *range(4, 8), *range(20, 24)]
+SECOND_HALF = [place + 8 for place in FIRST_HALF]
+INTERLEAVE_LOWER = [place + PAIRS * second for place in LOWER_FOURS for second in (0, 1)]
+INTERLEAVE_UPPER = [place + 4 for place in INTERLEAVE_LOWER]
 
 
 def _cast(function: Any, source: Any, target: Any) -> Any:
@@ -51,18 +63,40 @@ def prefetch(context: Any, address: Any) -> Any:
     """Ask for the cache line at an address that will soon be read; any address will do."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.inttoptr(arguments[0], line), number(0), number(3), number(1)])
+        prefetch_line(builder, arguments[0], cache=1)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
 
 
+def prefetch_line(builder: Any, address: Any, cache: int) -> None:
+    """The same, in the middle of an intrinsic, into the first or the second level's cache."""
+    line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, line), number(0), number(4 - cache), number(1)])
+
+
+@intrinsic
+def largest(context: Any, numbers: Any, count: Any) -> Any:
+    """The largest of `count` float32 numbers, a multiple of LANES that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers, count = arguments
+        most = cgutils.alloca_once_value(builder, _load_floats(builder, numbers, count.type(0)))
+        with cgutils.for_range_slice(
+            builder, count.type(LANES), count, count.type(LANES), intp=count.type
+        ) as (i, _):
+            pair = builder.load(most), _load_floats(builder, numbers, i)
+            builder.store(_call(builder, "llvm.maxnum.v16f32", VECTOR, *pair), most)
+        return _call(builder, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), builder.load(most))
+
+    return types.float32(numbers, count), codegen
+
+
 @intrinsic
 def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any) -> Any:
-    """scores[c] = query · keys[c] for LANES columns. size: a multiple of LANES.
+    """scores[c] = query · keys[c] for LANES columns in bf16. size: a multiple of PAIRS.
 
     One vector of partial sums a column; they are added up across lanes only at the end.
     """
@@ -70,12 +104,12 @@ def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any) -> 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         query, keys, scores, size = arguments
         sums = [cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(LANES)]
-        with cgutils.for_range_slice(builder, size.type(0), size, size.type(LANES), intp=size.type) as (d, _):
-            q = _load_floats(builder, query, d)
+        with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
+            q = _load_pairs(builder, query, d)
             for column, total in enumerate(sums):
                 place = builder.add(builder.mul(size, size.type(column)), d)
-                k = _load_halves(builder, keys, place)
-                builder.store(_multiply_add(builder, q, k, builder.load(total)), total)
+                k = _load_pairs(builder, keys, place)
+                builder.store(_dot_pairs(builder, builder.load(total), q, k), total)
         _store(builder, _sum_lanes(builder, [builder.load(total) for total in sums]), scores, size.type(0))
         return context.get_dummy_value()
 
@@ -84,22 +118,47 @@ def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any) -> 
 
 @intrinsic
 def weigh_block(context: Any, weights: Any, values: Any, out: Any, size: Any) -> Any:
-    """out += the sum of weights[c] · values[c] over LANES columns. size: a multiple of LANES."""
+    """out += the sum of weights[c] · values[c] over LANES columns in bf16. size: a multiple of PAIRS.
+
+    Two columns at a time: their values are interleaved, which leaves each result in two vectors of which
+    one holds the lower four of every eight numbers and the other the upper four.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         weights, values, out, size = arguments
-        spread = [_broadcast(builder, weights, c) for c in range(LANES)]
-        with cgutils.for_range_slice(builder, size.type(0), size, size.type(LANES), intp=size.type) as (d, _):
-            sums = [_load_floats(builder, out, d), *[ir.Constant(VECTOR, [0.0] * LANES)] * 3]
-            for column, weight in enumerate(spread):
-                place = builder.add(builder.mul(size, size.type(column)), d)
-                v = _load_halves(builder, values, place)
-                sums[column % 4] = _multiply_add(builder, weight, v, sums[column % 4])
-            total = _add(builder, _add(builder, sums[0], sums[1]), _add(builder, sums[2], sums[3]))
-            _store(builder, total, out, d)
+        spread = [_broadcast_pair(builder, weights, c) for c in range(0, LANES, 2)]
+        with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
+            middle = builder.add(d, d.type(LANES))
+            whole = _load_floats(builder, out, d), _load_floats(builder, out, middle)
+            sums = [_shuffle(builder, *whole, places) for places in (LOWER_FOURS, UPPER_FOURS)]
+            for number, pair in enumerate(spread):
+                places = [builder.add(builder.mul(size, size.type(2 * number + i)), d) for i in (0, 1)]
+                a, b = (_load(builder, values, place, ir.IntType(16), PAIRS, 2) for place in places)
+                for half, order in enumerate((INTERLEAVE_LOWER, INTERLEAVE_UPPER)):
+                    v = builder.bitcast(_shuffle(builder, a, b, order), LANE_NUMBERS)
+                    sums[half] = _dot_pairs(builder, sums[half], pair, v)
+            _store(builder, _shuffle(builder, *sums, FIRST_HALF), out, d)
+            _store(builder, _shuffle(builder, *sums, SECOND_HALF), out, middle)
         return context.get_dummy_value()
 
     return types.void(weights, values, out, size), codegen
+
+
+def _dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """sums[i] + a[2i] · b[2i] + a[2i + 1] · b[2i + 1], of bf16 numbers two by two: one instruction, or four."""
+    if HAS_BF16:
+        kind = ir.FunctionType(VECTOR, [VECTOR, LANE_NUMBERS, LANE_NUMBERS])
+        return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
+    sixteen = ir.Constant(LANE_NUMBERS, [16] * LANES)
+    upper = ir.Constant(LANE_NUMBERS, [0xFFFF0000] * LANES)
+    for cut in (lambda x: builder.shl(x, sixteen), lambda x: builder.and_(x, upper)):
+        sums = _add(builder, builder.fmul(*(builder.bitcast(cut(x), VECTOR) for x in (a, b)), flags=["fast"]), sums)
+    return sums
+
+
+def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
+    kind = ir.FunctionType(result, [VECTOR] * len(vectors))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), vectors, fastmath=["fast"])
 
 
 def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
@@ -121,8 +180,8 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    """Lanes of a and, from LANES on, of b."""
-    return builder.shuffle_vector(a, b, ir.Constant(LANE_NUMBERS, lanes))
+    """Lanes of a and then of b."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
 
 def _load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size: int) -> Any:
@@ -136,10 +195,9 @@ def _load_floats(builder: Any, address: Any, index: Any) -> Any:
     return _load(builder, address, index, ir.FloatType(), LANES, 4)
 
 
-def _load_halves(builder: Any, address: Any, index: Any) -> Any:
-    """LANES bf16 numbers as float32."""
-    upper = builder.zext(_load(builder, address, index, ir.IntType(16), LANES, 2), LANE_NUMBERS)
-    return builder.bitcast(builder.shl(upper, ir.Constant(LANE_NUMBERS, [16] * LANES)), VECTOR)
+def _load_pairs(builder: Any, address: Any, index: Any) -> Any:
+    """PAIRS bf16 numbers, two in each lane."""
+    return builder.bitcast(_load(builder, address, index, ir.IntType(16), PAIRS, 2), LANE_NUMBERS)
 
 
 def _store(builder: Any, vector: Any, address: Any, index: Any) -> None:
@@ -147,15 +205,12 @@ def _store(builder: Any, vector: Any, address: Any, index: Any) -> None:
     builder.store(vector, builder.inttoptr(place, VECTOR.as_pointer()), align=4)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _add(builder, builder.fmul(a, b, flags=["fast"]), c)
-
-
 def _add(builder: Any, a: Any, b: Any) -> Any:
     return builder.fadd(a, b, flags=["fast"])
 
 
-def _broadcast(builder: Any, address: Any, index: int) -> Any:
-    number = _load(builder, address, address.type(index), ir.FloatType(), 1, 4)
-    vector = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.IntType(32)(0))
+def _broadcast_pair(builder: Any, address: Any, index: int) -> Any:
+    """Two bf16 numbers in every lane."""
+    pair = _load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4)
+    vector = builder.insert_element(ir.Constant(LANE_NUMBERS, ir.Undefined), pair, ir.IntType(32)(0))
     return _shuffle(builder, vector, vector, [0] * LANES)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
-from pipeline.engine.fused_layer import fuse_layers, load_kernels
+from pipeline.engine.fused_model import FusedModel, can_fuse, load_kernels
 from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
 from pipeline.engine.packing import is_packed
 from pipeline.engine.scheduler import Sequence
@@ -52,8 +52,8 @@ class FlatForward:
         self._device = input_device(model)
         self._kernels = load_kernels() if _is_bf16_on_cpu(model) else None
         self._packed = self._kernels is not None and is_packed(model)
-        if self._kernels is not None:
-            log.info("%d decoder layers fused", fuse_layers(model, self._kernels))
+        self._fused = FusedModel(model, self._kernels) if self._kernels and can_fuse(model) else None
+        self._program = _decode_program(model, self._kernels) if self._fused else None
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
@@ -77,19 +77,22 @@ class FlatForward:
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
         batch = DecodeBatch(rectangles, self._kernels)
         tokens = [s.token_ids[-1] for s in batch.sequences]
+        if self._program is not None:
+            return self._program.run(tokens, batch.positions, batch)
         spare = _round_up(len(tokens)) - len(tokens) if self._packed else 0
         positions = F.pad(batch.positions, (0, spare))
         return self._run(tokens + [0] * spare, positions, torch.arange(len(tokens)), batch)
 
     def _run(self, tokens: list[int], positions: Tensor, keep: Tensor, batch: Any) -> Tensor:
-        output = self._model(
-            input_ids=torch.tensor([tokens], device=self._device),
-            position_ids=positions.to(self._device),
-            logits_to_keep=keep.to(self._device),
-            use_cache=False,
-            batch=batch,
-        )
-        logits: Tensor = output.logits[0]
+        inputs = {
+            "input_ids": torch.tensor([tokens], device=self._device),
+            "position_ids": positions.to(self._device),
+            "logits_to_keep": keep.to(self._device),
+            "batch": batch,
+        }
+        if self._fused is not None:
+            return self._fused(**inputs)
+        logits: Tensor = self._model(**inputs, use_cache=False).logits[0]
         return logits
 
 
@@ -173,6 +176,13 @@ class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
         layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
         super().__init__(layers=layers)
+
+
+def _decode_program(model: Any, kernels: Any) -> Any:
+    """For a fused model on a CPU with matrix tiles, else None. Imported here, as it needs numba."""
+    from pipeline.engine import cpu_program
+
+    return cpu_program.DecodeProgram(model, kernels) if cpu_program.can_run(model) else None
 
 
 def _round_up(rows: int) -> int:

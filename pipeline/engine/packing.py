@@ -1,18 +1,23 @@
 """Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
 
-oneDNN multiplies blocked matrices. `F.linear` reorders the whole weight to blocks at each call, which at
-few rows takes longer than the product. The operators that pack a weight once are those which torch's
-inductor uses when it freezes a model; they are private, so they are used here alone, and only after they
-gave the very bits of `F.linear` on the weight at hand. The result of every product stays the same.
+A CPU with matrix tiles multiplies by kernels of our own (cpu_tiles.py). Elsewhere oneDNN multiplies blocked
+matrices. `F.linear` reorders the whole weight to blocks at each call, which at few rows takes longer than
+the product. The operators that pack a weight once are those which torch's inductor uses when it freezes a
+model; they are private, so they are used here alone, and only after they gave the very bits of `F.linear`
+on the weight at hand.
 """
 
 import logging
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pipeline.engine.fused_model import load_kernels
 
 # Layers that models call one after the other on the same input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -20,33 +25,64 @@ FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 log = logging.getLogger(__name__)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in oneDNN's own order. [.., in] → [.., out]."""
+@dataclass(frozen=True)
+class PackedWeight:
+    """One weight, or those of siblings one below the other."""
 
-    def __init__(self, packed: Tensor, linear: nn.Linear) -> None:
+    weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for tiles, else in oneDNN's own order
+    bias: Tensor | None  # [M]
+    kernels: ModuleType | None  # cpu_kernels, for tiles
+    interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
+
+    def product(self, input: Tensor) -> Tensor:
+        """[.., K] → [.., M]."""
+        output: Tensor = (
+            self.kernels.linear(input, self.weight, self.bias)
+            if self.kernels
+            else torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        )
+        return output
+
+    def gated(self, input: Tensor) -> Tensor:
+        """silu(first sibling) · second. [.., K] → [.., M/2]."""
+        assert self.kernels is not None and self.interleaved
+        output: Tensor = self.kernels.linear(input, self.weight, self.bias, gated=True)
+        return output
+
+    def split(self, output: Tensor, sizes: list[int]) -> Ordered[Tensor]:
+        """The siblings' own outputs."""
+        if not self.interleaved:
+            return torch.split(output, sizes, -1)
+        turns = output.unflatten(-1, (-1, 2, 16))
+        return [turns[..., i, :].flatten(-2) for i in (0, 1)]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds its weight in a better order. [.., in] → [.., out]."""
+
+    def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self._packed = packed
+        self.packed = packed
 
     def forward(self, input: Tensor) -> Tensor:
-        return _product(input, self._packed, self.bias)
+        return self.packed.product(input)
 
 
 class _Siblings:
     """Linear layers of one input as one product, which takes less time than two or three narrow ones."""
 
-    def __init__(self, packed: Tensor, linears: Ordered[nn.Linear]) -> None:
-        self._packed = packed
+    def __init__(self, packed: PackedWeight, linears: Ordered[nn.Linear]) -> None:
+        self.packed = packed
         self._sizes = [linear.out_features for linear in linears]
-        self._bias = _joined(linears)[1]
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # not yet asked for
 
     def output(self, index: int, input: Tensor) -> Tensor:
         """One layer's output: computed with its siblings' when the first is asked for, then handed out."""
         if input is not self._input or index not in self._outputs:
-            outputs = torch.split(_product(input, self._packed, self._bias), self._sizes, -1)
+            outputs = self.packed.split(self.packed.product(input), self._sizes)
             self._input, self._outputs = input, dict(enumerate(outputs))
         output = self._outputs.pop(index)
         if not self._outputs:
@@ -61,6 +97,10 @@ class PackedSibling(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._siblings, self._index = siblings, index
+
+    @property
+    def packed(self) -> PackedWeight:
+        return self._siblings.packed
 
     def forward(self, input: Tensor) -> Tensor:
         return self._siblings.output(self._index, input)
@@ -122,24 +162,38 @@ def _joined(linears: Ordered[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights).detach(), None if biases[0] is None else torch.cat(biases).detach()
 
 
-def _pack(linears: Ordered[nn.Linear]) -> Tensor | None:
-    """The packed weight, or None where packing is not to be had or changes a bit of the result."""
+def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
+    """Their packed weight, or None where packing is not to be had."""
+    weight, bias = _joined(linears)
+    kernels = load_kernels()
+    if kernels is not None and kernels.has_tiles() and all(size % 32 == 0 for size in weight.shape):
+        return _pack_tiles(weight, bias, kernels, [linear.out_features for linear in linears])
+    return _pack_onednn(linears, weight, bias)
+
+
+def _pack_tiles(
+    weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]
+) -> PackedWeight:
+    """Two siblings of one size, gate and up, take turns, so that a kernel finds them side by side."""
+    interleaved = len(sizes) == 2 and sizes[0] == sizes[1]
+    if interleaved:
+        weight = weight.unflatten(0, (2, -1, 16)).transpose(0, 1).flatten(0, 2)
+        bias = bias if bias is None else bias.unflatten(0, (2, -1, 16)).transpose(0, 1).flatten()
+    return PackedWeight(kernels.pack_tiles(weight), bias, kernels, interleaved)
+
+
+def _pack_onednn(linears: Ordered[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """None where torch or this CPU cannot, or where packing changes a bit of the result."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    weight, bias = _joined(linears)
     try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias, None)
         trial = weight[: min(4, len(weight))].contiguous()  # [4, in]: any rows of the right width
         expected = torch.cat([F.linear(trial, linear.weight, linear.bias) for linear in linears], -1)
-        same = torch.equal(_product(trial, packed, bias), expected)
+        same = torch.equal(packed.product(trial), expected)
     except (RuntimeError, AttributeError, TypeError) as error:
         log.info("Weights are not packed: %s", error)
         return None
     if not same:
         log.info("Weights are not packed: the product's bits would change")
     return packed if same else None
-
-
-def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
-    return output

@@ -1,0 +1,215 @@
+"""A decode step as a program: kernels that all threads run one after the other, with no Python in between.
+
+At a few dozen rows a kernel takes some dozen microseconds, and so does each way from one to the next through
+Python and torch, whose own code and tables the streaming weights have just pushed out of the caches. A
+program is a table of kernels and parameters, made once for a number of rows. Its threads meet at a barrier
+after each kernel.
+"""
+
+import ctypes
+from collections.abc import Sequence as Ordered
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from pipeline.engine.batch import DecodeBatch
+from pipeline.engine.cpu_loops import threaded
+from pipeline.engine.cpu_vectors import longs
+from pipeline.engine.packing import PackedWeight
+
+ROWS = 16  # a multiple of them is what the tiles take
+
+
+@intrinsic
+def _call(context: Any, function: Any, pointer: Any) -> Any:
+    """Call the kernel at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _threads(context: Any, function: Any) -> Any:
+    """How many threads have come: omp_get_num_threads, at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        count = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return builder.sext(count, ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _arrive(context: Any, counter: Any) -> Any:
+    """Raise a counter: all that this thread has written is now seen by who reads it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def _arrived(context: Any, counter: Any) -> Any:
+    """A counter, read after a short pause."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "pause", "", [], side_effect=True)
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@threaded
+def _run(pointer: Any) -> None:
+    p = carray(pointer, 4)
+    kernels, counter, threads = carray(longs(p[0]), (p[1], 2)), p[2], _threads(p[3])
+    for i in range(p[1]):
+        _call(kernels[i, 0], kernels[i, 1])
+        _arrive(counter)
+        while _arrived(counter) < threads * (i + 1):
+            pass
+
+
+class _Table:
+    """The kernels of one number of rows, ready to run."""
+
+    def __init__(self, kernels: ModuleType, calls: Ordered[Any]) -> None:
+        self._kernels = kernels
+        self._parameters = [kernels.parameters(*call[1:]) for call in calls]
+        width = max(len(p) for p in self._parameters)
+        self.parameters = np.zeros((len(calls), width), np.int64)
+        for row, own in zip(self.parameters, self._parameters, strict=True):
+            row[: len(own)] = own
+        addresses = self.parameters.ctypes.data + np.arange(len(calls)) * self.parameters.strides[0]
+        self._kernels_table = np.stack(([call[0].address for call in calls], addresses), 1).astype(np.int64)
+        self._arrived = np.zeros(1, np.int64)
+        count = ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value
+        pointers = self._kernels_table.ctypes.data, len(calls), self._arrived.ctypes.data, count
+        self._pointers = np.array(pointers, np.int64)
+
+    def places(self, address: int) -> list[int]:
+        """Where the kernel at this address comes in the table."""
+        return np.flatnonzero(self._kernels_table[:, 0] == address).tolist()
+
+    def run(self) -> None:
+        """Raises MemoryError where a kernel found none."""
+        self.parameters[:, 0] = 0
+        self._arrived[0] = 0
+        self._kernels.parallel(_run.address, self._pointers.ctypes.data, torch.get_num_threads(), 0)
+        if (self.parameters[:, 0] < self.parameters[:, 1]).any():
+            raise MemoryError("a kernel found no memory")
+
+
+class DecodeProgram:
+    """A decode step of one of fused_model's MODELS, its linear layers all packed in tiles."""
+
+    def __init__(self, model: Any, kernels: ModuleType) -> None:
+        self._body, self._kernels = model.model, kernels
+        self._head: PackedWeight = model.lm_head.packed
+        self._widths = _widths(model)
+        self._buffers: dict[str, Tensor] = {}
+        self._tables: dict[int, _Table] = {}
+
+    def run(self, tokens: list[int], positions: Tensor, batch: DecodeBatch) -> Tensor:
+        """tokens: B; positions: [1, B] → logits [B, V], which are good until the next step.
+
+        Raises:
+            MemoryError: a kernel found none.
+        """
+        count = len(tokens)
+        table = self._table(-(-count // ROWS) * ROWS)
+        states = self._body.embed_tokens(torch.tensor([tokens]))
+        inputs = states, *self._body.rotary_emb(states, positions)
+        for name, new in zip(("states", "cos", "sin"), inputs, strict=True):
+            self._buffers[name][:count] = new[0]
+            self._buffers[name][count:] = 0
+        attend = self._kernels.attention.attend.address
+        for layer, place in enumerate(table.places(attend)):
+            rows, blocks = batch.tables(layer)
+            own = table.parameters[place]
+            own[1] = count * self._body.config.num_key_value_heads
+            own[8:11] = rows.ctypes.data, blocks.ctypes.data, len(blocks)
+        table.run()
+        return self._buffers["logits"][:count]
+
+    def _table(self, rows: int) -> _Table:
+        if not self._buffers or rows > len(self._buffers["states"]):
+            like = self._body.norm.weight
+            self._buffers = {name: like.new_zeros(rows, width) for name, width in self._widths.items()}
+            self._tables.clear()
+        if rows not in self._tables:
+            self._tables[rows] = _Table(self._kernels, self._calls(rows))
+        return self._tables[rows]
+
+    def _calls(self, rows: int) -> list[Any]:
+        """Every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
+        at = {name: buffer[:rows] for name, buffer in self._buffers.items()}
+        calls: list[Any] = []
+        addition: Tensor | None = None
+        for layer in self._body.layers:
+            calls.append(self._norm(layer.input_layernorm, at["states"], at["normed"], addition))
+            calls += self._attention(layer.self_attn, at)
+            addition = at["addition"]
+            calls.append(self._linear(layer.self_attn.o_proj, at["attended"], addition))
+            calls.append(self._norm(layer.post_attention_layernorm, at["states"], at["normed"], addition))
+            calls.append(self._linear(layer.mlp.gate_proj, at["normed"], at["gated"], gated=True))
+            calls.append(self._linear(layer.mlp.down_proj, at["gated"], addition))
+        calls.append(self._norm(self._body.norm, at["states"], at["normed"], addition))
+        return [*calls, self._kernels.linear_call(at["normed"], self._head.weight, self._head.bias, at["logits"])]
+
+    def _attention(self, attention: Any, at: dict[str, Tensor]) -> list[Any]:
+        sizes = [p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        query, key, value = (t.unflatten(1, (-1, attention.head_dim)) for t in at["projected"].split(sizes, 1))
+        calls = [self._linear(attention.q_proj, at["normed"], at["projected"])]
+        if hasattr(attention, "q_norm"):
+            calls.append(self._norm(attention.q_norm, query, query))
+            calls.append(self._norm(attention.k_norm, key, key))
+        rotation, none = (at["cos"], at["sin"]), np.zeros((0, 4), np.int64)
+        states = query, key, value, rotation, none, none, attention.scaling, at["attended"]
+        return [*calls, self._kernels.attend_call(*states)]
+
+    def _norm(self, norm: Any, states: Tensor, output: Tensor, addition: Tensor | None = None) -> Any:
+        return self._kernels.norm_call(states, addition, norm.weight, norm.variance_epsilon, output)
+
+    def _linear(self, linear: Any, input: Tensor, output: Tensor, gated: bool = False) -> Any:
+        return self._kernels.linear_call(input, linear.packed.weight, linear.packed.bias, output, gated)
+
+
+def can_run(model: Any) -> bool:
+    """Whether all linear layers of a fused model are packed in tiles, siblings together."""
+    layers = [
+        linear
+        for layer in model.model.layers
+        for linear in (*layer.self_attn.children(), *layer.mlp.children())
+        if hasattr(linear, "out_features")
+    ]
+    packed = [getattr(linear, "packed", None) for linear in (*layers, model.lm_head)]
+    return all(p is not None and p.kernels is not None for p in packed) and all(
+        layer.mlp.gate_proj.packed.interleaved and layer.self_attn.q_proj.packed is layer.self_attn.v_proj.packed
+        for layer in model.model.layers
+    )
+
+
+def _widths(model: Any) -> dict[str, int]:
+    """Of the buffers: numbers in a row."""
+    layer = model.model.layers[0]
+    attention, size = layer.self_attn, layer.self_attn.head_dim
+    projected = sum(p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    inside = {"projected": projected, "attended": attention.q_proj.out_features, "cos": size, "sin": size}
+    across = dict.fromkeys(("states", "normed", "addition"), len(layer.input_layernorm.weight))
+    return across | inside | {"gated": layer.mlp.gate_proj.out_features, "logits": model.lm_head.out_features}

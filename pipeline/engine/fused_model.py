@@ -1,0 +1,92 @@
+"""Models of the Llama kind on a CPU in bf16: eight calls a layer instead of seventy.
+
+The products stay the model's own modules; what lies between them goes through cpu_kernels.py.
+"""
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Known line by line: embedding, layers, norm, head; and in a layer norm, attention with rotary embedding,
+# norm, gated MLP, two residuals, and no more.
+MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+
+
+def load_kernels() -> ModuleType | None:
+    """cpu_kernels, or None where numba or the threads it needs are not to be had."""
+    try:
+        from pipeline.engine import cpu_kernels
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
+        log.info("Without the CPU's kernels: %s", error)
+        return None
+    return cpu_kernels
+
+
+def can_fuse(model: Any) -> bool:
+    """One of MODELS in bf16 on the CPU, with the usual activation, and no hook that would have to run."""
+    if type(model).__name__ not in MODELS:
+        return False
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    hooked = any(hasattr(m, "_hf_hook") for m in model.modules())
+    silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in model.model.layers)
+    return on_cpu and silu and not hooked and model.model.norm.weight.dtype == torch.bfloat16
+
+
+class FusedModel:
+    """A model's pass over a batch, called like the model itself."""
+
+    def __init__(self, model: Any, kernels: ModuleType) -> None:
+        self._body = model.model
+        self._head = model.lm_head
+        self._kernels = kernels
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, batch: Any) -> Tensor:
+        """input_ids and position_ids [1, N], logits_to_keep [K] → logits [K, V]."""
+        states = self._body.embed_tokens(input_ids)[0]
+        cos, sin = self._body.rotary_emb(states, position_ids)
+        rotation = cos[0], sin[0]
+        addition: Tensor | None = None
+        for index, layer in enumerate(self._body.layers):
+            normed = self._norm(layer.input_layernorm, states, addition)
+            addition = self._attention(layer.self_attn, index, normed, rotation, batch)
+            normed = self._norm(layer.post_attention_layernorm, states, addition)
+            addition = self._mlp(layer.mlp, normed)
+        kept = None if addition is None else addition[logits_to_keep]
+        logits: Tensor = self._head(self._norm(self._body.norm, states[logits_to_keep], kept))
+        return logits
+
+    def _attention(self, attention: Any, layer: int, normed: Tensor, rotation: Any, batch: Any) -> Tensor:
+        query, key, value = (
+            project(normed).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
+        attended = batch.attend(layer, query, key, value, attention.scaling, rotation)
+        output: Tensor = attention.o_proj(attended.flatten(1))
+        return output
+
+    def _mlp(self, mlp: Any, normed: Tensor) -> Tensor:
+        packed = getattr(mlp.gate_proj, "packed", None)
+        gated = (
+            packed.gated(normed)
+            if packed is not None and packed.interleaved
+            else self._kernels.silu_multiply(mlp.gate_proj(normed), mlp.up_proj(normed))
+        )
+        output: Tensor = mlp.down_proj(gated)
+        return output
+
+    def _norm(self, norm: Any, states: Tensor, addition: Tensor | None = None) -> Tensor:
+        """The norm of states + addition, which states then are."""
+        weight, eps = norm.weight, norm.variance_epsilon
+        normed: Tensor = (
+            self._kernels.rms_norm(states, weight, eps)
+            if addition is None
+            else self._kernels.add_rms_norm(states, addition, weight, eps)
+        )
+        return normed
