@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis as hypothesis  # before trio, or its import at the end of a run warns
 import pytest
 import torch
 import transformers

@@ -14,8 +14,9 @@ FLOORS = {
           watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
     2: """chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
-          engine.sampling engine.stats engine.forward engine.probe engine.packing engine.fused_model engine.cpu_attention
-          engine.cpu_kernels engine.cpu_loops engine.cpu_vectors survey""",
+          engine.sampling engine.stats engine.forward engine.probe engine.packing engine.fused_model
+          engine.cpu_program engine.cpu_kernels engine.cpu_attention engine.cpu_linear engine.cpu_loops
+          engine.cpu_tiles engine.cpu_threads engine.cpu_vectors survey""",
     3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",

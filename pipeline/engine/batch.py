@@ -70,9 +70,10 @@ class PrefillBatch:
             if layer == len(rectangle.keys):
                 new_layer(rectangle, key, value)
             places, span = self._places, (self.first, self.last)
-            stores = rectangle.keys[layer], rectangle.values[layer]
-            padded = self.kernels.place(query, key, value, rotation, places, span, *stores)
-            out = self._attend_block(padded, *(t[:, :, : self.last] for t in stores), window, scaling)
+            keys, values = rectangle.keys[layer], rectangle.values[layer]
+            padded = self.kernels.place(query, key, value, rotation, places, span, keys, values)
+            keys, values = keys[:, :, : self.last], values[:, :, : self.last]
+            out = self._attend_block(padded, keys, values, window, scaling)
             collected: Tensor = self.kernels.collect(out, places, span, len(query))
             return collected
         assert rotation is None, "only the kernels rotate"

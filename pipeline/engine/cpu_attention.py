@@ -9,6 +9,7 @@ import numpy as np
 from numba import carray
 
 from pipeline.engine.cpu_loops import exp, f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu_threads import next_task
 from pipeline.engine.cpu_vectors import (
     LANES,
     PAIRS,
@@ -16,12 +17,11 @@ from pipeline.engine.cpu_vectors import (
     halves,
     largest,
     longs,
-    next_task,
-    prefetch,
     score_block,
     weigh_block,
 )
 
+AHEAD = 32  # columns between what is read and what is asked for
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
 
 
@@ -139,15 +139,15 @@ def causal_softmax(pointer: Any) -> None:
 
 
 @inner
-def _prefetch_next(states: Any, column: int, ahead: int) -> None:
-    """LANES columns of the head that this thread will probably come to next, `ahead` heads on."""
-    start = states[column].ctypes.data + ahead * states.size * 2
-    for line in range(start, start + LANES * states.shape[1] * 2, 64):
-        prefetch(line)
+def _soon(states: Any, column: int, end: int, then: int) -> Any:
+    """The address a little ahead of a column; beyond `end`, that much behind the address `then`."""
+    size = states.shape[1] * 2
+    ahead = column + AHEAD
+    return states.ctypes.data + ahead * size if ahead < end else then + (ahead - end) * size
 
 
 @inner
-def _score(queries: Any, keys: Any, first: int, end: int, ahead: int, scores: Any) -> None:
+def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
     """scores[h, c] = queries[h] · keys[c] for the columns [first, end); a block of keys serves all heads."""
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
@@ -161,16 +161,21 @@ def _score(queries: Any, keys: Any, first: int, end: int, ahead: int, scores: An
     column = first
     while column < end:
         column = min(column, end - LANES)
-        _prefetch_next(keys, column, ahead)
+        soon, step = _soon(keys, column, end, then), 64 // heads
         for head in range(heads):
             score_block(
-                queries[head].ctypes.data, keys[column].ctypes.data, scores[head, column:].ctypes.data, size
+                queries[head].ctypes.data,
+                keys[column].ctypes.data,
+                scores[head, column:].ctypes.data,
+                size,
+                soon + head * step * size // 2,
+                step,
             )
         column += LANES
 
 
 @inner
-def _weigh(weights: Any, values: Any, first: int, end: int, ahead: int, out: Any) -> None:
+def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any) -> None:
     """out[h] = the sum of weights[h, c] · values[c] over the columns [first, end).
 
     The last block ends at `end`: those of its columns weigh 0 that an earlier block has added, or that are
@@ -187,11 +192,16 @@ def _weigh(weights: Any, values: Any, first: int, end: int, ahead: int, out: Any
     column = first
     while column < end:
         start = min(column, end - LANES)
-        _prefetch_next(values, start, ahead)
+        soon, step = _soon(values, start, end, then), 64 // heads
         for head in range(heads):
             weights[head, start:column] = 0
             weigh_block(
-                weights[head, start:].ctypes.data, values[start].ctypes.data, out[head].ctypes.data, size
+                weights[head, start:].ctypes.data,
+                values[start].ctypes.data,
+                out[head].ctypes.data,
+                size,
+                soon + head * step * size // 2,
+                step,
             )
         column += LANES
 
@@ -230,10 +240,10 @@ def attend(pointer: Any) -> None:
         for head in range(group):
             start = (kv_head * group + head) * size
             _rotate(queries[row, start : start + size], cos, sin, query[head])
-        _score(query, keys, first, last + 1, ahead, scores)
+        _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
             totals[head] = _softmax(scores[head, first : last + 1], scaling, weights[head, first : last + 1])
-        _weigh(weights, values, first, last + 1, ahead, out)
+        _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]
             for d in range(size):

@@ -22,9 +22,12 @@ from torch.nn import functional as F
 
 from pipeline.engine import cpu_attention as attention
 from pipeline.engine import cpu_loops as loops
-from pipeline.engine import cpu_tiles as tiles
+from pipeline.engine.cpu_tiles import BLOCK, CONFIGURATION, TILE_ROWS
 from pipeline.engine.cpu_tiles import has_tiles as has_tiles
 from pipeline.engine.cpu_tiles import pack_tiles as pack_tiles
+
+if has_tiles():  # elsewhere it does not compile
+    from pipeline.engine import cpu_linear
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -63,11 +66,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = Fal
             output is silu(gate) · up.
         bias: [M].
     """
-    inputs, outputs = weight.shape[1] * tiles.BLOCK, weight.shape[0] * tiles.BLOCK
+    inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
     states = input.reshape(-1, inputs)
     count = len(states)
-    if count < tiles.TILE_ROWS:
-        states = F.pad(states, (0, 0, 0, tiles.TILE_ROWS - count))
+    if count < TILE_ROWS:
+        states = F.pad(states, (0, 0, 0, TILE_ROWS - count))
     width = outputs // 2 if gated else outputs
     output = states.new_empty(len(states), width)
     _run(*linear_call(states, weight, bias, output, gated))
@@ -175,11 +178,11 @@ def linear_call(
     states: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, gated: bool = False
 ) -> Call:
     """`linear` into an output. states: [N, K], N ≥ 16."""
-    inputs, outputs = weight.shape[1] * tiles.BLOCK, weight.shape[0] * tiles.BLOCK
-    tasks = tiles.tasks(len(states), inputs, outputs)
-    pointers = states, weight, 0 if bias is None else bias, output, tiles.CONFIGURATION.ctypes.data
+    inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
+    tasks = cpu_linear.tasks(len(states), inputs, outputs, gated)
+    pointers = states, weight, 0 if bias is None else bias, output, CONFIGURATION.ctypes.data
     shape = len(states), inputs, outputs, states.stride(0), int(gated)
-    return tiles.linear, tasks, *pointers, *shape, torch.get_num_threads()
+    return cpu_linear.linear, tasks, *pointers, *shape, torch.get_num_threads()
 
 
 def attend_call(

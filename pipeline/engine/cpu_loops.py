@@ -10,7 +10,8 @@ from typing import Any
 
 from numba import carray, cfunc, njit, types
 
-from pipeline.engine.cpu_vectors import as_bits, as_double, as_float, halves, next_task
+from pipeline.engine.cpu_threads import arrive, arrived, call, next_task, team
+from pipeline.engine.cpu_vectors import as_bits, as_double, as_float, halves, longs
 
 ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
@@ -99,3 +100,15 @@ def silu_multiply(pointer: Any) -> None:
             gate, up, output = gates[row], ups[row], outputs[row]
             for d in range(width):
                 output[d] = silu_times(gate[d], up[d])
+
+
+@threaded
+def run(pointer: Any) -> None:
+    """Kernels one after the other; the threads meet after each."""
+    p = carray(pointer, 4)
+    kernels, counter, threads = carray(longs(p[0]), (p[1], 2)), p[2], team(p[3])
+    for i in range(p[1]):
+        call(kernels[i, 0], kernels[i, 1])
+        arrive(counter)
+        while arrived(counter) < threads * (i + 1):
+            pass

@@ -13,76 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.cpu_loops import threaded
-from pipeline.engine.cpu_vectors import longs
 from pipeline.engine.packing import PackedWeight
 
 ROWS = 16  # a multiple of them is what the tiles take
-
-
-@intrinsic
-def _call(context: Any, function: Any, pointer: Any) -> Any:
-    """Call the kernel at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _threads(context: Any, function: Any) -> Any:
-    """How many threads have come: omp_get_num_threads, at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        count = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
-        return builder.sext(count, ir.IntType(64))
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _arrive(context: Any, counter: Any) -> Any:
-    """Raise a counter: all that this thread has written is now seen by who reads it."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
-def _arrived(context: Any, counter: Any) -> Any:
-    """A counter, read after a short pause."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.asm(ir.FunctionType(ir.VoidType(), []), "pause", "", [], side_effect=True)
-        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.load_atomic(place, "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@threaded
-def _run(pointer: Any) -> None:
-    p = carray(pointer, 4)
-    kernels, counter, threads = carray(longs(p[0]), (p[1], 2)), p[2], _threads(p[3])
-    for i in range(p[1]):
-        _call(kernels[i, 0], kernels[i, 1])
-        _arrive(counter)
-        while _arrived(counter) < threads * (i + 1):
-            pass
 
 
 class _Table:
@@ -110,7 +46,9 @@ class _Table:
         """Raises MemoryError where a kernel found none."""
         self.parameters[:, 0] = 0
         self._arrived[0] = 0
-        self._kernels.parallel(_run.address, self._pointers.ctypes.data, torch.get_num_threads(), 0)
+        self._kernels.parallel(
+            self._kernels.loops.run.address, self._pointers.ctypes.data, torch.get_num_threads(), 0
+        )
         if (self.parameters[:, 0] < self.parameters[:, 1]).any():
             raise MemoryError("a kernel found no memory")
 
@@ -170,11 +108,15 @@ class DecodeProgram:
             calls.append(self._linear(layer.mlp.gate_proj, at["normed"], at["gated"], gated=True))
             calls.append(self._linear(layer.mlp.down_proj, at["gated"], addition))
         calls.append(self._norm(self._body.norm, at["states"], at["normed"], addition))
-        return [*calls, self._kernels.linear_call(at["normed"], self._head.weight, self._head.bias, at["logits"])]
+        return [
+            *calls,
+            self._kernels.linear_call(at["normed"], self._head.weight, self._head.bias, at["logits"]),
+        ]
 
     def _attention(self, attention: Any, at: dict[str, Tensor]) -> list[Any]:
         sizes = [p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        query, key, value = (t.unflatten(1, (-1, attention.head_dim)) for t in at["projected"].split(sizes, 1))
+        parts = torch.split(at["projected"], sizes, 1)
+        query, key, value = (t.view(len(t), -1, attention.head_dim) for t in parts)
         calls = [self._linear(attention.q_proj, at["normed"], at["projected"])]
         if hasattr(attention, "q_norm"):
             calls.append(self._norm(attention.q_norm, query, query))
@@ -200,7 +142,8 @@ def can_run(model: Any) -> bool:
     ]
     packed = [getattr(linear, "packed", None) for linear in (*layers, model.lm_head)]
     return all(p is not None and p.kernels is not None for p in packed) and all(
-        layer.mlp.gate_proj.packed.interleaved and layer.self_attn.q_proj.packed is layer.self_attn.v_proj.packed
+        layer.mlp.gate_proj.packed.interleaved
+        and layer.self_attn.q_proj.packed is layer.self_attn.v_proj.packed
         for layer in model.model.layers
     )
 

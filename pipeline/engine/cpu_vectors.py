@@ -7,16 +7,16 @@ numba's cache of the loops does not see a change in this file: touch those too.
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features, initialize_native_asmparser
+from llvmlite.binding import initialize_native_asmparser
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 LANES = 16
 PAIRS = 2 * LANES  # bf16 numbers in a vector
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 LANE_NUMBERS = ir.VectorType(ir.IntType(32), LANES)
-HAS_BF16 = bool(get_host_cpu_features().get("avx512bf16"))
 initialize_native_asmparser()  # reads the one instruction that is written as text
 
 # Places in two vectors, one after the other. In each eight of a vector, the lower four and the upper four:
@@ -26,6 +26,15 @@ FIRST_HALF = [*range(4), *range(16, 20), *range(4, 8), *range(20, 24)]
 SECOND_HALF = [place + 8 for place in FIRST_HALF]
 INTERLEAVE_LOWER = [place + PAIRS * second for place in LOWER_FOURS for second in (0, 1)]
 INTERLEAVE_UPPER = [place + 4 for place in INTERLEAVE_LOWER]
+
+
+def compiles_for(feature: str) -> bool:
+    """Whether numba compiles for a CPU that has this feature: the one at hand, unless it was told otherwise."""
+    features: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    return f"+{feature}" in features.split(",")
+
+
+HAS_BF16 = compiles_for("avx512bf16")
 
 
 def _cast(function: Any, source: Any, target: Any) -> Any:
@@ -46,16 +55,6 @@ longs = _cast("inttoptr", types.int64, types.CPointer(types.int64))
 as_double = _cast("bitcast", types.int64, types.float64)
 as_float = _cast("bitcast", types.uint32, types.float32)
 as_bits = _cast("bitcast", types.float32, types.uint32)
-
-
-@intrinsic
-def next_task(context: Any, pointer: Any) -> Any:
-    """The counter before it is raised by one, whichever thread asks."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.CPointer(types.int64)), codegen
 
 
 @intrinsic
@@ -95,53 +94,64 @@ def largest(context: Any, numbers: Any, count: Any) -> Any:
 
 
 @intrinsic
-def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any) -> Any:
+def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any, soon: Any, step: Any) -> Any:
     """scores[c] = query · keys[c] for LANES columns in bf16. size: a multiple of PAIRS.
 
-    One vector of partial sums a column; they are added up across lanes only at the end.
+    One vector of partial sums a column; they are added up across lanes only at the end. With each load of
+    keys, the cache line at `soon` is asked for, `step` bytes further each time.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        query, keys, scores, size = arguments
+        query, keys, scores, size, soon, step = arguments
         sums = [cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(LANES)]
         with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
             q = _load_pairs(builder, query, d)
             for column, total in enumerate(sums):
                 place = builder.add(builder.mul(size, size.type(column)), d)
                 k = _load_pairs(builder, keys, place)
+                _prefetch_after(builder, soon, step, d, column)
                 builder.store(_dot_pairs(builder, builder.load(total), q, k), total)
         _store(builder, _sum_lanes(builder, [builder.load(total) for total in sums]), scores, size.type(0))
         return context.get_dummy_value()
 
-    return types.void(query, keys, scores, size), codegen
+    return types.void(query, keys, scores, size, soon, step), codegen
 
 
 @intrinsic
-def weigh_block(context: Any, weights: Any, values: Any, out: Any, size: Any) -> Any:
+def weigh_block(context: Any, weights: Any, values: Any, out: Any, size: Any, soon: Any, step: Any) -> Any:
     """out += the sum of weights[c] · values[c] over LANES columns in bf16. size: a multiple of PAIRS.
 
     Two columns at a time: their values are interleaved, which leaves each result in two vectors of which
-    one holds the lower four of every eight numbers and the other the upper four.
+    one holds the lower four of every eight numbers and the other the upper four. Prefetches as in score_block.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, values, out, size = arguments
+        weights, values, out, size, soon, step = arguments
         spread = [_broadcast_pair(builder, weights, c) for c in range(0, LANES, 2)]
         with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
             middle = builder.add(d, d.type(LANES))
-            whole = _load_floats(builder, out, d), _load_floats(builder, out, middle)
-            sums = [_shuffle(builder, *whole, places) for places in (LOWER_FOURS, UPPER_FOURS)]
+            left, right = _load_floats(builder, out, d), _load_floats(builder, out, middle)
+            sums = [_shuffle(builder, left, right, places) for places in (LOWER_FOURS, UPPER_FOURS)]
             for number, pair in enumerate(spread):
                 places = [builder.add(builder.mul(size, size.type(2 * number + i)), d) for i in (0, 1)]
                 a, b = (_load(builder, values, place, ir.IntType(16), PAIRS, 2) for place in places)
+                for i in (0, 1):
+                    _prefetch_after(builder, soon, step, d, 2 * number + i)
                 for half, order in enumerate((INTERLEAVE_LOWER, INTERLEAVE_UPPER)):
                     v = builder.bitcast(_shuffle(builder, a, b, order), LANE_NUMBERS)
                     sums[half] = _dot_pairs(builder, sums[half], pair, v)
-            _store(builder, _shuffle(builder, *sums, FIRST_HALF), out, d)
-            _store(builder, _shuffle(builder, *sums, SECOND_HALF), out, middle)
+            lower, upper = sums
+            _store(builder, _shuffle(builder, lower, upper, FIRST_HALF), out, d)
+            _store(builder, _shuffle(builder, lower, upper, SECOND_HALF), out, middle)
         return context.get_dummy_value()
 
-    return types.void(weights, values, out, size), codegen
+    return types.void(weights, values, out, size, soon, step), codegen
+
+
+def _prefetch_after(builder: Any, soon: Any, step: Any, d: Any, column: int) -> None:
+    """The next line to ask for, one for each column of each PAIRS numbers."""
+    number = builder.add(builder.lshr(d, d.type(1)), d.type(column))  # PAIRS numbers come with LANES columns
+    prefetch_line(builder, builder.add(soon, builder.mul(number, step)), cache=1)
 
 
 def _dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
@@ -151,14 +161,52 @@ def _dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
         return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
     sixteen = ir.Constant(LANE_NUMBERS, [16] * LANES)
     upper = ir.Constant(LANE_NUMBERS, [0xFFFF0000] * LANES)
-    for cut in (lambda x: builder.shl(x, sixteen), lambda x: builder.and_(x, upper)):
-        sums = _add(builder, builder.fmul(*(builder.bitcast(cut(x), VECTOR) for x in (a, b)), flags=["fast"]), sums)
+    lower_halves = [builder.shl(x, sixteen) for x in (a, b)]
+    upper_halves = [builder.and_(x, upper) for x in (a, b)]
+    for halves in (lower_halves, upper_halves):
+        left, right = (builder.bitcast(x, VECTOR) for x in halves)
+        sums = _add(builder, _times(builder, left, right), sums)
     return sums
 
 
 def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
     kind = ir.FunctionType(result, [VECTOR] * len(vectors))
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), vectors, fastmath=["fast"])
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, name), vectors, fastmath=["fast"]
+    )
+
+
+def exp_vector(builder: Any, x: Any) -> Any:
+    """e^x of each lane, x held between -87 and 87: 2^n times a polynomial on the rest (Cephes' expf)."""
+    x = _call(builder, "llvm.maxnum.v16f32", VECTOR, x, constant(-87.0))
+    x = _call(builder, "llvm.minnum.v16f32", VECTOR, x, constant(87.0))
+    n = _call(builder, "llvm.rint.v16f32", VECTOR, _times(builder, x, constant(1.44269504)))
+    rest = _add(builder, x, _times(builder, n, constant(-0.693359375)))
+    rest = _add(builder, rest, _times(builder, n, constant(2.12194440e-4)))
+    total = constant(1.9875691500e-4)
+    for factor in (
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+        1.0,
+        1.0,
+    ):
+        total = _add(builder, _times(builder, total, rest), constant(factor))
+    bias = ir.Constant(LANE_NUMBERS, [127] * LANES)
+    power = builder.shl(
+        builder.add(builder.fptosi(n, LANE_NUMBERS), bias), ir.Constant(LANE_NUMBERS, [23] * LANES)
+    )
+    return _times(builder, total, builder.bitcast(power, VECTOR))
+
+
+def constant(number: float) -> Any:
+    return ir.Constant(VECTOR, [number] * LANES)
+
+
+def _times(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fmul(a, b, flags=["fast"])
 
 
 def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:

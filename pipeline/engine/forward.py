@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
+from pipeline.engine.cpu_program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse, load_kernels
 from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
 from pipeline.engine.packing import is_packed
@@ -53,7 +54,9 @@ class FlatForward:
         self._kernels = load_kernels() if _is_bf16_on_cpu(model) else None
         self._packed = self._kernels is not None and is_packed(model)
         self._fused = FusedModel(model, self._kernels) if self._kernels and can_fuse(model) else None
-        self._program = _decode_program(model, self._kernels) if self._fused else None
+        self._program = (
+            DecodeProgram(model, self._kernels) if self._kernels and self._fused and can_run(model) else None
+        )
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
@@ -176,13 +179,6 @@ class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
         layers: list[Any] = [_RectangleLayer(rectangle, i, columns) for i in range(len(rectangle.windows))]
         super().__init__(layers=layers)
-
-
-def _decode_program(model: Any, kernels: Any) -> Any:
-    """For a fused model on a CPU with matrix tiles, else None. Imported here, as it needs numba."""
-    from pipeline.engine import cpu_program
-
-    return cpu_program.DecodeProgram(model, kernels) if cpu_program.can_run(model) else None
 
 
 def _round_up(rows: int) -> int:

@@ -45,7 +45,8 @@ class PackedWeight:
 
     def gated(self, input: Tensor) -> Tensor:
         """silu(first sibling) · second. [.., K] → [.., M/2]."""
-        assert self.kernels is not None and self.interleaved
+        assert self.kernels is not None
+        assert self.interleaved
         output: Tensor = self.kernels.linear(input, self.weight, self.bias, gated=True)
         return output
 
@@ -53,7 +54,7 @@ class PackedWeight:
         """The siblings' own outputs."""
         if not self.interleaved:
             return torch.split(output, sizes, -1)
-        turns = output.unflatten(-1, (-1, 2, 16))
+        turns = output.view(*output.shape[:-1], -1, 2, 16)
         return [turns[..., i, :].flatten(-2) for i in (0, 1)]
 
 
@@ -171,14 +172,12 @@ def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
     return _pack_onednn(linears, weight, bias)
 
 
-def _pack_tiles(
-    weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]
-) -> PackedWeight:
+def _pack_tiles(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]) -> PackedWeight:
     """Two siblings of one size, gate and up, take turns, so that a kernel finds them side by side."""
     interleaved = len(sizes) == 2 and sizes[0] == sizes[1]
     if interleaved:
-        weight = weight.unflatten(0, (2, -1, 16)).transpose(0, 1).flatten(0, 2)
-        bias = bias if bias is None else bias.unflatten(0, (2, -1, 16)).transpose(0, 1).flatten()
+        weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+        bias = bias if bias is None else bias.view(2, -1, 16).transpose(0, 1).flatten()
     return PackedWeight(kernels.pack_tiles(weight), bias, kernels, interleaved)
 
 

@@ -1,0 +1,128 @@
+"""Linear layers in bf16 on a CPU's matrix tiles: the loop behind `cpu_kernels.linear`.
+
+numba's cache of this file does not see a change in those that it imports: touch this one too.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from pipeline.engine.cpu_loops import inner, threaded, wide
+from pipeline.engine.cpu_threads import next_task
+from pipeline.engine.cpu_tiles import (
+    BLOCK,
+    BLOCK_BYTES,
+    TILE_BYTES,
+    TILE_ROWS,
+    configure,
+    multiply_block,
+    release,
+    store_gated,
+    store_tiles,
+)
+from pipeline.engine.cpu_vectors import halves
+
+PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
+CHUNK_BYTES = (
+    1 << 19
+)  # of inputs that are multiplied by all weights before the next: they stay in the L2 cache
+
+
+def tasks(rows: int, inputs: int, outputs: int, gated: bool) -> int:
+    """Of `linear`: for each chunk of rows, as many as a row of the output has cache lines."""
+    chunks: int = -(-rows // _chunk_rows(inputs))
+    return chunks * -(-outputs // BLOCK // (1 + gated))
+
+
+@inner
+def _chunk_rows(inputs: int) -> Any:
+    return max(BLOCK, CHUNK_BYTES // (inputs * 2) // BLOCK * BLOCK)
+
+
+@inner
+def _aligned(count: int) -> Any:
+    """`count` float32 numbers from the start of a cache line on."""
+    numbers = np.empty(count + 16, np.float32)
+    skipped = -numbers.ctypes.data % 64 // 4
+    return numbers[skipped : skipped + count]
+
+
+@inner
+def _add_bias(sums: Any, bias: Any) -> None:
+    for row in range(BLOCK):
+        for d in range(BLOCK):
+            sums[row, d] += wide(bias[d])
+
+
+@inner
+def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
+    """The first rows of a block's halves: the last 16 come up again where less than a block is left."""
+    return min(row, rows - TILE_ROWS), min(row + TILE_ROWS, rows - TILE_ROWS)
+
+
+@inner
+def _store(pointer: Any, strip: int, row: int, sums: Any) -> None:
+    """A block of sums to its place in the output."""
+    p = carray(pointer, 14)
+    rows, outputs, gated = p[7], p[9], p[11]
+    if p[4]:
+        _add_bias(sums, carray(halves(p[4]), outputs)[strip * BLOCK : (strip + 1) * BLOCK])
+    for half, place in enumerate(_halves_of_block(row, rows)):
+        own = sums[half * TILE_ROWS : (half + 1) * TILE_ROWS].ctypes.data
+        if gated:
+            store_gated(own, p[5] + (place * (outputs // 2) + strip * TILE_ROWS) * 2, outputs)
+        else:
+            store_tiles(own, p[5] + (place * outputs + strip * BLOCK) * 2, outputs * 2)
+
+
+@inner
+def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
+    """The outputs of one block's width for the rows [start, end)."""
+    p = carray(pointer, 14)
+    rows, inputs, stride, threads = p[7], p[8], p[10] * 2, p[12]
+    blocks = inputs // BLOCK
+    parts = -(-blocks // PART)
+    part = -(-blocks // parts)
+    weights = p[3] + strip * blocks * BLOCK_BYTES
+    next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p[11])
+    lines = BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
+    for block in range(0, blocks, part):
+        count = min(part, blocks - block)
+        for index in range((end - start + BLOCK - 1) // BLOCK):
+            row = start + index * BLOCK
+            first, second = _halves_of_block(row, rows)
+            multiply_block(
+                p[2] + first * stride + block * TILE_BYTES,
+                p[2] + second * stride + block * TILE_BYTES,
+                stride,
+                weights + block * BLOCK_BYTES,
+                count,
+                sums[index].ctypes.data,
+                block,
+                next_weights + block * BLOCK_BYTES + index * count * lines * 64,
+                lines,
+            )
+            # The sums before these are stored while the tiles are at work.
+            if block + count == blocks and index > 0:
+                _store(pointer, strip, row - BLOCK, sums[index - 1])
+    last = (end - start - 1) // BLOCK
+    _store(pointer, strip, start + last * BLOCK, sums[last])
+
+
+@threaded
+def linear(pointer: Any) -> None:
+    p = carray(pointer, 14)
+    rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
+    chunk = _chunk_rows(inputs)
+    sums = _aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
+    per_chunk = -(-strips // together)
+    configure(p[6])
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        start, first = task // per_chunk * chunk, task % per_chunk * together
+        for strip in range(first, min(first + together, strips)):
+            _strip(pointer, strip, start, min(start + chunk, rows), sums)
+    release()

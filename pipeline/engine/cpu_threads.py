@@ -1,0 +1,65 @@
+"""What threads need that run kernels: whose turn it is, and a place to meet. As instructions for numba."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def next_task(context: Any, pointer: Any) -> Any:
+    """The counter before it is raised by one, whichever thread asks."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
+@intrinsic
+def call(context: Any, function: Any, pointer: Any) -> Any:
+    """Call the kernel at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def team(context: Any, function: Any) -> Any:
+    """How many threads have come: omp_get_num_threads, at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        count = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return builder.sext(count, ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def arrive(context: Any, counter: Any) -> Any:
+    """Raise a counter: all that this thread has written is now seen by who reads it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", place, ir.IntType(64)(1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def arrived(context: Any, counter: Any) -> Any:
+    """A counter, read after a short pause."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "pause", "", [], side_effect=True)
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.int64), codegen
