@@ -100,6 +100,24 @@ def test_gate_is_torchs_silu_times_up_for_small_and_large_numbers() -> None:
     assert_close(kernels.silu_multiply(gate, up), F.silu(gate) * up)
 
 
+@pytest.mark.parametrize("width", [1, 31, 300, 49152])
+def test_argmax_is_the_first_of_the_largest(width: int) -> None:
+    scores = random(40, width)
+    scores[1] = -scores[1].abs() - 1
+    scores[2] = -torch.inf
+    scores[3] = torch.tensor([-0.0, 0.0])[torch.arange(width) % 2]
+    assert kernels.argmax(scores).tolist() == scores.argmax(-1).tolist()
+
+
+def test_a_prefix_is_copied_into_every_row() -> None:
+    store, prefix = torch.zeros(3, 2, 12, 4, dtype=torch.bfloat16), random(1, 2, 9, 4)
+    kernels.copy_prefix(store, prefix, [0, 7, 2], 5)
+    for row, start in enumerate([0, 7, 2]):
+        assert torch.equal(store[row, :, start : start + 5], prefix[0, :, :5])
+        store[row, :, start : start + 5] = 0
+    assert not store.any(), "nothing else is written"
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("first", [0, 3])
 def test_causal_softmax_is_a_masked_softmax(first: int, window: int | None) -> None:

@@ -62,15 +62,14 @@ class PrefillBatch:
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
-        rectangle = self.rectangle
-        if self.prefix is not None and layer == len(rectangle.keys):
-            self._write_prefix(self.prefix, layer)
-        window = rectangle.windows[layer]
+        rectangle, window = self.rectangle, self.rectangle.windows[layer]
+        if layer == len(rectangle.keys):
+            new_layer(rectangle, key, value)
+            if self.prefix is not None:
+                self._write_prefix(self.prefix, layer)
+        keys, values = rectangle.keys[layer], rectangle.values[layer]
         if self.kernels is not None and key.shape == value.shape:
-            if layer == len(rectangle.keys):
-                new_layer(rectangle, key, value)
             places, span = self._places, (self.first, self.last)
-            keys, values = rectangle.keys[layer], rectangle.values[layer]
             padded = self.kernels.place(query, key, value, rotation, places, span, keys, values)
             keys, values = keys[:, :, : self.last], values[:, :, : self.last]
             out = self._attend_block(padded, keys, values, window, scaling)
@@ -82,7 +81,7 @@ class PrefillBatch:
         rows_count, width = len(rectangle.rows), self.last - self.first
         padded = query.new_zeros(rows_count, query.shape[1], width, query.shape[2])
         padded[rows, :, columns - self.first] = query
-        keys, values = (t[layer][:, :, : self.last] for t in (rectangle.keys, rectangle.values))
+        keys, values = keys[:, :, : self.last], values[:, :, : self.last]
         out = self._attend_block(padded, keys, values, window, scaling)
         return out[rows, :, columns - self.first]
 
@@ -124,12 +123,15 @@ class PrefillBatch:
         return self._masks[window]
 
     def _write_prefix(self, prefix: Rectangle, layer: int) -> None:
-        count, length = len(self.rectangle.rows), prefix.head
-        keys, values = (t[layer][0, :, :length].transpose(0, 1) for t in (prefix.keys, prefix.values))
-        columns = (torch.tensor(self.rectangle.starts)[:, None] + torch.arange(length)).flatten()
-        rows = torch.arange(count).repeat_interleave(length)
-        places = rows.to(keys.device), columns.to(keys.device)
-        write(self.rectangle, layer, keys.repeat(count, 1, 1), values.repeat(count, 1, 1), *places)
+        starts, length = self.rectangle.starts, prefix.head
+        for stores, sources in ((self.rectangle.keys, prefix.keys), (self.rectangle.values, prefix.values)):
+            store, source = stores[layer], sources[layer]
+            if self.kernels is not None:
+                self.kernels.copy_prefix(store, source, starts, length)
+            else:
+                rows = torch.arange(len(starts), device=store.device)[:, None]
+                columns = torch.tensor(starts)[:, None] + torch.arange(length)
+                store[rows, :, columns.to(store.device)] = source[0, :, :length].transpose(0, 1)
 
 
 @dataclass(eq=False)

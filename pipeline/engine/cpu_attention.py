@@ -76,6 +76,21 @@ def place(pointer: Any) -> None:
 
 
 @threaded
+def copy_prefix(pointer: Any) -> None:
+    p = carray(pointer, 10)
+    rows, heads, width, count, prefix_width = p[5], p[6], p[7], p[8], p[9]
+    target, source = carray(halves(p[2]), (rows, heads, width)), carray(halves(p[3]), (heads, prefix_width))
+    starts = carray(longs(p[4]), rows)
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        row, head = task // heads, task % heads
+        start = starts[row]
+        target[row, head, start : start + count] = source[head, :count]
+
+
+@threaded
 def collect(pointer: Any) -> None:
     p = carray(pointer, 11)
     rows, heads, first, last, size, count = p[5], p[6], p[7], p[8], p[9], p[10]

@@ -77,6 +77,28 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = Fal
     return output[:count].view(*input.shape[:-1], width)
 
 
+def argmax(scores: Tensor) -> Tensor:
+    """The first of the largest. Contiguous [B, V] → [B] int64."""
+    rows, width = scores.shape
+    places = torch.empty(rows, dtype=torch.int64)
+    _run(loops.argmax, rows, scores, places, rows, width)
+    return places
+
+
+def copy_prefix(store: Tensor, prefix: Tensor, starts: Ordered[int], columns: int) -> None:
+    """Write the first columns of one row into every row of a store, from its own start on.
+
+    Args:
+        store: [R, H, width, D].
+        prefix: [1, H, any, D].
+        starts: R.
+    """
+    rows, heads, width, size = store.shape
+    places = np.array(starts, np.int64) * size
+    numbers = rows, heads, width * size, columns * size, prefix.shape[2] * size
+    _run(attention.copy_prefix, rows * heads, store, prefix, places.ctypes.data, *numbers)
+
+
 def place(
     query: Tensor,
     key: Tensor,

@@ -102,6 +102,33 @@ def silu_multiply(pointer: Any) -> None:
                 output[d] = silu_times(gate[d], up[d])
 
 
+@inner
+def _order(half: Any) -> Any:
+    """bf16 as a whole number in the same order, -0 as 0."""
+    bits = i32(types.int16(half))
+    return bits if bits >= 0 else -(bits & i32(0x7FFF))
+
+
+@threaded
+def argmax(pointer: Any) -> None:
+    p = carray(pointer, 6)
+    rows, width = p[4], p[5]
+    inputs = carray(halves(p[2]), (rows, width))
+    outputs = carray(longs(p[3]), rows)
+    while True:
+        row = next_task(pointer)
+        if row >= p[1]:
+            break
+        numbers = inputs[row]
+        most = _order(numbers[0])
+        for i in range(width):
+            most = max(most, _order(numbers[i]))
+        place = 0
+        while _order(numbers[place]) != most:
+            place += 1
+        outputs[row] = place
+
+
 @threaded
 def run(pointer: Any) -> None:
     """Kernels one after the other; the threads meet after each."""

@@ -3,6 +3,7 @@
 The products stay the model's own modules; what lies between them goes through cpu_kernels.py.
 """
 
+import functools
 import logging
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 
 
+@functools.cache
 def load_kernels() -> ModuleType | None:
     """cpu_kernels, or None where numba or the threads it needs are not to be had."""
     try:
