@@ -140,7 +140,7 @@ def test_a_single_row_may_have_any_stride() -> None:
     assert torch.equal(store[0, :, 2], key[0])
 
 
-@pytest.mark.parametrize("size", [16, 64, 40])
+@pytest.mark.parametrize("size", [16, 64, 40, 128])
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
@@ -173,6 +173,26 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
         assert torch.equal(rectangle.values[0].float(), wide.values[0])
 
 
+@pytest.mark.parametrize("size", [16, 64])
+def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int) -> None:
+    stores = [random(3, 2, 40, size, seed=i) for i in range(4)]
+    stores[2:] = [store.clone() for store in stores[:2]]
+    rows = np.array([[0, 2, 0, 38], [0, 0, 30, 33], [0, 1, 5, 9]])
+    query, key, value = random(3, 6, size), random(3, 2, size, seed=1), random(3, 2, size, seed=2)
+    angles = torch.rand(3, size // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    halves = [torch.cat((-t[..., size // 2 :], t[..., : size // 2]), -1) for t in (query, key)]
+    rotated = [
+        (t.float() * cos[:, None].float() + half.float() * sin[:, None].float()).bfloat16()
+        for t, half in zip((query, key), halves, strict=True)
+    ]
+    blocks = [np.array([[k.data_ptr(), v.data_ptr(), 40]]) for k, v in (stores[:2], stores[2:])]
+    found = kernels.attend(query, key, value, (cos, sin), rows, blocks[0], 0.2)
+    assert torch.equal(found, kernels.attend(*rotated, value, None, rows, blocks[1], 0.2))
+    assert torch.equal(stores[0], stores[2])
+    assert torch.equal(stores[1], stores[3])
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's features")
 def test_attention_is_the_same_on_a_cpu_without_instructions_for_bf16() -> None:
     newer = ("amx", "avx10", "avx512bf16", "avx512fp16")
@@ -182,7 +202,7 @@ def test_attention_is_the_same_on_a_cpu_without_instructions_for_bf16() -> None:
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_attention_over_rectangles"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "12 passed" in done.stdout
+    assert "16 passed" in done.stdout
 
 
 def _in_float32(rectangle: Any) -> Any:

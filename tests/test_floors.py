@@ -16,7 +16,7 @@ FLOORS = {
     2: """chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
           engine.sampling engine.stats engine.forward engine.probe engine.packing engine.fused_model
           engine.cpu_program engine.cpu_kernels engine.cpu_attention engine.cpu_linear engine.cpu_loops
-          engine.cpu_tiles engine.cpu_threads engine.cpu_vectors survey""",
+          engine.cpu_tiles engine.cpu_tile_attention engine.cpu_threads engine.cpu_vectors survey""",
     3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",

@@ -27,7 +27,7 @@ from pipeline.engine.cpu_tiles import has_tiles as has_tiles
 from pipeline.engine.cpu_tiles import pack_tiles as pack_tiles
 
 if has_tiles():  # elsewhere it does not compile
-    from pipeline.engine import cpu_linear
+    from pipeline.engine import cpu_linear, cpu_tile_attention
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -224,8 +224,15 @@ def attend_call(
     pointers = query, key, value, cos, sin, output, rows.ctypes.data, blocks.ctypes.data
     shape = len(blocks), count, heads, kv_heads, size
     strides = _stride(query), _stride(key), _stride(value), table_width
-    numbers = *shape, *strides, _bits(scaling), torch.get_num_threads()
-    return attention.attend, len(rows) * kv_heads, *pointers, *numbers
+    numbers = *shape, *strides, _bits(scaling), torch.get_num_threads(), CONFIGURATION.ctypes.data
+    return attend_kernel(heads // kv_heads, size), len(rows) * kv_heads, *pointers, *numbers
+
+
+def attend_kernel(heads: int, size: int) -> Any:
+    """The kernel for this many heads that share a key, of this size."""
+    if has_tiles() and size % cpu_tile_attention.GROUP == 0 and heads <= cpu_tile_attention.HEADS:
+        return cpu_tile_attention.attend
+    return attention.attend
 
 
 def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Tensor | int, int]:

@@ -5,10 +5,9 @@ numba's cache of this file does not see a change in those that it imports: touch
 
 from typing import Any
 
-import numpy as np
 from numba import carray
 
-from pipeline.engine.cpu_loops import inner, threaded, wide
+from pipeline.engine.cpu_loops import aligned, inner, threaded, wide
 from pipeline.engine.cpu_threads import next_task
 from pipeline.engine.cpu_tiles import (
     BLOCK,
@@ -38,14 +37,6 @@ def tasks(rows: int, inputs: int, outputs: int, gated: bool) -> int:
 @inner
 def _chunk_rows(inputs: int) -> Any:
     return max(BLOCK, CHUNK_BYTES // (inputs * 2) // BLOCK * BLOCK)
-
-
-@inner
-def _aligned(count: int) -> Any:
-    """`count` float32 numbers from the start of a cache line on."""
-    numbers = np.empty(count + 16, np.float32)
-    skipped = -numbers.ctypes.data % 64 // 4
-    return numbers[skipped : skipped + count]
 
 
 @inner
@@ -115,7 +106,7 @@ def linear(pointer: Any) -> None:
     p = carray(pointer, 14)
     rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
     chunk = _chunk_rows(inputs)
-    sums = _aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
+    sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
     per_chunk = -(-strips // together)
     configure(p[6])
     while True:

@@ -8,6 +8,7 @@ uint16, the upper half of a float32.
 import math
 from typing import Any
 
+import numpy as np
 from numba import carray, cfunc, njit, types
 
 from pipeline.engine.cpu_threads import arrive, arrived, call, next_task, team
@@ -31,6 +32,14 @@ def rounded(number: Any) -> Any:
     """float32 to bf16, to the nearest, ties to even."""
     bits = as_bits(f32(number))
     return types.uint16((bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
+
+
+@inner
+def aligned(count: int) -> Any:
+    """`count` float32 numbers from the start of a cache line on."""
+    numbers = np.empty(count + 16, np.float32)
+    skipped = -numbers.ctypes.data % 64 // 4
+    return numbers[skipped : skipped + count]
 
 
 @inner

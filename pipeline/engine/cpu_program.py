@@ -22,10 +22,10 @@ ROWS = 16  # a multiple of them is what the tiles take
 
 
 class _Table:
-    """The kernels of one number of rows, ready to run."""
+    """The kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
 
-    def __init__(self, kernels: ModuleType, calls: Ordered[Any]) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: ModuleType, calls: Ordered[Any], attends: list[int]) -> None:
+        self._kernels, self.attends = kernels, attends
         self._parameters = [kernels.parameters(*call[1:]) for call in calls]
         width = max(len(p) for p in self._parameters)
         self.parameters = np.zeros((len(calls), width), np.int64)
@@ -37,10 +37,6 @@ class _Table:
         count = ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value
         pointers = self._kernels_table.ctypes.data, len(calls), self._arrived.ctypes.data, count
         self._pointers = np.array(pointers, np.int64)
-
-    def places(self, address: int) -> list[int]:
-        """Where the kernel at this address comes in the table."""
-        return np.flatnonzero(self._kernels_table[:, 0] == address).tolist()
 
     def run(self) -> None:
         """Raises MemoryError where a kernel found none."""
@@ -76,8 +72,7 @@ class DecodeProgram:
         for name, new in zip(("states", "cos", "sin"), inputs, strict=True):
             self._buffers[name][:count] = new[0]
             self._buffers[name][count:] = 0
-        attend = self._kernels.attention.attend.address
-        for layer, place in enumerate(table.places(attend)):
+        for layer, place in enumerate(table.attends):
             rows, blocks = batch.tables(layer)
             own = table.parameters[place]
             own[1] = count * self._body.config.num_key_value_heads
@@ -91,27 +86,28 @@ class DecodeProgram:
             self._buffers = {name: like.new_zeros(rows, width) for name, width in self._widths.items()}
             self._tables.clear()
         if rows not in self._tables:
-            self._tables[rows] = _Table(self._kernels, self._calls(rows))
+            self._tables[rows] = self._made(rows)
         return self._tables[rows]
 
-    def _calls(self, rows: int) -> list[Any]:
+    def _made(self, rows: int) -> _Table:
         """Every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
         at = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         calls: list[Any] = []
+        attends: list[int] = []
         addition: Tensor | None = None
         for layer in self._body.layers:
             calls.append(self._norm(layer.input_layernorm, at["states"], at["normed"], addition))
             calls += self._attention(layer.self_attn, at)
+            attends.append(len(calls) - 1)
             addition = at["addition"]
             calls.append(self._linear(layer.self_attn.o_proj, at["attended"], addition))
             calls.append(self._norm(layer.post_attention_layernorm, at["states"], at["normed"], addition))
             calls.append(self._linear(layer.mlp.gate_proj, at["normed"], at["gated"], gated=True))
             calls.append(self._linear(layer.mlp.down_proj, at["gated"], addition))
         calls.append(self._norm(self._body.norm, at["states"], at["normed"], addition))
-        return [
-            *calls,
-            self._kernels.linear_call(at["normed"], self._head.weight, self._head.bias, at["logits"]),
-        ]
+        head = self._head.weight, self._head.bias, at["logits"]
+        calls.append(self._kernels.linear_call(at["normed"], *head))
+        return _Table(self._kernels, calls, attends)
 
     def _attention(self, attention: Any, at: dict[str, Tensor]) -> list[Any]:
         sizes = [p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj)]

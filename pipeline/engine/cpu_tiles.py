@@ -94,11 +94,19 @@ def release(context: Any) -> Any:
     return types.void(), codegen
 
 
-def _load_tile(builder: Any, register: int, address: Any, stride: Any) -> None:
+def load_tile(builder: Any, register: int, address: Any, stride: Any) -> None:
     _call(builder, "tileloadd64", _TILE(register), builder.inttoptr(address, _POINTER), stride)
 
 
-def _multiply_tiles(builder: Any, total: int, rows: int, columns: int) -> None:
+def zero_tile(builder: Any, register: int) -> None:
+    _call(builder, "tilezero", _TILE(register))
+
+
+def store_tile(builder: Any, register: int, address: Any, stride: Any) -> None:
+    _call(builder, "tilestored64", _TILE(register), builder.inttoptr(address, _POINTER), stride)
+
+
+def multiply_tiles(builder: Any, total: int, rows: int, columns: int) -> None:
     _call(builder, "tdpbf16ps", _TILE(total), _TILE(rows), _TILE(columns))
 
 
@@ -123,7 +131,7 @@ def multiply_block(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, second, stride, weights, blocks, sums, go_on, soon, lines = arguments
-        load, multiply = partial(_load_tile, builder), partial(_multiply_tiles, builder)
+        load, multiply = partial(load_tile, builder), partial(multiply_tiles, builder)
         tiles = (0, TILE_ROWS, TILE_ROWS * BLOCK, TILE_ROWS * BLOCK + TILE_ROWS)
         places = [builder.add(sums, _NUMBER(tile * 4)) for tile in tiles]
         with builder.if_else(builder.icmp_signed("!=", go_on, _NUMBER(0))) as (there, new):
@@ -132,7 +140,7 @@ def multiply_block(
                     load(total, place, _NUMBER(BLOCK * 4))
             with new:
                 for total in range(4):
-                    _call(builder, "tilezero", _TILE(total))
+                    zero_tile(builder, total)
         with cgutils.for_range(builder, blocks, intp=_NUMBER) as block:
             along = builder.mul(block.index, _NUMBER(TILE_BYTES))
             here = builder.add(weights, builder.mul(block.index, _NUMBER(BLOCK_BYTES)))
@@ -148,8 +156,7 @@ def multiply_block(
             with cgutils.for_range(builder, lines, intp=_NUMBER) as line:
                 prefetch_line(builder, builder.add(ahead, builder.mul(line.index, _NUMBER(64))), cache=2)
         for total, place in enumerate(places):
-            address = builder.inttoptr(place, _POINTER)
-            _call(builder, "tilestored64", _TILE(total), address, _NUMBER(BLOCK * 4))
+            store_tile(builder, total, place, _NUMBER(BLOCK * 4))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), codegen

@@ -131,18 +131,18 @@ def weigh_block(context: Any, weights: Any, values: Any, out: Any, size: Any, so
         with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
             middle = builder.add(d, d.type(LANES))
             left, right = _load_floats(builder, out, d), _load_floats(builder, out, middle)
-            sums = [_shuffle(builder, left, right, places) for places in (LOWER_FOURS, UPPER_FOURS)]
+            sums = [shuffle(builder, left, right, places) for places in (LOWER_FOURS, UPPER_FOURS)]
             for number, pair in enumerate(spread):
                 places = [builder.add(builder.mul(size, size.type(2 * number + i)), d) for i in (0, 1)]
-                a, b = (_load(builder, values, place, ir.IntType(16), PAIRS, 2) for place in places)
+                a, b = (load(builder, values, place, ir.IntType(16), PAIRS, 2) for place in places)
                 for i in (0, 1):
                     _prefetch_after(builder, soon, step, d, 2 * number + i)
                 for half, order in enumerate((INTERLEAVE_LOWER, INTERLEAVE_UPPER)):
-                    v = builder.bitcast(_shuffle(builder, a, b, order), LANE_NUMBERS)
+                    v = builder.bitcast(shuffle(builder, a, b, order), LANE_NUMBERS)
                     sums[half] = _dot_pairs(builder, sums[half], pair, v)
             lower, upper = sums
-            _store(builder, _shuffle(builder, lower, upper, FIRST_HALF), out, d)
-            _store(builder, _shuffle(builder, lower, upper, SECOND_HALF), out, middle)
+            _store(builder, shuffle(builder, lower, upper, FIRST_HALF), out, d)
+            _store(builder, shuffle(builder, lower, upper, SECOND_HALF), out, middle)
         return context.get_dummy_value()
 
     return types.void(weights, values, out, size, soon, step), codegen
@@ -220,19 +220,19 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
         left = [i + (LANES - stride if i & stride else 0) for i in range(LANES)]
         right = [i + (LANES if i & stride else stride) for i in range(LANES)]
         vectors = [
-            _add(builder, _shuffle(builder, a, b, left), _shuffle(builder, a, b, right))
+            _add(builder, shuffle(builder, a, b, left), shuffle(builder, a, b, right))
             for a, b in zip(vectors[::2], vectors[1::2], strict=True)
         ]
         stride *= 2
     return vectors[0]
 
 
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     """Lanes of a and then of b."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
 
-def _load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size: int) -> Any:
+def load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size: int) -> Any:
     """`lanes` elements of `size` bytes from address[index] on; one lane is a plain number."""
     place = builder.add(address, builder.mul(index, index.type(size)))
     kind = ir.VectorType(element, lanes) if lanes > 1 else element
@@ -240,12 +240,12 @@ def _load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size
 
 
 def _load_floats(builder: Any, address: Any, index: Any) -> Any:
-    return _load(builder, address, index, ir.FloatType(), LANES, 4)
+    return load(builder, address, index, ir.FloatType(), LANES, 4)
 
 
 def _load_pairs(builder: Any, address: Any, index: Any) -> Any:
     """PAIRS bf16 numbers, two in each lane."""
-    return builder.bitcast(_load(builder, address, index, ir.IntType(16), PAIRS, 2), LANE_NUMBERS)
+    return builder.bitcast(load(builder, address, index, ir.IntType(16), PAIRS, 2), LANE_NUMBERS)
 
 
 def _store(builder: Any, vector: Any, address: Any, index: Any) -> None:
@@ -259,6 +259,6 @@ def _add(builder: Any, a: Any, b: Any) -> Any:
 
 def _broadcast_pair(builder: Any, address: Any, index: int) -> Any:
     """Two bf16 numbers in every lane."""
-    pair = _load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4)
+    pair = load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4)
     vector = builder.insert_element(ir.Constant(LANE_NUMBERS, ir.Undefined), pair, ir.IntType(32)(0))
-    return _shuffle(builder, vector, vector, [0] * LANES)
+    return shuffle(builder, vector, vector, [0] * LANES)
