@@ -12,9 +12,9 @@ from pipeline import display
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config, QuantMethod
+from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import Forward
-from pipeline.engine.packing import pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key

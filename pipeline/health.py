@@ -14,7 +14,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from pipeline.engine.fused_model import load_kernels
+from pipeline.engine.cpu.fused_model import load_kernels
 
 
 class State(Enum):

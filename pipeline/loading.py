@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
-from pipeline.engine.fused_model import load_kernels
+from pipeline.engine.cpu.fused_model import load_kernels
 from pipeline.errors import LoadError
 from pipeline.memory_stats import resident_bytes
 

@@ -13,11 +13,11 @@ from conftest import ARCHITECTURES, build_tiny
 from llvmlite.binding import get_host_cpu_features
 from torch.nn import functional as F
 
-from pipeline.engine import cpu_kernels as kernels
 from pipeline.engine.batch import DecodeBatch
+from pipeline.engine.cpu import kernels
+from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import allocate, regroup, write
-from pipeline.engine.packing import pack_weights
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import GenerationParams, Request
 

@@ -76,10 +76,10 @@ def test_versions_known_to_be_bad_are_red(version, state):
 def test_without_numba_the_kernels_are_yellow(monkeypatch):
     (there,) = check_kernels()
     assert there.state is State.green
-    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu_kernels")
-    monkeypatch.delattr("pipeline.engine.cpu_kernels")
-    monkeypatch.delattr("pipeline.engine.cpu_loops")
-    monkeypatch.setitem(sys.modules, "pipeline.engine.cpu_loops", None)
+    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu.kernels")
+    monkeypatch.delattr("pipeline.engine.cpu.kernels")
+    monkeypatch.delattr("pipeline.engine.cpu.loops")
+    monkeypatch.setitem(sys.modules, "pipeline.engine.cpu.loops", None)
     (missing,) = check_kernels()
     assert missing.state is State.yellow
     assert "[cpu]" in missing.next_step

@@ -14,9 +14,7 @@ FLOORS = {
           watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
     2: """chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
-          engine.sampling engine.stats engine.forward engine.probe engine.packing engine.fused_model
-          engine.cpu_program engine.cpu_kernels engine.cpu_attention engine.cpu_linear engine.cpu_loops
-          engine.cpu_tiles engine.cpu_tile_attention engine.cpu_threads engine.cpu_vectors survey""",
+          engine.sampling engine.stats engine.forward engine.probe engine.cpu survey""",
     3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",
@@ -39,7 +37,8 @@ MODULES = {name_of(path): path for path in FILES}
 
 def floor_of(module: str) -> int | None:
     """A module's own floor, else its package's; None if nobody has given it one."""
-    return next((FLOOR[name] for name in (module, module.partition(".")[0]) if name in FLOOR), None)
+    packages = (module.rsplit(".", depth)[0] for depth in range(module.count(".") + 1))
+    return next((FLOOR[name] for name in packages if name in FLOOR), None)
 
 
 def imported(module: str) -> Iterator[tuple[int, str]]:

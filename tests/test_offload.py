@@ -9,8 +9,8 @@ import transformers
 from engine_runs import alone, mixed_requests, run, tokens
 
 from pipeline.config import Dtype, ModelConfig, QuantConfig
+from pipeline.engine.cpu.packing import PackedLinear, pack_weights
 from pipeline.engine.forward import FlatForward
-from pipeline.engine.packing import PackedLinear, pack_weights
 from pipeline.engine.probe import choose_forward
 from pipeline.host_memory import release_files
 from pipeline.loading import load_model

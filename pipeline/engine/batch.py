@@ -37,7 +37,7 @@ class PrefillBatch:
     last: int
     rows: Tensor  # [N] int64, each token's row
     columns: Tensor  # [N] int64, and its column in the rectangle
-    kernels: ModuleType | None = None  # cpu_kernels, for models in bf16 on a CPU
+    kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     @property
@@ -139,7 +139,7 @@ class DecodeBatch:
     """One token of every row of every rectangle, in column `head`. N = B, or more with spare rows at the end."""
 
     rectangles: Ordered[Rectangle]
-    kernels: ModuleType | None = None  # cpu_kernels, for models in bf16 on a CPU
+    kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
     _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
     _tables: dict[int | None, np.ndarray] = field(default_factory=dict)
 
@@ -169,7 +169,7 @@ class DecodeBatch:
         return output
 
     def tables(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `cpu_kernels.attend` reads: where the rows are, and where their rectangles."""
+        """What `kernels.attend` reads: where the rows are, and where their rectangles."""
         return self._table(self.rectangles[0].windows[layer]), self._blocks[layer]
 
     @cached_property

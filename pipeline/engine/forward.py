@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
-from pipeline.engine.cpu_program import DecodeProgram, can_run
-from pipeline.engine.fused_model import FusedModel, can_fuse, load_kernels
+from pipeline.engine.cpu.fused_model import FusedModel, can_fuse, load_kernels
+from pipeline.engine.cpu.packing import is_packed
+from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
-from pipeline.engine.packing import is_packed
 from pipeline.engine.scheduler import Sequence
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Ordered
 import torch
 from torch import Tensor
 
-from pipeline.engine.fused_model import load_kernels
+from pipeline.engine.cpu.fused_model import load_kernels
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import TokenLogprob
 

@@ -1,4 +1,4 @@
-"""A CPU's matrix tiles (Intel AMX), for cpu_linear.py: whether there are any, and their instructions.
+"""A CPU's matrix tiles (Intel AMX), for linear.py: whether there are any, and their instructions.
 
 A tile register holds 16 rows of 64 bytes. A product of two blocks of 32 × 32 numbers keeps four of them as
 sums in float32, and loads two of inputs and two of weights for every 32 numbers that a sum runs over.
@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from pipeline.engine.cpu_vectors import (
+from pipeline.engine.cpu.vectors import (
     LANE_NUMBERS,
     PAIRS,
     VECTOR,

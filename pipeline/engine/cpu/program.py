@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.packing import PackedWeight
+from pipeline.engine.cpu.packing import PackedWeight
 
 ROWS = 16  # a multiple of them is what the tiles take
 

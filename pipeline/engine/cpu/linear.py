@@ -1,4 +1,4 @@
-"""Linear layers in bf16 on a CPU's matrix tiles: the loop behind `cpu_kernels.linear`.
+"""Linear layers in bf16 on a CPU's matrix tiles: the loop behind `kernels.linear`.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
@@ -7,9 +7,9 @@ from typing import Any
 
 from numba import carray
 
-from pipeline.engine.cpu_loops import aligned, inner, threaded, wide
-from pipeline.engine.cpu_threads import next_task
-from pipeline.engine.cpu_tiles import (
+from pipeline.engine.cpu.loops import aligned, inner, threaded, wide
+from pipeline.engine.cpu.threads import next_task
+from pipeline.engine.cpu.tiles import (
     BLOCK,
     BLOCK_BYTES,
     TILE_BYTES,
@@ -20,7 +20,7 @@ from pipeline.engine.cpu_tiles import (
     store_gated,
     store_tiles,
 )
-from pipeline.engine.cpu_vectors import halves
+from pipeline.engine.cpu.vectors import halves
 
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
 CHUNK_BYTES = (

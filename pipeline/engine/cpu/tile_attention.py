@@ -14,10 +14,10 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu_attention import close_task, open_task, softmax, soon_after, widest_block
-from pipeline.engine.cpu_loops import aligned, f32, inner, threaded
-from pipeline.engine.cpu_threads import next_task
-from pipeline.engine.cpu_tiles import (
+from pipeline.engine.cpu.attention import close_task, open_task, softmax, soon_after, widest_block
+from pipeline.engine.cpu.loops import aligned, f32, inner, threaded
+from pipeline.engine.cpu.threads import next_task
+from pipeline.engine.cpu.tiles import (
     TILE_BYTES,
     TILE_ROWS,
     configure,
@@ -27,7 +27,7 @@ from pipeline.engine.cpu_tiles import (
     store_tile,
     zero_tile,
 )
-from pipeline.engine.cpu_vectors import (
+from pipeline.engine.cpu.vectors import (
     INTERLEAVE_LOWER,
     INTERLEAVE_UPPER,
     LOWER_FOURS,

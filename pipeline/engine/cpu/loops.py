@@ -1,7 +1,7 @@
-"""Loops behind cpu_kernels.py, compiled by numba: bf16 in and out, float32 in between.
+"""Loops behind kernels.py, compiled by numba: bf16 in and out, float32 in between.
 
 A loop that threads run takes one pointer, to its parameters: a counter from which each thread takes its
-next task, the number of tasks, and what the caller in cpu_kernels.py passes. Numbers in bf16 are held as
+next task, the number of tasks, and what the caller in kernels.py passes. Numbers in bf16 are held as
 uint16, the upper half of a float32.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from pipeline.engine.cpu_threads import arrive, arrived, call, next_task, team
-from pipeline.engine.cpu_vectors import as_bits, as_double, as_float, halves, longs
+from pipeline.engine.cpu.threads import arrive, arrived, call, next_task, team
+from pipeline.engine.cpu.vectors import as_bits, as_double, as_float, halves, longs
 
 ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32

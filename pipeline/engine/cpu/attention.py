@@ -1,6 +1,6 @@
-"""Loops of attention behind cpu_kernels.py, in the manner of cpu_loops.py.
+"""Loops of attention behind kernels.py, in the manner of loops.py.
 
-numba's cache of this file does not see a change in cpu_loops.py or cpu_vectors.py: touch this one too.
+numba's cache of this file does not see a change in loops.py or vectors.py: touch this one too.
 """
 
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pipeline.engine.cpu_loops import exp, f32, inner, rounded, threaded, wide
-from pipeline.engine.cpu_threads import next_task
-from pipeline.engine.cpu_vectors import (
+from pipeline.engine.cpu.loops import exp, f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.threads import next_task
+from pipeline.engine.cpu.vectors import (
     LANES,
     PAIRS,
     as_double,

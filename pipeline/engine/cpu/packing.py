@@ -1,6 +1,6 @@
 """Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
 
-A CPU with matrix tiles multiplies by kernels of our own (cpu_tiles.py). Elsewhere oneDNN multiplies blocked
+A CPU with matrix tiles multiplies by kernels of our own (tiles.py). Elsewhere oneDNN multiplies blocked
 matrices. `F.linear` reorders the whole weight to blocks at each call, which at few rows takes longer than
 the product. The operators that pack a weight once are those which torch's inductor uses when it freezes a
 model; they are private, so they are used here alone, and only after they gave the very bits of `F.linear`
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.fused_model import load_kernels
+from pipeline.engine.cpu.fused_model import load_kernels
 
 # Layers that models call one after the other on the same input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -31,7 +31,7 @@ class PackedWeight:
 
     weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for tiles, else in oneDNN's own order
     bias: Tensor | None  # [M]
-    kernels: ModuleType | None  # cpu_kernels, for tiles
+    kernels: ModuleType | None  # cpu.kernels, for tiles
     interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
 
     def product(self, input: Tensor) -> Tensor:

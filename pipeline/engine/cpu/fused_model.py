@@ -1,6 +1,6 @@
 """Models of the Llama kind on a CPU in bf16: eight calls a layer instead of seventy.
 
-The products stay the model's own modules; what lies between them goes through cpu_kernels.py.
+The products stay the model's own modules; what lies between them goes through kernels.py.
 """
 
 import functools
@@ -20,13 +20,13 @@ MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 
 @functools.cache
 def load_kernels() -> ModuleType | None:
-    """cpu_kernels, or None where numba or the threads it needs are not to be had."""
+    """The module `kernels`, or None where numba or the threads it needs are not to be had."""
     try:
-        from pipeline.engine import cpu_kernels
+        from pipeline.engine.cpu import kernels
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
         log.info("Without the CPU's kernels: %s", error)
         return None
-    return cpu_kernels
+    return kernels
 
 
 def can_fuse(model: Any) -> bool:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.engine import cpu_attention as attention
-from pipeline.engine import cpu_loops as loops
-from pipeline.engine.cpu_tiles import BLOCK, CONFIGURATION, TILE_ROWS
-from pipeline.engine.cpu_tiles import has_tiles as has_tiles
-from pipeline.engine.cpu_tiles import pack_tiles as pack_tiles
+from pipeline.engine.cpu import attention as attention
+from pipeline.engine.cpu import loops as loops
+from pipeline.engine.cpu.tiles import BLOCK, CONFIGURATION, TILE_ROWS
+from pipeline.engine.cpu.tiles import has_tiles as has_tiles
+from pipeline.engine.cpu.tiles import pack_tiles as pack_tiles
 
 if has_tiles():  # elsewhere it does not compile
-    from pipeline.engine import cpu_linear, cpu_tile_attention
+    from pipeline.engine.cpu import linear as tile_linear
+    from pipeline.engine.cpu import tile_attention
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -201,10 +202,10 @@ def linear_call(
 ) -> Call:
     """`linear` into an output. states: [N, K], N ≥ 16."""
     inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
-    tasks = cpu_linear.tasks(len(states), inputs, outputs, gated)
+    tasks = tile_linear.tasks(len(states), inputs, outputs, gated)
     pointers = states, weight, 0 if bias is None else bias, output, CONFIGURATION.ctypes.data
     shape = len(states), inputs, outputs, states.stride(0), int(gated)
-    return cpu_linear.linear, tasks, *pointers, *shape, torch.get_num_threads()
+    return tile_linear.linear, tasks, *pointers, *shape, torch.get_num_threads()
 
 
 def attend_call(
@@ -230,8 +231,8 @@ def attend_call(
 
 def attend_kernel(heads: int, size: int) -> Any:
     """The kernel for this many heads that share a key, of this size."""
-    if has_tiles() and size % cpu_tile_attention.GROUP == 0 and heads <= cpu_tile_attention.HEADS:
-        return cpu_tile_attention.attend
+    if has_tiles() and size % tile_attention.GROUP == 0 and heads <= tile_attention.HEADS:
+        return tile_attention.attend
     return attention.attend
 
 
