@@ -24,7 +24,7 @@ class Setup:
     architecture: Architecture | None  # None: the memory plan does not know it
     quant: Quant
     gpus: int  # 0 is a run on the CPU
-    packed: bool  # linear layers are held in oneDNN's order (engine/cpu/packing.py)
+    packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
     prefill_tokens: int
     sampled: bool
 

@@ -85,7 +85,7 @@ class RunPeak:
 
     footprint: int
     quant_state: int
-    packed: int  # a tied head, held a second time in oneDNN's order
+    packed: int  # a tied head, held a second time in a better order
     kv_cache: int
     activations: int
     logits: int

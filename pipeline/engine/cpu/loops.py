@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from pipeline.engine.cpu.threads import arrive, arrived, call, next_task, team
+from pipeline.engine.cpu.threads import arrive, arrived, call, let_others_run, next_task, team
 from pipeline.engine.cpu.vectors import as_bits, as_double, as_float, halves, longs
 
+PATIENCE = 1000  # looks at a counter, some dozen nanoseconds each, before others may run
 ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
 
@@ -146,5 +147,8 @@ def run(pointer: Any) -> None:
     for i in range(p[1]):
         call(kernels[i, 0], kernels[i, 1])
         arrive(counter)
+        looks = 0
         while arrived(counter) < threads * (i + 1):
-            pass
+            looks += 1
+            if looks % PATIENCE == 0:  # another process may hold the core that the last thread needs
+                let_others_run()

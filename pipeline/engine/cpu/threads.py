@@ -4,6 +4,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 
@@ -63,3 +64,15 @@ def arrived(context: Any, counter: Any) -> Any:
         return builder.load_atomic(place, "acquire", 8)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def let_others_run(context: Any) -> Any:
+    """Give the core to another thread that waits for it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
