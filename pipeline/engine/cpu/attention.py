@@ -110,7 +110,7 @@ def collect(pointer: Any) -> None:
 
 
 @inner
-def softmax(scores: Any, scaling: Any, weights: Any) -> Any:
+def _softmax(scores: Any, scaling: Any, weights: Any) -> Any:
     """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide."""
     count = len(scores) // LANES * LANES
     most = largest(scores.ctypes.data, count) if count else scores[0]
@@ -148,13 +148,13 @@ def causal_softmax(pointer: Any) -> None:
             seen, own = line[start:end], unrounded[: end - start]
             for i in range(len(own)):
                 own[i] = wide(seen[i])
-            factor = f32(1) / softmax(own, scaling, seen)
+            factor = f32(1) / _softmax(own, scaling, seen)
             for i in range(len(own)):
                 seen[i] = rounded(wide(seen[i]) * factor)
 
 
 @inner
-def soon_after(states: Any, column: int, end: int, then: int) -> Any:
+def _soon(states: Any, column: int, end: int, then: int) -> Any:
     """The address a little ahead of a column; beyond `end`, that much behind the address `then`."""
     size = states.shape[1] * 2
     ahead = column + AHEAD
@@ -176,7 +176,7 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
     column = first
     while column < end:
         column = min(column, end - LANES)
-        soon, step = soon_after(keys, column, end, then), 64 // heads
+        soon, step = _soon(keys, column, end, then), 64 // heads
         for head in range(heads):
             score_block(
                 queries[head].ctypes.data,
@@ -207,7 +207,7 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
     column = first
     while column < end:
         start = min(column, end - LANES)
-        soon, step = soon_after(values, start, end, then), 64 // heads
+        soon, step = _soon(values, start, end, then), 64 // heads
         for head in range(heads):
             weights[head, start:column] = 0
             weigh_block(
@@ -221,61 +221,20 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         column += LANES
 
 
-@inner
-def open_task(pointer: Any, task: int, query: Any) -> Any:
-    """A row's head: rotates its queries into `query`, writes its new key and value.
-
-    Returns:
-        its keys and values [width, D], the first column it sees, the one it writes, and the address that this
-        thread will probably read next.
-    """
-    p = carray(pointer, 21)
-    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
-    group = heads // kv_heads
-    queries = carray(halves(p[2]), (count, p[15]))
-    new_keys, new_values = carray(halves(p[3]), (count, p[16])), carray(halves(p[4]), (count, p[17]))
-    rows, blocks = carray(longs(p[8]), (count, 4)), carray(longs(p[9]), (p[10], 3))
-    row, kv_head = task // kv_heads, task % kv_heads
-    cos, sin = carray(halves(p[5]), (count, p[18]))[row], carray(halves(p[6]), (count, p[18]))[row]
-    block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
-    width = blocks[block, 2]
-    offset = (place * kv_heads + kv_head) * width * size * 2
-    keys = carray(halves(blocks[block, 0] + offset), (width, size))
-    values = carray(halves(blocks[block, 1] + offset), (width, size))
-    here = slice(kv_head * size, (kv_head + 1) * size)
-    _rotate(new_keys[row, here], cos, sin, keys[last])
-    values[last, :] = new_values[row, here]
-    for head in range(group):
-        start = (kv_head * group + head) * size
-        _rotate(queries[row, start : start + size], cos, sin, query[head])
-    return keys, values, first, last, keys[first].ctypes.data + p[20] * keys.size * 2
-
-
-@inner
-def close_task(pointer: Any, task: int, out: Any, totals: Any) -> None:
-    """out [heads, D] over the totals of the weights, as the row's output."""
-    p = carray(pointer, 21)
-    heads, kv_heads, size = p[12], p[13], p[14]
-    outputs = carray(halves(p[7]), (p[11], heads, size))
-    for head in range(heads // kv_heads):
-        output, factor = (
-            outputs[task // kv_heads, task % kv_heads * (heads // kv_heads) + head],
-            f32(1) / totals[head],
-        )
-        for d in range(size):
-            output[d] = rounded(out[head, d] * factor)
-
-
-@inner
-def widest_block(pointer: Any) -> Any:
-    p = carray(pointer, 21)
-    return carray(longs(p[9]), (p[10], 3))[:, 2].max()
-
-
 @threaded
 def attend(pointer: Any) -> None:
     p = carray(pointer, 21)
-    group, size, scaling, widest = p[12] // p[13], p[14], f32(as_double(p[19])), widest_block(pointer)
+    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
+    group, ahead = heads // kv_heads, p[20]
+    scaling = f32(as_double(p[19]))
+    queries = carray(halves(p[2]), (count, p[15]))
+    new_keys, new_values = carray(halves(p[3]), (count, p[16])), carray(halves(p[4]), (count, p[17]))
+    cosines = carray(halves(p[5]), (count, p[18]))
+    sines = carray(halves(p[6]), (count, p[18]))
+    outputs = carray(halves(p[7]), (count, heads, size))
+    rows = carray(longs(p[8]), (count, 4))
+    blocks = carray(longs(p[9]), (p[10], 3))
+    widest = blocks[:, 2].max()
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
     scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
     totals = np.empty(group, np.float32)
@@ -283,10 +242,24 @@ def attend(pointer: Any) -> None:
         task = next_task(pointer)
         if task >= p[1]:
             break
-        keys, values, first, last, then = open_task(pointer, task, query)
+        row, kv_head = task // kv_heads, task % kv_heads
+        block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
+        width = blocks[block, 2]
+        offset = (place * kv_heads + kv_head) * width * size * 2
+        keys = carray(halves(blocks[block, 0] + offset), (width, size))
+        values = carray(halves(blocks[block, 1] + offset), (width, size))
+        cos, sin = cosines[row], sines[row]
+        here = slice(kv_head * size, (kv_head + 1) * size)
+        _rotate(new_keys[row, here], cos, sin, keys[last])
+        values[last, :] = new_values[row, here]
+        for head in range(group):
+            start = (kv_head * group + head) * size
+            _rotate(queries[row, start : start + size], cos, sin, query[head])
         _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
-            seen, own = scores[head, first : last + 1], weights[head, first : last + 1]
-            totals[head] = softmax(seen, scaling, own)
-        _weigh(weights, values, first, last + 1, then, out)
-        close_task(pointer, task, out, totals)
+            totals[head] = _softmax(scores[head, first : last + 1], scaling, weights[head, first : last + 1])
+        _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
+        for head in range(group):
+            output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]
+            for d in range(size):
+                output[d] = rounded(out[head, d] * factor)

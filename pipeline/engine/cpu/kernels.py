@@ -28,7 +28,6 @@ from pipeline.engine.cpu.tiles import pack_tiles as pack_tiles
 
 if has_tiles():  # elsewhere it does not compile
     from pipeline.engine.cpu import linear as tile_linear
-    from pipeline.engine.cpu import tile_attention
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -225,15 +224,8 @@ def attend_call(
     pointers = query, key, value, cos, sin, output, rows.ctypes.data, blocks.ctypes.data
     shape = len(blocks), count, heads, kv_heads, size
     strides = _stride(query), _stride(key), _stride(value), table_width
-    numbers = *shape, *strides, _bits(scaling), torch.get_num_threads(), CONFIGURATION.ctypes.data
-    return attend_kernel(heads // kv_heads, size), len(rows) * kv_heads, *pointers, *numbers
-
-
-def attend_kernel(heads: int, size: int) -> Any:
-    """The kernel for this many heads that share a key, of this size."""
-    if has_tiles() and size % tile_attention.GROUP == 0 and heads <= tile_attention.HEADS:
-        return tile_attention.attend
-    return attention.attend
+    numbers = *shape, *strides, _bits(scaling), torch.get_num_threads()
+    return attention.attend, len(rows) * kv_heads, *pointers, *numbers
 
 
 def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Tensor | int, int]:
