@@ -245,6 +245,20 @@ def test_a_row_on_tiles_has_the_same_bits_beside_any_others() -> None:
 
 
 @NEEDS_TILES
+def test_a_product_on_tiles_takes_any_view_and_no_other_precision() -> None:
+    states, weight = random(64, 40).T, kernels.pack_tiles(random(32, 64, seed=1))
+    assert torch.equal(
+        kernels.linear(states, weight, None), kernels.linear(states.contiguous(), weight, None)
+    )
+    assert torch.equal(
+        kernels.linear(random(40, 96)[:, :64], weight, None),
+        kernels.linear(random(40, 96)[:, :64].contiguous(), weight, None),
+    )
+    with pytest.raises(TypeError, match="float32"):
+        kernels.linear(states.float(), weight, None)
+
+
+@NEEDS_TILES
 def test_gates_on_tiles_are_silu_times_up_for_small_and_large_numbers() -> None:
     states, gate, up = random(21, 64), random(48, 64, seed=1) * 8, random(48, 64, seed=2)
     linears = [torch.nn.Linear(64, 48, bias=False).bfloat16() for _ in range(2)]

@@ -65,9 +65,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = Fal
         weight: from `pack_tiles`, [M/32, K/32, 2, 16, 16, 2]. Gated, 16 gates and 16 ups take turns, and the
             output is silu(gate) · up.
         bias: [M].
+
+    Raises:
+        TypeError: the input is not in bf16.
     """
+    if input.dtype != weight.dtype:
+        raise TypeError(f"a weight in {weight.dtype} and an input in {input.dtype}")
     inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
     states = input.reshape(-1, inputs)
+    states = states if states.stride(1) == 1 else states.contiguous()
     count = len(states)
     if count < TILE_ROWS:
         states = F.pad(states, (0, 0, 0, TILE_ROWS - count))
