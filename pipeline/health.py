@@ -104,7 +104,7 @@ def check_kernels() -> list[Check]:
     if torch.cuda.device_count():
         return []
     if load_kernels() is None:
-        found = "none: models in bf16 run at half their speed or less"
+        found = "none: models in bf16 run slower than they could"
         return [Check("cpu kernels", State.yellow, found, "pip install 'llm-job-pipeline[cpu]'.")]
     return [Check("cpu kernels", State.green, "compiled")]
 
