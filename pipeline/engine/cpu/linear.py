@@ -23,9 +23,7 @@ from pipeline.engine.cpu.tiles import (
 from pipeline.engine.cpu.vectors import halves
 
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
-CHUNK_BYTES = (
-    1 << 19
-)  # of inputs that are multiplied by all weights before the next: they stay in the L2 cache
+CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 
 def tasks(rows: int, inputs: int, outputs: int, gated: bool) -> int:

@@ -26,10 +26,10 @@ class _Table:
 
     def __init__(self, kernels: ModuleType, calls: Ordered[Any], attends: list[int]) -> None:
         self._kernels, self.attends = kernels, attends
-        self._parameters = [kernels.parameters(*call[1:]) for call in calls]
-        width = max(len(p) for p in self._parameters)
+        parameters = [kernels.parameters(*call[1:]) for call in calls]
+        width = max(len(p) for p in parameters)
         self.parameters = np.zeros((len(calls), width), np.int64)
-        for row, own in zip(self.parameters, self._parameters, strict=True):
+        for row, own in zip(self.parameters, parameters, strict=True):
             row[: len(own)] = own
         addresses = self.parameters.ctypes.data + np.arange(len(calls)) * self.parameters.strides[0]
         self._kernels_table = np.stack(([call[0].address for call in calls], addresses), 1).astype(np.int64)
