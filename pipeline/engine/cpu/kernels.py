@@ -1,4 +1,4 @@
-"""Kernels for a CPU in bf16: what a decode step does between its matrix products.
+"""Kernels for a CPU in bf16: what torch takes dozens of small operators for, and products on matrix tiles.
 
 At a few dozen rows a step spends more time in dozens of small operators than in its products. Each kernel
 here does in one call what takes torch five to fifteen, and computes in float32.
