@@ -1,5 +1,6 @@
 """The CPU's kernels say what torch's own operators say, and a fused layer what the layer says."""
 
+import importlib
 import os
 import platform
 import subprocess
@@ -16,12 +17,19 @@ from torch.nn import functional as F
 from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu import kernels
 from pipeline.engine.cpu.packing import pack_weights
+from pipeline.engine.cpu.tiles import has_tiles
+from pipeline.engine.cpu.vectors import HAS_BF16
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import GenerationParams, Request
 
-NEEDS_TILES = pytest.mark.skipif(not kernels.has_tiles(), reason="needs a CPU with matrix tiles (Intel AMX)")
+PRODUCTS = [
+    pytest.param(
+        "linear_tiles", marks=pytest.mark.skipif(not has_tiles(), reason="needs matrix tiles (Intel AMX)")
+    ),
+    pytest.param("linear_vectors", marks=pytest.mark.skipif(not HAS_BF16, reason="needs AVX-512 with bf16")),
+]
 ULP = 2.0**-7  # the spacing of bf16 just above 1, as a share
 
 
@@ -220,33 +228,41 @@ def test_spare_rows_come_back_as_zeros() -> None:
     assert not output[1:].any()
 
 
-@NEEDS_TILES
+@pytest.fixture(params=PRODUCTS)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to multiply that this CPU has."""
+    module = importlib.import_module(f"pipeline.engine.cpu.{request.param}")
+    monkeypatch.setattr(kernels, "products", module)
+
+
+@pytest.mark.usefixtures("product")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 32, 32), (17, 64, 96), (40, 576, 64), (530, 576, 32)]
+    ("rows", "inputs", "outputs"),
+    [(1, 32, 32), (5, 96, 32), (17, 64, 96), (40, 576, 64), (530, 576, 32)],
 )
-def test_a_product_on_tiles_is_the_linear_layers_for_any_number_of_rows(
+def test_a_product_is_the_linear_layers_for_any_number_of_rows(
     rows: int, inputs: int, outputs: int, bias: bool
 ) -> None:
-    """Fewer rows than a tile, one and a half blocks, more than a chunk; sums in one part and in two."""
+    """Fewer rows than a tile, and than fill the registers; one and a half blocks; more than a chunk."""
     states, weight = random(rows, inputs), random(outputs, inputs, seed=1)
     offsets = random(outputs, seed=2) if bias else None
-    found = kernels.linear(states, kernels.pack_tiles(weight), offsets)
+    found = kernels.linear(states, kernels.pack_blocks(weight), offsets)
     expected = F.linear(states.float(), weight.float(), None if offsets is None else offsets.float())
     torch.testing.assert_close(found.float(), expected, rtol=ULP, atol=inputs**0.5 * ULP / 16)
 
 
-@NEEDS_TILES
-def test_a_row_on_tiles_has_the_same_bits_beside_any_others() -> None:
-    states, weight = random(600, 576), kernels.pack_tiles(random(96, 576, seed=1))
+@pytest.mark.usefixtures("product")
+def test_a_row_has_the_same_bits_beside_any_others() -> None:
+    states, weight = random(600, 576), kernels.pack_blocks(random(96, 576, seed=1))
     together = kernels.linear(states, weight, None)
     for rows in (slice(0, 1), slice(3, 20), slice(100, 140), slice(430, 600)):
         assert torch.equal(kernels.linear(states[rows], weight, None), together[rows])
 
 
-@NEEDS_TILES
-def test_a_product_on_tiles_takes_any_view_and_no_other_precision() -> None:
-    states, weight = random(64, 40).T, kernels.pack_tiles(random(32, 64, seed=1))
+@pytest.mark.usefixtures("product")
+def test_a_product_takes_any_view_and_no_other_precision() -> None:
+    states, weight = random(64, 40).T, kernels.pack_blocks(random(32, 64, seed=1))
     assert torch.equal(
         kernels.linear(states, weight, None), kernels.linear(states.contiguous(), weight, None)
     )
@@ -258,8 +274,8 @@ def test_a_product_on_tiles_takes_any_view_and_no_other_precision() -> None:
         kernels.linear(states.float(), weight, None)
 
 
-@NEEDS_TILES
-def test_gates_on_tiles_are_silu_times_up_for_small_and_large_numbers() -> None:
+@pytest.mark.usefixtures("product")
+def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
     states, gate, up = random(21, 64), random(48, 64, seed=1) * 8, random(48, 64, seed=2)
     linears = [torch.nn.Linear(64, 48, bias=False).bfloat16() for _ in range(2)]
     for linear, weight in zip(linears, (gate, up), strict=True):
@@ -273,27 +289,28 @@ def test_gates_on_tiles_are_silu_times_up_for_small_and_large_numbers() -> None:
     assert torch.equal(block["up_proj"](states), F.linear(states, up))
 
 
-@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=NEEDS_TILES)])
+@pytest.mark.parametrize("products", [None, *PRODUCTS])
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
-    name: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, products: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "has_tiles", lambda: tiles)
+    module = products and importlib.import_module(f"pipeline.engine.cpu.{products}")
+    monkeypatch.setattr(kernels, "products", module)
     model = build_tiny(name).to(torch.bfloat16)
-    model.resize_token_embeddings(320, mean_resizing=False)  # whole tiles
+    model.resize_token_embeddings(320, mean_resizing=False)  # whole blocks
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
         expected = model(ids).logits[0].float()
         assert pack_weights(model) > 0
         packed = model(ids).logits[0].float()
-        if tiles:
+        if products:
             assert (packed - expected).abs().max() < 0.25 * expected.std()
         else:
             assert torch.equal(packed, expected), "packed by oneDNN, every bit is the same"
         forward = FlatForward(model)
         kind = name in ("llama", "qwen2", "qwen3")
         assert (forward._fused is not None) == kind
-        assert (forward._program is not None) == (kind and tiles)
+        assert (forward._program is not None) == (kind and module is not None)
         found = fed_one_by_one(forward, ids[0].tolist(), given=30)
         model.set_attn_implementation("sdpa")
         assert torch.equal(model(ids).logits[0].float(), packed), "a plain pass stays what it was"

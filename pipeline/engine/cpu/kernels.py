@@ -1,4 +1,4 @@
-"""Kernels for a CPU in bf16: what torch takes dozens of small operators for, and products on matrix tiles.
+"""Kernels for a CPU in bf16: what torch takes dozens of small operators for, and products on packed weights.
 
 At a few dozen rows a step spends more time in dozens of small operators than in its products. Each kernel
 here does in one call what takes torch five to fifteen, and computes in float32.
@@ -10,9 +10,7 @@ that every thread calls, and each thread takes the next task until none is left.
 Importing this module raises ImportError without numba, and OSError where torch brings no libgomp.
 """
 
-import ctypes
 from collections.abc import Sequence as Ordered
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,18 @@ from torch.nn import functional as F
 
 from pipeline.engine.cpu import attention as attention
 from pipeline.engine.cpu import loops as loops
-from pipeline.engine.cpu.tiles import BLOCK, CONFIGURATION, TILE_ROWS
-from pipeline.engine.cpu.tiles import has_tiles as has_tiles
-from pipeline.engine.cpu.tiles import pack_tiles as pack_tiles
+from pipeline.engine.cpu.blocks import BLOCK
+from pipeline.engine.cpu.blocks import pack_blocks as pack_blocks
+from pipeline.engine.cpu.threads import openmp as openmp
+from pipeline.engine.cpu.threads import parallel as parallel
+from pipeline.engine.cpu.tiles import CONFIGURATION, has_tiles
+from pipeline.engine.cpu.vectors import HAS_BF16
 
-if has_tiles():  # elsewhere it does not compile
-    from pipeline.engine.cpu import linear as tile_linear
+products: Any = None  # what multiplies here; each compiles only where it can run
+if has_tiles():
+    from pipeline.engine.cpu import linear_tiles as products
+elif HAS_BF16:
+    from pipeline.engine.cpu import linear_vectors as products
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -59,10 +63,10 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
-    """A product on matrix tiles. [.., K] → [.., M], or where gated [.., M/2].
+    """A product. [.., K] → [.., M], or where gated [.., M/2].
 
     Args:
-        weight: from `pack_tiles`, [M/32, K/32, 2, 16, 16, 2]. Gated, 16 gates and 16 ups take turns, and the
+        weight: from `pack_blocks`, [M/32, K/32, 2, 16, 16, 2]. Gated, 16 gates and 16 ups take turns, and the
             output is silu(gate) · up.
         bias: [M].
 
@@ -75,8 +79,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = Fal
     states = input.reshape(-1, inputs)
     states = states if states.stride(1) == 1 else states.contiguous()
     count = len(states)
-    if count < TILE_ROWS:
-        states = F.pad(states, (0, 0, 0, TILE_ROWS - count))
+    if count < products.FEWEST_ROWS:
+        states = F.pad(states, (0, 0, 0, products.FEWEST_ROWS - count))
     width = outputs // 2 if gated else outputs
     output = states.new_empty(len(states), width)
     _run(*linear_call(states, weight, bias, output, gated))
@@ -205,12 +209,12 @@ def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: floa
 def linear_call(
     states: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, gated: bool = False
 ) -> Call:
-    """`linear` into an output. states: [N, K], N ≥ 16."""
+    """`linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
     inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
-    tasks = tile_linear.tasks(len(states), inputs, outputs, gated)
+    tasks = products.tasks(len(states), inputs, outputs, gated)
     pointers = states, weight, 0 if bias is None else bias, output, CONFIGURATION.ctypes.data
     shape = len(states), inputs, outputs, states.stride(0), int(gated)
-    return tile_linear.linear, tasks, *pointers, *shape, torch.get_num_threads()
+    return products.linear, tasks, *pointers, *shape, torch.get_num_threads()
 
 
 def attend_call(
@@ -282,16 +286,5 @@ def _bits(number: float) -> int:
     return int(np.float64(number).view(np.int64))
 
 
-def _openmp() -> Any:
-    library = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
-    if library is None:
-        raise OSError("torch brings no libgomp")
-    return ctypes.CDLL(str(library))
-
-
-openmp = _openmp()
-parallel = openmp.GOMP_parallel  # what a `parallel` region compiles to: calls a function of one pointer
-parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-parallel.restype = None
 if not hasattr(loops.rms_norm, "address"):
     raise ImportError("numba does not compile here (NUMBA_DISABLE_JIT)")

@@ -1,7 +1,7 @@
 """Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
 
-A CPU with matrix tiles multiplies by kernels of our own (tiles.py). Elsewhere oneDNN multiplies blocked
-matrices. `F.linear` reorders the whole weight to blocks at each call, which at few rows takes longer than
+A CPU with bf16 in its vectors or matrix tiles multiplies by kernels of our own (linear_vectors.py,
+linear_tiles.py). Elsewhere oneDNN multiplies blocked matrices. `F.linear` reorders the whole weight to blocks at each call, which at few rows takes longer than
 the product. The operators that pack a weight once are those which torch's inductor uses when it freezes a
 model; they are private, so they are used here alone, and only after they gave the very bits of `F.linear`
 on the weight at hand.
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class PackedWeight:
     """One weight, or those of siblings one below the other."""
 
-    weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for tiles, else in oneDNN's own order
+    weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for our own, else in oneDNN's own order
     bias: Tensor | None  # [M]
-    kernels: ModuleType | None  # cpu.kernels, for tiles
+    kernels: ModuleType | None  # cpu.kernels, where they multiply
     interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
 
     def product(self, input: Tensor) -> Tensor:
@@ -167,18 +167,18 @@ def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
     """Their packed weight, or None where packing is not to be had."""
     weight, bias = _joined(linears)
     kernels = load_kernels()
-    if kernels is not None and kernels.has_tiles() and all(size % 32 == 0 for size in weight.shape):
-        return _pack_tiles(weight, bias, kernels, [linear.out_features for linear in linears])
+    if kernels is not None and kernels.products is not None and all(size % 32 == 0 for size in weight.shape):
+        return _pack_blocks(weight, bias, kernels, [linear.out_features for linear in linears])
     return _pack_onednn(linears, weight, bias)
 
 
-def _pack_tiles(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]) -> PackedWeight:
+def _pack_blocks(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]) -> PackedWeight:
     """Two siblings of one size, gate and up, take turns, so that a kernel finds them side by side."""
     interleaved = len(sizes) == 2 and sizes[0] == sizes[1]
     if interleaved:
         weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
         bias = bias if bias is None else bias.view(2, -1, 16).transpose(0, 1).flatten()
-    return PackedWeight(kernels.pack_tiles(weight), bias, kernels, interleaved)
+    return PackedWeight(kernels.pack_blocks(weight), bias, kernels, interleaved)
 
 
 def _pack_onednn(linears: Ordered[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:

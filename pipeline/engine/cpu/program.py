@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.packing import PackedWeight
 
-ROWS = 16  # a multiple of them is what the tiles take
+ROWS = 4  # of a table at least: so that there are not too many tables
 
 
 class _Table:
@@ -50,7 +50,7 @@ class _Table:
 
 
 class DecodeProgram:
-    """A decode step of one of fused_model's MODELS, its linear layers all packed in tiles."""
+    """A decode step of one of fused_model's MODELS, its linear layers all packed in blocks."""
 
     def __init__(self, model: Any, kernels: ModuleType) -> None:
         self._body, self._kernels = model.model, kernels
@@ -66,7 +66,8 @@ class DecodeProgram:
             MemoryError: a kernel found none.
         """
         count = len(tokens)
-        table = self._table(-(-count // ROWS) * ROWS)
+        step = max(ROWS, self._kernels.products.FEWEST_ROWS)
+        table = self._table(-(-count // step) * step)
         states = self._body.embed_tokens(torch.tensor([tokens]))
         inputs = states, *self._body.rotary_emb(states, positions)
         for name, new in zip(("states", "cos", "sin"), inputs, strict=True):
@@ -129,7 +130,7 @@ class DecodeProgram:
 
 
 def can_run(model: Any) -> bool:
-    """Whether all linear layers of a fused model are packed in tiles, siblings together."""
+    """Whether all linear layers of a fused model are packed in blocks, siblings together."""
     layers = [
         linear
         for layer in model.model.layers

@@ -1,7 +1,13 @@
-"""What threads need that run kernels: whose turn it is, and a place to meet. As instructions for numba."""
+"""torch's own threads, and what they need to run kernels: whose turn it is, and a place to meet.
 
+Importing this module raises OSError where torch brings no libgomp.
+"""
+
+import ctypes
+from pathlib import Path
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -76,3 +82,16 @@ def let_others_run(context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+def _openmp() -> Any:
+    library = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
+    if library is None:
+        raise OSError("torch brings no libgomp")
+    return ctypes.CDLL(str(library))
+
+
+openmp = _openmp()
+parallel = openmp.GOMP_parallel  # what a `parallel` region compiles to: calls a function of one pointer
+parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+parallel.restype = None

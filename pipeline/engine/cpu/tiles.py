@@ -1,4 +1,4 @@
-"""A CPU's matrix tiles (Intel AMX), for linear.py: whether there are any, and their instructions.
+"""A CPU's matrix tiles (Intel AMX), for linear_tiles.py: whether there are any, and their instructions.
 
 A tile register holds 16 rows of 64 bytes. A product of two blocks of 32 × 32 numbers keeps four of them as
 sums in float32, and loads two of inputs and two of weights for every 32 numbers that a sum runs over.
@@ -12,26 +12,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from torch import Tensor
 
-from pipeline.engine.cpu.vectors import (
-    LANE_NUMBERS,
-    PAIRS,
-    VECTOR,
-    compiles_for,
-    constant,
-    exp_vector,
-    prefetch_line,
-)
-
-BLOCK = 32  # inputs and outputs of a block
-TILE_ROWS, TILE_BYTES = 16, 64
-BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
+from pipeline.engine.cpu.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.vectors import compiles_for, prefetch_line
 
 # Palette 1: eight tiles, each 16 rows of 64 bytes.
 CONFIGURATION = np.zeros(64, np.uint8)
@@ -52,19 +39,6 @@ def has_tiles() -> bool:
         return False
     arch_prctl, permit, tile_data = 158, 0x1023, 18  # Linux 5.16, asm/prctl.h: ARCH_REQ_XCOMP_PERM
     return bool(ctypes.CDLL(None).syscall(arch_prctl, permit, tile_data) == 0)
-
-
-def pack_tiles(weight: Tensor) -> Tensor:
-    """A weight as `linear` reads it. [M, K] in bf16, multiples of 32 → [M/32, K/32, 2, 16, 16, 2].
-
-    One block of 32 outputs after the other; in it one of 32 inputs after the other; in that two tiles of 16
-    outputs, each with two neighbouring inputs in a lane.
-    """
-    outputs, inputs = weight.shape
-    pairs = weight.contiguous().view(torch.int32)  # in one piece they move faster
-    blocks = pairs.view(outputs // BLOCK, 2, TILE_ROWS, inputs // BLOCK, TILE_ROWS)
-    packed = blocks.permute(0, 3, 1, 4, 2).contiguous().view(weight.dtype)
-    return packed.view(outputs // BLOCK, inputs // BLOCK, 2, TILE_ROWS, TILE_ROWS, 2)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:
@@ -160,56 +134,3 @@ def multiply_block(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9), codegen
-
-
-@intrinsic
-def store_tiles(context: Any, sums: Any, output: Any, stride: Any) -> Any:
-    """16 rows of 32 sums in bf16, `stride` bytes apart."""
-    row = ir.VectorType(ir.IntType(16), PAIRS)
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, output, stride = arguments
-        kind = ir.FunctionType(row, [VECTOR, VECTOR])
-        with cgutils.for_range(builder, _NUMBER(TILE_ROWS), intp=_NUMBER) as loop:
-            left = builder.add(sums, builder.mul(loop.index, _NUMBER(BLOCK * 4)))
-            right = builder.add(left, _NUMBER(BLOCK * 2))
-            halves = [builder.load(builder.inttoptr(h, VECTOR.as_pointer()), align=4) for h in (left, right)]
-            both = builder.asm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", halves[::-1], side_effect=False)
-            place = builder.add(output, builder.mul(loop.index, stride))
-            builder.store(both, builder.inttoptr(place, row.as_pointer()), align=2)
-        return context.get_dummy_value()
-
-    return types.void(sums, output, stride), codegen
-
-
-@intrinsic
-def store_gated(context: Any, sums: Any, output: Any, stride: Any) -> Any:
-    """16 rows of 16 gates and 16 ups as silu(gate) · up in bf16, `stride` bytes apart."""
-    row = ir.VectorType(ir.IntType(16), TILE_ROWS)
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, output, stride = arguments
-
-        def narrow(numbers: Any) -> Any:
-            kind = ir.FunctionType(row, [VECTOR])
-            return builder.asm(kind, "vcvtneps2bf16 $1, $0", "=v,v", [numbers], side_effect=False)
-
-        def rounded(numbers: Any) -> Any:
-            upper = builder.zext(narrow(numbers), LANE_NUMBERS)
-            return builder.bitcast(builder.shl(upper, ir.Constant(LANE_NUMBERS, [16] * TILE_ROWS)), VECTOR)
-
-        with cgutils.for_range(builder, _NUMBER(TILE_ROWS), intp=_NUMBER) as loop:
-            left = builder.add(sums, builder.mul(loop.index, _NUMBER(BLOCK * 4)))
-            right = builder.add(left, _NUMBER(BLOCK * 2))
-            gate, up = (
-                rounded(builder.load(builder.inttoptr(h, VECTOR.as_pointer()), align=4))
-                for h in (left, right)
-            )
-            exponential = exp_vector(builder, builder.fneg(gate))
-            silu = builder.fdiv(gate, builder.fadd(exponential, constant(1.0)), flags=["fast"])
-            place = builder.add(output, builder.mul(loop.index, stride))
-            product = narrow(builder.fmul(rounded(silu), up))
-            builder.store(product, builder.inttoptr(place, row.as_pointer()), align=2)
-        return context.get_dummy_value()
-
-    return types.void(sums, output, stride), codegen

@@ -17,6 +17,7 @@ LANES = 16
 PAIRS = 2 * LANES  # bf16 numbers in a vector
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 LANE_NUMBERS = ir.VectorType(ir.IntType(32), LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
 initialize_native_asmparser()  # reads the one instruction that is written as text
 
 # Places in two vectors, one after the other. In each eight of a vector, the lower four and the upper four:

@@ -7,21 +7,13 @@ from typing import Any
 
 from numba import carray
 
-from pipeline.engine.cpu.loops import aligned, inner, threaded, wide
+from pipeline.engine.cpu.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.epilogue import store
+from pipeline.engine.cpu.loops import aligned, inner, threaded
 from pipeline.engine.cpu.threads import next_task
-from pipeline.engine.cpu.tiles import (
-    BLOCK,
-    BLOCK_BYTES,
-    TILE_BYTES,
-    TILE_ROWS,
-    configure,
-    multiply_block,
-    release,
-    store_gated,
-    store_tiles,
-)
-from pipeline.engine.cpu.vectors import halves
+from pipeline.engine.cpu.tiles import configure, multiply_block, release
 
+FEWEST_ROWS = TILE_ROWS  # that a product takes
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
@@ -38,13 +30,6 @@ def _chunk_rows(inputs: int) -> Any:
 
 
 @inner
-def _add_bias(sums: Any, bias: Any) -> None:
-    for row in range(BLOCK):
-        for d in range(BLOCK):
-            sums[row, d] += wide(bias[d])
-
-
-@inner
 def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
     """The first rows of a block's halves: the last 16 come up again where less than a block is left."""
     return min(row, rows - TILE_ROWS), min(row + TILE_ROWS, rows - TILE_ROWS)
@@ -53,22 +38,19 @@ def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
 @inner
 def _store(pointer: Any, strip: int, row: int, sums: Any) -> None:
     """A block of sums to its place in the output."""
-    p = carray(pointer, 14)
+    p = carray(pointer, 13)
     rows, outputs, gated = p[7], p[9], p[11]
-    if p[4]:
-        _add_bias(sums, carray(halves(p[4]), outputs)[strip * BLOCK : (strip + 1) * BLOCK])
+    bias = p[4] + strip * BLOCK * 2 if p[4] else 0
+    width = outputs * 2 // (1 + gated)
     for half, place in enumerate(_halves_of_block(row, rows)):
-        own = sums[half * TILE_ROWS : (half + 1) * TILE_ROWS].ctypes.data
-        if gated:
-            store_gated(own, p[5] + (place * (outputs // 2) + strip * TILE_ROWS) * 2, outputs)
-        else:
-            store_tiles(own, p[5] + (place * outputs + strip * BLOCK) * 2, outputs * 2)
+        own = sums[half * TILE_ROWS : (half + 1) * TILE_ROWS]
+        store(own, bias, p[5] + place * width + strip * BLOCK * 2 // (1 + gated), width, gated)
 
 
 @inner
 def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
     """The outputs of one block's width for the rows [start, end)."""
-    p = carray(pointer, 14)
+    p = carray(pointer, 13)
     rows, inputs, stride, threads = p[7], p[8], p[10] * 2, p[12]
     blocks = inputs // BLOCK
     parts = -(-blocks // PART)
@@ -101,7 +83,7 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 14)
+    p = carray(pointer, 13)
     rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
     chunk = _chunk_rows(inputs)
     sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
