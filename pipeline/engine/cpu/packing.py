@@ -1,10 +1,10 @@
 """Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
 
 A CPU with bf16 in its vectors or matrix tiles multiplies by kernels of our own (linear_vectors.py,
-linear_tiles.py). Elsewhere oneDNN multiplies blocked matrices. `F.linear` reorders the whole weight to blocks at each call, which at few rows takes longer than
-the product. The operators that pack a weight once are those which torch's inductor uses when it freezes a
-model; they are private, so they are used here alone, and only after they gave the very bits of `F.linear`
-on the weight at hand.
+linear_tiles.py). Elsewhere oneDNN multiplies blocked matrices. `F.linear` reorders the whole weight to
+blocks at each call, which at few rows takes longer than the product. The operators that pack a weight once
+are those which torch's inductor uses when it freezes a model; they are private, so they are used here alone,
+and only after they gave the very bits of `F.linear` on the weight at hand.
 """
 
 import logging
