@@ -20,6 +20,7 @@ from pipeline.engine.cpu.vectors import (
     VECTOR,
     constant,
     exp_vector,
+    floats,
     halves,
 )
 
@@ -27,22 +28,24 @@ _NUMBER = ir.IntType(64)
 
 
 @inner
-def store(sums: Any, bias: int, output: int, stride: int, gated: int) -> None:
-    """Sums of a strip, [rows, 32], to an address in bf16, rows `stride` bytes apart.
+def store(sums: int, rows: int, bias: int, output: int, stride: int, gated: int) -> None:
+    """Sums of a strip to its place in the output, in bf16.
 
     Args:
+        sums: address of [rows, 32] float32.
         bias: address of the strip's 32 numbers, or 0.
+        output: address of the first row, `stride` bytes before the second.
         gated: not 0: 16 gates and 16 ups are silu(gate) · up, 16 outputs.
     """
     if bias:
-        offsets = carray(halves(bias), BLOCK)
-        for row in range(len(sums)):
+        numbers, offsets = carray(floats(sums), (rows, BLOCK)), carray(halves(bias), BLOCK)
+        for row in range(rows):
             for d in range(BLOCK):
-                sums[row, d] += wide(offsets[d])
+                numbers[row, d] += wide(offsets[d])
     if gated:
-        _store_gated(sums.ctypes.data, len(sums), output, stride)
+        _store_gated(sums, rows, output, stride)
     else:
-        _store_plain(sums.ctypes.data, len(sums), output, stride)
+        _store_plain(sums, rows, output, stride)
 
 
 @intrinsic

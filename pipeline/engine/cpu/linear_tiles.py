@@ -43,8 +43,8 @@ def _store(pointer: Any, strip: int, row: int, sums: Any) -> None:
     bias = p[4] + strip * BLOCK * 2 if p[4] else 0
     width = outputs * 2 // (1 + gated)
     for half, place in enumerate(_halves_of_block(row, rows)):
-        own = sums[half * TILE_ROWS : (half + 1) * TILE_ROWS]
-        store(own, bias, p[5] + place * width + strip * BLOCK * 2 // (1 + gated), width, gated)
+        own = sums[half * TILE_ROWS].ctypes.data
+        store(own, TILE_ROWS, bias, p[5] + place * width + strip * BLOCK * 2 // (1 + gated), width, gated)
 
 
 @inner

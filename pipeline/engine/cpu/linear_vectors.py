@@ -20,7 +20,7 @@ from pipeline.engine.cpu.vectors import LANES, VECTOR, constant, prefetch_line
 
 FEWEST_ROWS = 1  # that a product takes
 ROWS = 12  # whose sums are in registers at once
-PAIRS_TOGETHER = 4  # of inputs: with more, the instructions outgrow the cache that holds them decoded
+PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
@@ -130,7 +130,7 @@ def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
 
 
 @inner
-def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
+def _strip(pointer: Any, strip: int, start: int, end: int, sums: int) -> None:
     """The outputs of one block's width for the rows [start, end), in groups of nearly one size."""
     p = carray(pointer, 13)
     blocks, stride, gated, threads = p[8] // BLOCK, p[10] * 2, p[11], p[12]
@@ -143,10 +143,9 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
     step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
     for group in range(groups):
         row, after = start + (end - start) * group // groups, start + (end - start) * (group + 1) // groups
-        own = sums[: after - row]
         ahead = soon + group * blocks * PARTS * LINES * step
-        _multiply_rows(len(own), p[2] + row * stride, stride, weights, blocks, own.ctypes.data, ahead, step)
-        store(own, bias, output + row * width, width, gated)
+        _multiply_rows(after - row, p[2] + row * stride, stride, weights, blocks, sums, ahead, step)
+        store(sums, after - row, bias, output + row * width, width, gated)
 
 
 @threaded
@@ -154,7 +153,7 @@ def linear(pointer: Any) -> None:
     p = carray(pointer, 13)
     rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
     chunk = _chunk_rows(inputs)
-    sums = aligned(ROWS * BLOCK).reshape((ROWS, BLOCK))
+    sums = aligned(ROWS * BLOCK)
     per_chunk = -(-strips // together)
     while True:
         task = next_task(pointer)
@@ -162,4 +161,4 @@ def linear(pointer: Any) -> None:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(pointer, strip, start, min(start + chunk, rows), sums)
+            _strip(pointer, strip, start, min(start + chunk, rows), sums.ctypes.data)
