@@ -1,6 +1,6 @@
 """Loops of attention behind kernels.py, in the manner of loops.py.
 
-numba's cache of this file does not see a change in loops.py or vectors.py: touch this one too.
+numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any
@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pipeline.engine.cpu.loops import exp, f32, inner, rounded, threaded, wide
-from pipeline.engine.cpu.threads import next_task
-from pipeline.engine.cpu.vectors import (
-    LANES,
-    PAIRS,
-    as_double,
-    halves,
+from pipeline.engine.cpu.attention_vectors import (
+    HEADS,
+    exponentials,
+    in_order,
     largest,
-    longs,
+    rotate,
     score_block,
     weigh_block,
 )
+from pipeline.engine.cpu.loops import f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.threads import next_task
+from pipeline.engine.cpu.vectors import LANES, PAIRS, as_double, halves, longs
 
 AHEAD = 32  # columns between what is read and what is asked for
+NONE = np.float32(-1e30)  # the score of a column that is not there
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
 
 
@@ -33,6 +34,9 @@ def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
             out[d] = states[d]
         return
     half = len(out) // 2
+    if half % LANES == 0:
+        rotate(states.ctypes.data, cos.ctypes.data, sin.ctypes.data, out.ctypes.data, half)
+        return
     left, right, out_left, out_right = states[:half], states[half:], out[:half], out[half:]
     for d in range(half):
         a, b, c, s = wide(left[d]), wide(right[d]), wide(cos[d]), wide(sin[d])
@@ -110,18 +114,15 @@ def collect(pointer: Any) -> None:
 
 
 @inner
-def _softmax(scores: Any, scaling: Any, weights: Any) -> Any:
-    """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide."""
-    count = len(scores) // LANES * LANES
-    most = largest(scores.ctypes.data, count) if count else scores[0]
-    for i in range(count, len(scores)):
-        most = max(most, scores[i])
-    total = f32(0)
-    for i in range(len(scores)):
-        weight = exp((scores[i] - most) * scaling)
-        total += weight
-        weights[i] = rounded(weight)
-    return total
+def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
+    """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide.
+
+    Of `count` scores; both arrays have room for whole vectors.
+    """
+    whole = (count + LANES - 1) // LANES * LANES
+    scores[count:whole] = NONE
+    most = largest(scores.ctypes.data, whole)
+    return exponentials(scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
 
 
 @threaded
@@ -131,7 +132,7 @@ def causal_softmax(pointer: Any) -> None:
     scaling = f32(as_double(p[10]))
     scores = carray(halves(p[2]), (rows * heads, columns, width))
     starts = carray(longs(p[3]), rows)
-    unrounded = np.empty(width, np.float32)
+    own, weights = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.uint16)
     while True:
         task = next_task(pointer)
         if task >= p[1]:
@@ -145,12 +146,12 @@ def causal_softmax(pointer: Any) -> None:
                 continue
             line[:start] = 0
             line[end:] = 0
-            seen, own = line[start:end], unrounded[: end - start]
-            for i in range(len(own)):
+            seen = line[start:end]
+            for i in range(len(seen)):
                 own[i] = wide(seen[i])
-            factor = f32(1) / _softmax(own, scaling, seen)
-            for i in range(len(own)):
-                seen[i] = rounded(wide(seen[i]) * factor)
+            factor = f32(1) / _softmax(own, len(seen), scaling, weights)
+            for i in range(len(seen)):
+                seen[i] = rounded(wide(weights[i]) * factor)
 
 
 @inner
@@ -204,21 +205,28 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
                 for d in range(size):
                     out[head, d] += wide(weights[head, column]) * wide(values[column, d])
         return
+    together = (heads + HEADS - 1) // HEADS
+    step = 64 // together
     column = first
     while column < end:
         start = min(column, end - LANES)
-        soon, step = _soon(values, start, end, then), 64 // heads
-        for head in range(heads):
-            weights[head, start:column] = 0
+        soon = _soon(values, start, end, then)
+        weights[:, start:column] = 0
+        for number in range(together):
+            head = number * HEADS
             weigh_block(
+                min(HEADS, heads - head),
                 weights[head, start:].ctypes.data,
+                weights.shape[1] * 2,
                 values[start].ctypes.data,
                 out[head].ctypes.data,
                 size,
-                soon + head * step * size // 2,
+                soon + number * step * size // 2,
                 step,
             )
         column += LANES
+    for head in range(heads):
+        in_order(out[head].ctypes.data, size)
 
 
 @threaded
@@ -234,7 +242,7 @@ def attend(pointer: Any) -> None:
     outputs = carray(halves(p[7]), (count, heads, size))
     rows = carray(longs(p[8]), (count, 4))
     blocks = carray(longs(p[9]), (p[10], 3))
-    widest = blocks[:, 2].max()
+    widest = blocks[:, 2].max() + LANES
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
     scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
     totals = np.empty(group, np.float32)
@@ -257,7 +265,7 @@ def attend(pointer: Any) -> None:
             _rotate(queries[row, start : start + size], cos, sin, query[head])
         _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
-            totals[head] = _softmax(scores[head, first : last + 1], scaling, weights[head, first : last + 1])
+            totals[head] = _softmax(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
         _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]

@@ -13,15 +13,15 @@ from numba.extending import intrinsic
 from pipeline.engine.cpu.blocks import BLOCK, TILE_ROWS
 from pipeline.engine.cpu.loops import inner, wide
 from pipeline.engine.cpu.vectors import (
-    HALVES,
-    LANE_NUMBERS,
-    LANES,
     PAIRS,
     VECTOR,
     constant,
     exp_vector,
     floats,
     halves,
+    narrowed,
+    store_halves,
+    widened,
 )
 
 _NUMBER = ir.IntType(64)
@@ -67,12 +67,10 @@ def _store_gated(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for gate, up, place in _each_row(builder, arguments):
-            gate, up = (_widened(builder, _narrowed(builder, x)) for x in (gate, up))
+            gate, up = (_rounded(builder, x) for x in (gate, up))
             exponential = exp_vector(builder, builder.fneg(gate))
             silu = builder.fdiv(gate, builder.fadd(exponential, constant(1.0)), flags=["fast"])
-            product = builder.fmul(_widened(builder, _narrowed(builder, silu)), up)
-            place = builder.inttoptr(place, HALVES.as_pointer())
-            builder.store(_narrowed(builder, product), place, align=2)
+            store_halves(builder, builder.fmul(_rounded(builder, silu), up), place, _NUMBER(0))
         return context.get_dummy_value()
 
     return types.void(sums, rows, output, stride), codegen
@@ -88,13 +86,6 @@ def _each_row(builder: Any, arguments: Any) -> Any:
         yield *vectors, builder.add(output, builder.mul(loop.index, stride))
 
 
-def _narrowed(builder: Any, numbers: Any) -> Any:
-    """float32 to bf16, to the nearest, ties to even."""
-    kind = ir.FunctionType(HALVES, [VECTOR])
-    return builder.asm(kind, "vcvtneps2bf16 $1, $0", "=v,v", [numbers], side_effect=False)
-
-
-def _widened(builder: Any, numbers: Any) -> Any:
-    """bf16 to float32."""
-    sixteen = ir.Constant(LANE_NUMBERS, [16] * LANES)
-    return builder.bitcast(builder.shl(builder.zext(numbers, LANE_NUMBERS), sixteen), VECTOR)
+def _rounded(builder: Any, numbers: Any) -> Any:
+    """float32 that bf16 holds."""
+    return widened(builder, narrowed(builder, numbers))

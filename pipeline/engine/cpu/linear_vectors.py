@@ -16,7 +16,7 @@ from pipeline.engine.cpu.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.epilogue import store
 from pipeline.engine.cpu.loops import aligned, inner, threaded
 from pipeline.engine.cpu.threads import next_task
-from pipeline.engine.cpu.vectors import LANES, VECTOR, constant, prefetch_line
+from pipeline.engine.cpu.vectors import LANES, VECTOR, constant, for_each_count, prefetch_line
 
 FEWEST_ROWS = 1  # that a product takes
 ROWS = 12  # whose sums are in registers at once
@@ -60,15 +60,8 @@ def _multiply_rows(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        end = builder.append_basic_block()
-        choice = builder.switch(arguments[0], end)
-        for count in range(1, ROWS + 1):
-            case = builder.append_basic_block()
-            choice.add_case(_NUMBER(count), case)
-            builder.position_at_end(case)
-            _multiply(builder, count, *arguments[1:])
-            builder.branch(end)
-        builder.position_at_end(end)
+        rows, *rest = arguments
+        for_each_count(builder, rows, ROWS, lambda count: _multiply(builder, count, *rest))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), codegen
