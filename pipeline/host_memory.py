@@ -37,6 +37,11 @@ def return_large_blocks(size_bytes: int = LARGE_BYTES) -> bool:
 def trim() -> None:
     """Collect garbage, and return glibc's free heap to the system."""
     gc.collect()
+    return_heap()
+
+
+def return_heap() -> None:
+    """Return the pages of glibc's free heap to the system, those of its holes too."""
     try:
         _libc().malloc_trim(0)
     except (OSError, AttributeError):

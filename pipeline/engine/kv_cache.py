@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.scheduler import Sequence
+from pipeline.host_memory import return_heap
 
 CHUNK = 32  # columns allocated ahead
+LAYERS = (
+    4  # copied before what they leave in the heap goes back to the system: no larger block fits in its holes
+)
 
 
 @dataclass(eq=False)
@@ -148,6 +152,8 @@ def regroup(rectangles: Ordered[Rectangle], groups: Ordered[Ordered[Sequence]]) 
             rectangle.values.append(_copy(rectangle, its_runs, rectangles, "values", layer))
         for old in rectangles:
             old.keys[layer] = old.values[layer] = old.keys[layer].new_empty(0)
+        if layer % LAYERS == LAYERS - 1 and new[0].keys[layer].device.type == "cpu":
+            return_heap()
     return new
 
 
