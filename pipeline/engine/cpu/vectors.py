@@ -51,19 +51,11 @@ as_float = _cast("bitcast", types.uint32, types.float32)
 as_bits = _cast("bitcast", types.float32, types.uint32)
 
 
-@intrinsic
-def prefetch(context: Any, address: Any) -> Any:
-    """Ask for the cache line at an address that will soon be read; any address will do."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch_line(builder, arguments[0], cache=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
 def prefetch_line(builder: Any, address: Any, cache: int) -> None:
-    """The same, in the middle of an intrinsic, into the first or the second level's cache."""
+    """Ask for the cache line at an address that will soon be read, into the first or second level's cache.
+
+    Any address will do.
+    """
     line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
