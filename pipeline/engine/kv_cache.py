@@ -19,9 +19,8 @@ from pipeline.engine.scheduler import Sequence
 from pipeline.host_memory import return_heap
 
 CHUNK = 32  # columns allocated ahead
-LAYERS = (
-    4  # copied before what they leave in the heap goes back to the system: no larger block fits in its holes
-)
+# Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
+LAYERS = 4
 
 
 @dataclass(eq=False)
@@ -134,7 +133,7 @@ def regroup(rectangles: Ordered[Rectangle], groups: Ordered[Ordered[Sequence]]) 
     """Copy rows into new rectangles, one for each group: padding trimmed, a chunk to grow into.
 
     The old rectangles are used up: their layers are freed one by one as they are copied, so that no more
-    than one layer is held twice.
+    than LAYERS are held twice.
     """
     place = {id(s): (r, i) for r, old in enumerate(rectangles) for i, s in enumerate(old.rows)}
     windows = rectangles[0].windows

@@ -162,15 +162,15 @@ def weigh_block(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         heads, *rest = arguments
-        for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, count, *rest))
+        for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, count, rest))
         return context.get_dummy_value()
 
     return types.void(heads, weights, width, values, out, size, soon, step), codegen
 
 
-def _weigh(
-    builder: Any, heads: int, weights: Any, width: Any, values: Any, out: Any, size: Any, soon: Any, step: Any
-) -> None:
+def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
+    weights, width, values, out, size, soon, step = arguments
+
     def number(count: int) -> Any:
         return size.type(count)
 

@@ -5,6 +5,12 @@ from torch import Tensor, int32
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64
 BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
+CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
+
+
+def chunk_rows(inputs: int, together: int) -> int:
+    """The rows of a chunk: a multiple of those that are multiplied together."""
+    return max(together, CHUNK_BYTES // (inputs * 2) // together * together)
 
 
 def pack_blocks(weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.cpu import attention as attention
 from pipeline.engine.cpu import loops as loops
-from pipeline.engine.cpu.blocks import BLOCK
+from pipeline.engine.cpu.blocks import BLOCK, chunk_rows
 from pipeline.engine.cpu.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.threads import openmp as openmp
 from pipeline.engine.cpu.threads import parallel as parallel
@@ -211,10 +211,12 @@ def linear_call(
 ) -> Call:
     """`linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
     inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
-    tasks = products.tasks(len(states), inputs, outputs, gated)
+    chunk = chunk_rows(inputs, products.ROWS)
+    # For each chunk of rows, as many tasks as a row of the output has cache lines.
+    tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
     pointers = states, weight, 0 if bias is None else bias, output, CONFIGURATION.ctypes.data
     shape = len(states), inputs, outputs, states.stride(0), int(gated)
-    return products.linear, tasks, *pointers, *shape, torch.get_num_threads()
+    return products.linear, tasks, *pointers, *shape, torch.get_num_threads(), chunk
 
 
 def attend_call(

@@ -14,19 +14,8 @@ from pipeline.engine.cpu.threads import next_task
 from pipeline.engine.cpu.tiles import configure, multiply_block, release
 
 FEWEST_ROWS = TILE_ROWS  # that a product takes
+ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
-CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
-
-
-def tasks(rows: int, inputs: int, outputs: int, gated: bool) -> int:
-    """Of `linear`: for each chunk of rows, as many as a row of the output has cache lines."""
-    chunks: int = -(-rows // _chunk_rows(inputs))
-    return chunks * -(-outputs // BLOCK // (1 + gated))
-
-
-@inner
-def _chunk_rows(inputs: int) -> Any:
-    return max(BLOCK, CHUNK_BYTES // (inputs * 2) // BLOCK * BLOCK)
 
 
 @inner
@@ -83,9 +72,8 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 13)
-    rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
-    chunk = _chunk_rows(inputs)
+    p = carray(pointer, 14)
+    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
     sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
     per_chunk = -(-strips // together)
     configure(p[6])

@@ -23,20 +23,8 @@ ROWS = 12  # whose sums are in registers at once
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
-CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 _NUMBER = ir.IntType(64)
-
-
-def tasks(rows: int, inputs: int, outputs: int, gated: bool) -> int:
-    """Of `linear`: for each chunk of rows, as many as a row of the output has cache lines."""
-    chunks: int = -(-rows // _chunk_rows(inputs))
-    return chunks * -(-outputs // BLOCK // (1 + gated))
-
-
-@inner
-def _chunk_rows(inputs: int) -> Any:
-    return max(ROWS, CHUNK_BYTES // (inputs * 2) // ROWS * ROWS)
 
 
 @intrinsic
@@ -61,24 +49,15 @@ def _multiply_rows(
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, *rest = arguments
-        for_each_count(builder, rows, ROWS, lambda count: _multiply(builder, count, *rest))
+        for_each_count(builder, rows, ROWS, lambda count: _multiply(builder, count, rest))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), codegen
 
 
-def _multiply(
-    builder: Any,
-    rows: int,
-    input: Any,
-    stride: Any,
-    weights: Any,
-    blocks: Any,
-    sums: Any,
-    soon: Any,
-    step: Any,
-) -> None:
+def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
     """Part by part. Every third row has its address in a register; the next two are one and two strides on."""
+    input, stride, weights, blocks, sums, soon, step = arguments
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]
     totals = [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(2 * rows)]
     with (
@@ -143,9 +122,8 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: int) -> None:
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 13)
-    rows, inputs, strips, together = p[7], p[8], p[9] // BLOCK, 1 + p[11]
-    chunk = _chunk_rows(inputs)
+    p = carray(pointer, 14)
+    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
     sums = aligned(ROWS * BLOCK)
     per_chunk = -(-strips // together)
     while True:

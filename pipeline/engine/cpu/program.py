@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.packing import PackedWeight
 
-ROWS = 4  # of a table at least: so that there are not too many tables
+ROWS = 4  # a table for every so many: one for each number of rows would be too many
 
 
 class _Table:
