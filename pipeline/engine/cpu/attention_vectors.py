@@ -28,6 +28,8 @@ from pipeline.engine.cpu.vectors import (
     load_pairs,
     prefetch_line,
     shuffle,
+    spread,
+    stepwise,
     store,
     store_halves,
     times,
@@ -52,9 +54,7 @@ def largest(context: Any, numbers: Any, count: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         numbers, count = arguments
         most = cgutils.alloca_once_value(builder, load_floats(builder, numbers, count.type(0)))
-        with cgutils.for_range_slice(
-            builder, count.type(LANES), count, count.type(LANES), intp=count.type
-        ) as (i, _):
+        with stepwise(builder, count, LANES) as i:
             pair = builder.load(most), load_floats(builder, numbers, i)
             builder.store(call(builder, "llvm.maxnum.v16f32", VECTOR, *pair), most)
         return call(builder, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), builder.load(most))
@@ -73,16 +73,9 @@ def exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: An
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         scores, most, scaling, weights, count = arguments
-        first, zeros = ir.Constant(VECTOR, ir.Undefined), [0] * LANES
-        most, scaling = (
-            shuffle(builder, v, v, zeros)
-            for v in (builder.insert_element(first, x, ir.IntType(32)(0)) for x in (most, scaling))
-        )
+        most, scaling = spread(builder, most), spread(builder, scaling)
         total = cgutils.alloca_once_value(builder, constant(0.0))
-        with cgutils.for_range_slice(builder, count.type(0), count, count.type(LANES), intp=count.type) as (
-            i,
-            _,
-        ):
+        with stepwise(builder, count, LANES) as i:
             x = builder.fsub(load_floats(builder, scores, i), most, flags=["fast"])
             weight = exp_vector(builder, times(builder, x, scaling))
             builder.store(add(builder, builder.load(total), weight), total)
@@ -101,7 +94,7 @@ def rotate(context: Any, states: Any, cos: Any, sin: Any, out: Any, half: Any) -
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *addresses, half = arguments
         states, cos, sin, out = addresses
-        with cgutils.for_range_slice(builder, half.type(0), half, half.type(LANES), intp=half.type) as (d, _):
+        with stepwise(builder, half, LANES) as d:
             right = builder.add(d, half)
             a, b = load_halves(builder, states, d), load_halves(builder, states, right)
             c, s = load_halves(builder, cos, d), load_halves(builder, sin, d)
@@ -124,7 +117,7 @@ def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any, soo
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         query, keys, scores, size, soon, step = arguments
         sums = [cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES)) for _ in range(LANES)]
-        with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
+        with stepwise(builder, size, PAIRS) as d:
             q = load_pairs(builder, query, d)
             for column, total in enumerate(sums):
                 place = builder.add(builder.mul(size, size.type(column)), d)
@@ -174,7 +167,7 @@ def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
     def number(count: int) -> Any:
         return size.type(count)
 
-    with cgutils.for_range_slice(builder, number(0), size, number(PAIRS), intp=size.type) as (d, _):
+    with stepwise(builder, size, PAIRS) as d:
         places = [builder.add(d, builder.mul(size, number(head))) for head in range(heads)]
         halves = [[place, builder.add(place, number(LANES))] for place in places]
         sums = [[load_floats(builder, out, half) for half in both] for both in halves]
@@ -200,7 +193,7 @@ def in_order(context: Any, out: Any, size: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, size = arguments
-        with cgutils.for_range_slice(builder, size.type(0), size, size.type(PAIRS), intp=size.type) as (d, _):
+        with stepwise(builder, size, PAIRS) as d:
             middle = builder.add(d, d.type(LANES))
             lower, upper = load_floats(builder, out, d), load_floats(builder, out, middle)
             store(builder, shuffle(builder, lower, upper, FIRST_HALF), out, d)

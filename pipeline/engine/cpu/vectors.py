@@ -4,6 +4,8 @@ Each function marked `intrinsic` is called from compiled code; its inner `codege
 numba's cache of the loops does not see a change in this file: touch those too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -60,6 +62,21 @@ def prefetch_line(builder: Any, address: Any, cache: int) -> None:
     kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [builder.inttoptr(address, line), number(0), number(4 - cache), number(1)])
+
+
+@contextmanager
+def stepwise(builder: Any, end: Any, width: int) -> Iterator[Any]:
+    """Writes a loop over 0, width, 2 · width … below `end`: the instructions within, which get the index."""
+    first, step = end.type(0), end.type(width)
+    with cgutils.for_range_slice(builder, first, end, step, intp=end.type) as (index, _):
+        yield index
+
+
+def spread(builder: Any, number: Any) -> Any:
+    """A number of 32 bits in every lane."""
+    lanes = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    vector = builder.insert_element(lanes, number, ir.IntType(32)(0))
+    return shuffle(builder, vector, vector, [0] * LANES)
 
 
 def for_each_count(builder: Any, number: Any, most: int, write: Any) -> None:
@@ -190,6 +207,4 @@ def add(builder: Any, a: Any, b: Any) -> Any:
 
 def broadcast_pair(builder: Any, address: Any, index: int) -> Any:
     """Two bf16 numbers in every lane."""
-    pair = load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4)
-    vector = builder.insert_element(ir.Constant(LANE_NUMBERS, ir.Undefined), pair, ir.IntType(32)(0))
-    return shuffle(builder, vector, vector, [0] * LANES)
+    return spread(builder, load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4))
