@@ -74,12 +74,22 @@ def ended(tasks: Iterable[str]) -> dict[str, EndedTask]:
         text = _call(["sacct", "-nPDX", "--starttime=1970-01-01", f"--jobs={','.join(jobs)}", fields])
     except JobError:  # no accounting on this cluster
         return {}
-    records: dict[str, list[tuple[str, str]]] = {}
+    return read_records(text)
+
+
+def read_records(text: str) -> dict[str, EndedTask]:
+    """sacct's lines of job, state and exit code, by task.
+
+    "12_[0-3]" is of tasks that never started, but it may still name those that did: what stands in a task's
+    own lines goes before.
+    """
+    own: dict[str, list[tuple[str, str]]] = {}
+    never_started: dict[str, list[tuple[str, str]]] = {}
     for line in text.splitlines():
         names, state, code = line.split("|")
         for name in expand(names):
-            records.setdefault(name, []).append((state, code))
-    return {name: _ended(runs) for name, runs in records.items()}
+            (own if name == names else never_started).setdefault(name, []).append((state, code))
+    return {name: _ended(runs) for name, runs in (never_started | own).items()}
 
 
 def expand(names: str) -> list[str]:

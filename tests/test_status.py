@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import standing
 from pipeline.cell_state import cell_states, find_folders
-from pipeline.cluster import expand
+from pipeline.cluster import expand, read_records
 from pipeline.standing import append_event, read_events, read_standing
 from pipeline.status import duration, exit_status
 
@@ -149,6 +149,17 @@ def test_exit_status_says_whether_all_is_done(tmp_path: Path) -> None:
 def test_slurms_ranges_are_taken_apart() -> None:
     assert expand("12_3") == ["12_3"]
     assert expand("12_[1-3,7%2]") == ["12_1", "12_2", "12_3", "12_7"]
+
+
+def test_a_tasks_own_record_goes_before_one_of_tasks_that_never_started() -> None:
+    """As Slurm 22.05 wrote them when 1_3 was cancelled while it waited, just before 1_2 was killed."""
+    records = read_records(
+        "1_2|FAILED|0:9\n1_[0-3%3]|CANCELLED by 0|0:0\n1_0|REQUEUED|0:0\n1_0|COMPLETED|0:0\n1_1|COMPLETED|0:0\n"
+    )
+    assert (records["1_2"].state, records["1_2"].signal, records["1_2"].earlier) == ("FAILED", 9, ())
+    assert (records["1_0"].state, records["1_0"].earlier) == ("COMPLETED", ("REQUEUED",))
+    assert (records["1_1"].state, records["1_1"].earlier) == ("COMPLETED", ())
+    assert (records["1_3"].state, records["1_3"].earlier) == ("CANCELLED", ())
 
 
 def test_durations_read_well() -> None:
