@@ -100,8 +100,9 @@ def peak_resident_bytes() -> int | None:
 
 def reset_peaks() -> bool:
     """Start all peaks anew; whether the host's could be."""
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
+    if torch.cuda.is_initialized():  # before, torch refuses, and there is nothing to reset
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

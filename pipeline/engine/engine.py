@@ -273,8 +273,9 @@ def _has_stop(sequence: Sequence, decode: Callable[[Ordered[int]], str]) -> bool
     return any(stop in text for stop in sequence.request.params.stop)
 
 
-# What the CPU allocator, C++, the system, oneDNN and cuBLAS say in a plain RuntimeError.
+# What CUDA, the CPU allocator, C++, the system, oneDNN and cuBLAS say in a plain RuntimeError.
 _OUT_OF_MEMORY = (
+    "out of memory",
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",

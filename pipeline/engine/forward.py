@@ -72,9 +72,9 @@ class FlatForward:
             places = zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
             tokens = [ids[row][column - rectangle.starts[row]] for row, column in places]
             if last == rectangle.head:
-                ends = torch.nonzero(batch.columns == last - 1)[:, 0]
+                ends = torch.nonzero(batch.columns == last - 1)[:, 0].tolist()
                 return rectangle, self._run(tokens, batch.positions, ends, batch)
-            self._run(tokens, batch.positions, torch.tensor([0]), batch)
+            self._run(tokens, batch.positions, [0], batch)
             first = last
 
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
@@ -84,13 +84,18 @@ class FlatForward:
             return self._program.run(tokens, batch.positions, batch)
         spare = _round_up(len(tokens)) - len(tokens) if self._packed else 0
         positions = F.pad(batch.positions, (0, spare))
-        return self._run(tokens + [0] * spare, positions, torch.arange(len(tokens)), batch)
+        return self._run(tokens + [0] * spare, positions, list(range(len(tokens))) if spare else 0, batch)
 
-    def _run(self, tokens: list[int], positions: Tensor, keep: Tensor, batch: Any) -> Tensor:
+    def _run(self, tokens: list[int], positions: Tensor, keep: list[int] | int, batch: Any) -> Tensor:
+        """Logits of the places in `keep`; of all for 0.
+
+        Plain numbers, never a tensor: with layers on several GPUs, accelerate would bring a tensor to the
+        first, and the head's states are on the last.
+        """
         inputs = {
             "input_ids": torch.tensor([tokens], device=self._device),
             "position_ids": positions.to(self._device),
-            "logits_to_keep": keep.to(self._device),
+            "logits_to_keep": keep,
             "batch": batch,
         }
         if self._fused is not None:

@@ -47,8 +47,11 @@ class FusedModel:
         self._head = model.lm_head
         self._kernels = kernels
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, batch: Any) -> Tensor:
-        """input_ids and position_ids [1, N], logits_to_keep [K] → logits [K, V]."""
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: list[int] | int, batch: Any
+    ) -> Tensor:
+        """input_ids and position_ids [1, N], K places to keep, 0 is all → logits [K, V]."""
+        keep = logits_to_keep or slice(None)
         states = self._body.embed_tokens(input_ids)[0]
         cos, sin = self._body.rotary_emb(states, position_ids)
         rotation = cos[0], sin[0]
@@ -58,8 +61,8 @@ class FusedModel:
             addition = self._attention(layer.self_attn, index, normed, rotation, batch)
             normed = self._norm(layer.post_attention_layernorm, states, addition)
             addition = self._mlp(layer.mlp, normed)
-        kept = None if addition is None else addition[logits_to_keep]
-        logits: Tensor = self._head(self._norm(self._body.norm, states[logits_to_keep], kept))
+        kept = None if addition is None else addition[keep]
+        logits: Tensor = self._head(self._norm(self._body.norm, states[keep], kept))
         return logits
 
     def _attention(self, attention: Any, layer: int, normed: Tensor, rotation: Any, batch: Any) -> Tensor:
