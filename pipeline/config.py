@@ -52,7 +52,11 @@ class MemoryCheck(Enum):
 
 
 class Attention(Enum):
-    auto = "auto"  # rectangles where the model allows it, else plain
+    """How keys and values are held; where a model does not allow one, the next is taken."""
+
+    auto = "auto"  # pages on one GPU, else rectangles
+    pages = "pages"  # static shapes and a graph a step, for a GPU
+    rectangles = "rectangles"  # rows of similar length together, for a CPU or several GPUs
     plain = "plain"  # the model's own attention, one rectangle at a time
 
 

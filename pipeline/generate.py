@@ -14,8 +14,8 @@ from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config, QuantMethod
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import Forward
-from pipeline.engine.probe import choose_forward
+from pipeline.engine.paged.engine import PagedEngine, new_engine
+from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
 from pipeline.fit import planned
@@ -161,12 +161,12 @@ class _Work:
         )
         self._pending: dict[str, Pending] = {}
 
-    def run(self, forward: Forward) -> Engine:
+    def run(self, forward: AnyForward) -> Engine | PagedEngine:
         """Run all missing rows, or those that are done before a signal comes."""
         settings, model = self._config.engine, self._config.model
         rows, tokens = self._capacity.max_rows, self._capacity.max_tokens
         log.info("At most %d rows and %d tokens in flight", rows, tokens)
-        engine = Engine(
+        engine = new_engine(
             forward,
             self._eos_token_ids,
             self._decode,
@@ -233,7 +233,7 @@ class _Work:
         self._results.append(written)
         self._ledger.mark(pending.number, completion.sample, failed=completion.error is not None)
 
-    def _show(self, progress: JobProgress, engine: Engine) -> None:
+    def _show(self, progress: JobProgress, engine: Engine | PagedEngine) -> None:
         live: list[Any] = engine.live
         tokens = sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
         self._timeline.sample(tokens)
