@@ -783,6 +783,8 @@ def stage_oom() -> dict[str, Any]:
     model = random_model(config, torch.float32)
     forward, _ = choose_forward(model)
     wanted = requests(192, (200, 900), lambda d: d.randint(20, 120), config.vocab_size)
+    free()
+    torch.cuda.reset_peak_memory_stats()
     _, expected, _ = run_engine(forward, wanted, 128)
     peak = torch.cuda.max_memory_allocated()
     free()
