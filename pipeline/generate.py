@@ -12,6 +12,7 @@ from pipeline import display
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config, QuantMethod
+from pipeline.energy import EnergyMeter, energy_stats
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
 from pipeline.engine.paged.engine import PagedEngine, new_engine
@@ -24,7 +25,7 @@ from pipeline.interrupt import Interrupt
 from pipeline.job_stats import compare_memory, job_stats, measure_weights, show_stats
 from pipeline.ledger import Ledger
 from pipeline.loading import Loaded, load_model, release
-from pipeline.manifest import manifest, model_digest
+from pipeline.manifest import gpu_uuids, manifest, model_digest
 from pipeline.memory_compare import Setup, known_architecture
 from pipeline.memory_stats import PeakSampler
 from pipeline.progress import JobProgress
@@ -74,7 +75,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
         work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
         interrupt.hold()
-        with PeakSampler() as run:
+        with PeakSampler() as run, EnergyMeter(gpu_uuids(loaded.model)) as energy:
             started = time.perf_counter()
             engine = work.run(forward)
             results.sync()
@@ -83,6 +84,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         stats["memory"] |= compare_memory(stats["memory"], setup, engine.stats, loaded.bare_bytes)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
         stats["rows"] = {"total": ledger.total, **counts}
+        stats["energy"] = energy_stats(energy.joules, energy.source, engine.stats.completion_tokens)
         stats["timeline"] = timeline.points
         results.write_json(STATS, stats)
         show_stats(stats, results.path)

@@ -89,6 +89,10 @@ def show_stats(stats: dict[str, Any], folder: Path) -> None:
     for device in memory["run_peak"]["devices"]:
         peak = display.megabytes(device["peak_allocated_bytes"])
         facts.append((f"peak GPU {device['index']}", f"{peak} allocated"))
+    if (energy := stats["energy"])["joules"]:
+        each = energy["joules_per_1000_tokens"]
+        per = f", {each:,.1f} J per 1,000 tokens" if each else ""
+        facts.append(("energy", f"{energy['joules']:,.1f} J{per} ({energy['source']})"))
     _show_memory(memory)
     display.facts("Done", [*facts, ("results", folder / "outputs.jsonl")])
 

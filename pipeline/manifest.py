@@ -56,6 +56,12 @@ def model_digest(folder: Path, revision: str | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def gpu_uuids(model: Any) -> list[str]:
+    """Name the cards that hold a model as the driver does; torch's numbers follow CUDA_VISIBLE_DEVICES."""
+    cards = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(f"GPU-{torch.cuda.get_device_properties(card).uuid}" for card in cards)
+
+
 def _sha256(path: Path) -> str | None:
     """Of the prompt lines as they are read, so that compressing a file does not change it."""
     digest = hashlib.sha256()
