@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipeline.accelerators import model_gpus
 from pipeline.architecture import Architecture, architecture
 from pipeline.devices import host_free_bytes
 from pipeline.engine.forward import input_device
@@ -69,7 +70,7 @@ def capacity(
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, free, prefill_tokens)
     work = (
         activation_bytes(arch, quant, prefill_tokens, prefill_tokens)
-        + scratch_bytes(arch, quant, 0 if device.type == "cpu" else 1)
+        + scratch_bytes(arch, quant, model_gpus(model))
         + logits_bytes(arch, quant, rows, sampled=sampled)
     )
     tokens = tokens_that_fit(arch, quant, int(free * fraction) - work, rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.errors import ConfigError
+from pipeline.gpu import Gpu
 from pipeline.memory_limits import control_group_rests, resource_rests
 
 _UNITS = {"": 1, "B": 1} | {
@@ -24,20 +25,20 @@ class Device:
     """Memory that a job can use. Bytes."""
 
     name: str
-    gpus: int  # 0 is the CPU
+    gpus: tuple[Gpu, ...]  # () is the CPU
     free_bytes: int
     offload_bytes: int  # behind it: host memory behind a GPU, the disk behind host memory
 
 
 def find_device(offload_dir: str | None) -> Device:
     """All GPUs together where nvidia-smi finds any, else this machine's memory."""
-    gpus = _gpus()
+    gpus = tuple(Gpu("cuda", name, free_bytes=free) for name, free in _gpus())
     if gpus:
-        names = " + ".join(name for name, _ in gpus)
-        return Device(names, len(gpus), sum(free for _, free in gpus), host_free_bytes())
+        names = " + ".join(gpu.name for gpu in gpus)
+        return Device(names, gpus, sum(gpu.free_bytes or 0 for gpu in gpus), host_free_bytes())
     folder = Path(offload_dir or ".").expanduser()
     disk = shutil.disk_usage(folder if folder.is_dir() else ".").free
-    return Device("this machine's CPU", 0, host_free_bytes(), disk)
+    return Device("this machine's CPU", (), host_free_bytes(), disk)
 
 
 def given_device(memory: str) -> Device:
@@ -46,7 +47,9 @@ def given_device(memory: str) -> Device:
     Raises:
         ConfigError: not a size.
     """
-    return Device(f"a GPU of {memory}", 1, parse_bytes(memory), host_free_bytes())
+    size = parse_bytes(memory)
+    gpu = Gpu("cuda", f"a GPU of {memory}", total_bytes=size, free_bytes=size)
+    return Device(gpu.name, (gpu,), size, host_free_bytes())
 
 
 def parse_bytes(size: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import display
+from pipeline.accelerators import model_gpus
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config, QuantMethod
@@ -105,8 +106,8 @@ def _setup(config: Config, model: Any, packed: bool) -> Setup:
     """What decides the job's memory, beside its prompts."""
     return Setup(
         known_architecture(model.config.to_dict()),
-        planned(config.quant),
-        gpus=len({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}),
+        planned(config.quant, model_gpus(model)),
+        model_gpus(model),
         packed=packed,
         prefill_tokens=config.engine.prefill_tokens,
         sampled=not config.generation.greedy,
@@ -152,7 +153,7 @@ class _Work:
         settings = config.engine
         self._capacity = capacity(
             loaded.model,
-            planned(config.quant),
+            planned(config.quant, model_gpus(loaded.model)),
             fraction=settings.memory_fraction,
             prefill_tokens=settings.prefill_tokens,
             sampled=not config.generation.greedy,

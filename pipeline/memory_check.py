@@ -48,10 +48,10 @@ def check_memory(config: Config) -> None:
 
 def _refusal(config: Config, facts: Facts, device: Device) -> str | None:
     """Why the model with one row of one token does not fit; None if it does."""
-    quant = planned(config.quant)
+    quant = planned(config.quant, gpus=())
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
-    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", 0, device.free_bytes, 0), settings)
-    loads = load_peak(facts.architecture, quant, gpus=0, packed=settings.pack_weights).held
+    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", (), device.free_bytes, 0), settings)
+    loads = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights).needed
     runs = need(job, quant, 1).total_bytes
     if max(loads, runs) <= device.free_bytes:
         return None

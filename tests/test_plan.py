@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import H100
 
 from pipeline.compose import options, read_config
 from pipeline.config import ModelConfig, root
@@ -77,7 +78,7 @@ def job(model: str, gpu_bytes: int, host_bytes: int = 64 * 10**9) -> Job:
     config = read_config([f"model={model}"])
     facts = find_facts(config.model, config.models_dir)
     settings = Settings(0.85, 2048, max_rows=None, max_tokens_in_flight=None)
-    device = Device("a GPU", 1, gpu_bytes, host_bytes)
+    device = Device("a GPU", (H100,), gpu_bytes, host_bytes)
     return Job(model, facts, assumed_lengths(256, 131_072, sampled=False), device, settings)
 
 
