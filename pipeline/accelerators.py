@@ -73,7 +73,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def used_indices(module: Any) -> Iterable[int]:
-    """The GPUs on which this process has had tensors since their peaks were reset; torch.cuda or torch.xpu."""
-    if not module.is_initialized():
-        return
-    yield from (i for i in range(module.device_count()) if module.max_memory_reserved(i))
+    """The GPUs of torch.cuda or torch.xpu on which this process has had tensors since peaks were reset."""
+    if module.is_initialized():
+        yield from (i for i in range(module.device_count()) if module.max_memory_allocated(i))
