@@ -13,7 +13,7 @@ from machines import H100
 
 from pipeline.compose import options, read_config
 from pipeline.config import ModelConfig, root
-from pipeline.devices import Device, parse_bytes, parse_gpus
+from pipeline.devices import Device, parse_bytes
 from pipeline.errors import ConfigError
 from pipeline.fit import Job, Settings, best_choice, make_plan, need, rows_that_fit
 from pipeline.memory_plan import Quant
@@ -249,10 +249,3 @@ def test_sizes_are_read_as_they_are_written() -> None:
     ]
     with pytest.raises(ConfigError, match="24GB or 24GiB"):
         parse_bytes("24 apples")
-
-
-def test_only_visible_gpus_are_counted() -> None:
-    text = "0, GPU-a, NVIDIA A100, 40000\n1, GPU-b, NVIDIA A100, 30000\n2, GPU-c, [N/A], [N/A]\n"
-    assert parse_gpus(text, None) == [("NVIDIA A100", 40000 * 2**20), ("NVIDIA A100", 30000 * 2**20)]
-    assert parse_gpus(text, "1") == parse_gpus(text, "GPU-b") == [("NVIDIA A100", 30000 * 2**20)]
-    assert parse_gpus(text, "") == []
