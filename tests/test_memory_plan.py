@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from machines import H100
+from machines import H100, MI300, T4
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -268,6 +268,49 @@ def test_prefill_activations_are_those_of_a_real_pass(smollm2: Path, name: str) 
     with torch.inference_mode(), LiveBytes() as live:
         model.model(torch.ones(8, 64, dtype=torch.int64), use_cache=False)
     assert activation_bytes(facts("smollm2"), QUANTS[name], 512, 64) == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["none", "fp32"])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 64), (4, 512), (2, 1024)])
+def test_a_gpus_activations_are_those_of_a_pass_that_repeats_no_key(
+    name: str, rows: int, columns: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors on a CPU, whose attention is one operator here, too."""
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+    model = load(smollm2, QUANTS[name])
+    mask = torch.ones(rows, columns, dtype=torch.int64)
+    mask[0, :5] = 0  # else there would be no mask at all
+    with torch.inference_mode(), LiveBytes() as live:
+        model.model(torch.ones_like(mask), attention_mask=mask, use_cache=False)
+    predicted = activation_bytes(facts("smollm2"), QUANTS[name], rows * columns, columns, (H100,))
+    assert predicted == pytest.approx(live.peak, rel=0.05)
+
+
+def test_what_a_run_takes_beside_weights_and_keys_follows_the_card() -> None:
+    arch, quant = facts("llama"), QUANTS["nf4"]
+    sizes = {"kv_cache": 0, "rows": 64, "prefill_tokens": 2048, "columns": 16384, "sampled": True}
+    cpu, t4, h100, mi300, two = (
+        run_peak(arch, quant, gpus=gpus, **sizes) for gpus in ((), (T4,), (H100,), (MI300,), (H100, H100))
+    )
+    dequantized = 2 * 14336 * 4096
+    assert (mi300.scratch, t4.scratch, h100.scratch) == (
+        dequantized,
+        dequantized + 8_519_680,
+        dequantized + 33_554_432,
+    )
+    assert h100.activations < cpu.activations  # keys are not repeated
+    assert (two.activations, two.scratch) == (2 * h100.activations, 2 * h100.scratch)
+    assert two.logits == h100.logits == 64 * 128_256 * (2 + 17)
+    assert (t4.context, two.context) == (600 * 2**20, 1200 * 2**20)
+
+
+def test_each_kind_of_window_has_a_mask_of_its_own_on_a_gpu() -> None:
+    arch, quant = facts("gemma"), QUANTS["none"]
+    plain = replace(arch, windows=(None,) * len(arch.windows))
+    more = activation_bytes(arch, quant, 2048, 4096, (H100,)) - activation_bytes(
+        plain, quant, 2048, 4096, (H100,)
+    )
+    assert more == 2048 * 4096
 
 
 def test_a_peak_is_the_sum_of_its_parts() -> None:
