@@ -73,7 +73,8 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         setup = _setup(config, loaded, packed)
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
         facts = {"model_digest": digest, "dtypes": dtypes, "attention": probe}
-        results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
+        written = manifest(Path(prompts), loaded.source, loaded.revision, setup.gpus, **facts)
+        results.write_json(MANIFEST, written)
         work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
         interrupt.hold()
         with PeakSampler() as run:

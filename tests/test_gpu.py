@@ -1,5 +1,7 @@
 """What is decided by device, on machines that are not here."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -11,6 +13,7 @@ from pipeline.config import Dtype, QuantConfig, QuantMethod, root
 from pipeline.fit import planned
 from pipeline.gpu import Gpu, have_bf16
 from pipeline.loading import settle
+from pipeline.manifest import manifest
 from pipeline.memory_plan import footprint_bytes, parts, plain_dtype
 
 TWO = [torch.device("cuda", 0), torch.device("cuda", 1)]
@@ -83,3 +86,11 @@ def test_a_plan_counts_float16_where_there_is_no_bfloat16() -> None:
     assert (plain_dtype(arch, old), plain_dtype(arch, new)) == ("float16", "bfloat16")
     assert footprint_bytes(arch, old) == footprint_bytes(arch, new)
     assert {part.dtype for part in parts(arch, old)} == {"float16", "nf4", "float32"}
+
+
+def test_the_manifest_names_the_gpus_that_were_used(tmp_path: Path) -> None:
+    device = manifest(tmp_path / "none.jsonl", "org/model", None, [T4, MIG_SLICE])["device"]
+    assert device["gpus"][0] == {
+        "name": "Tesla T4", "backend": "cuda", "total_bytes": 15_843_721_216, "capability": "7.5", "mig": False,
+    }  # fmt: skip
+    assert device["gpus"][1]["mig"]
