@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
-    0: "errors request interrupt intervals merge_stats memory_limits gpu gpu_tools",
+    0: "errors request interrupt intervals merge_stats memory_limits gpu gpu_tools allocator",
     1: """config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display ledger
           watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
