@@ -19,7 +19,7 @@ from pipeline.request import GenerationParams
 class Dtype(Enum):
     """The dtype of weights that are not quantized."""
 
-    auto = "auto"  # the checkpoint's own
+    auto = "auto"  # the checkpoint's own; float16 for bfloat16 on a GPU that has none
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -80,7 +80,7 @@ class QuantConfig:
     method: QuantMethod = QuantMethod.none
     dtype: Dtype = Dtype.auto  # of the weights that are not quantized
     double_quant: bool = False  # 4-bit: quantize the scales too
-    compute_dtype: Dtype = Dtype.bfloat16  # 4-bit: the dtype of the products
+    compute_dtype: Dtype = Dtype.auto  # 4-bit: of the products; auto is bfloat16, or float16 likewise
 
 
 @dataclass

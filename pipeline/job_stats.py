@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import display
 from pipeline.engine.stats import EngineStats
+from pipeline.gpu import Gpu
 from pipeline.memory_compare import Setup, compared, predicted
 from pipeline.memory_stats import (
     Peaks,
@@ -71,9 +72,9 @@ def compare_memory(
     return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
 
 
-def _grown(peaks: dict[str, Any], gpus: int, bare_bytes: int) -> int | None:
-    if gpus:
-        return sum(int(device["peak_allocated_bytes"]) for device in peaks["devices"])
+def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int | None:
+    if gpus:  # without counters, as on Apple's, there is nothing to compare with
+        return sum(int(device["peak_allocated_bytes"]) for device in peaks["devices"]) or None
     return None if peaks["host_bytes"] is None else int(peaks["host_bytes"]) - bare_bytes
 
 
