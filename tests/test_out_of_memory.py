@@ -61,6 +61,7 @@ ERRORS = [
     OUT_OF_MEMORY,
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    torch.AcceleratorError("CUDA error: out of memory"),
 ]
 
 
@@ -73,7 +74,7 @@ def test_no_token_is_lost(each_tiny_model, late):
     assert done == {(r.id, 0): alone(each_tiny_model, r) for r in requests}
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator"])
+@pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator", "CUDA itself"])
 def test_every_way_to_run_out_of_memory_is_known(tiny_model, error):
     engine = Engine(Scarce(tiny_model("llama"), on_calls(2), error), EOS)
     assert not [c.error for c in engine.generate(mixed_requests()[:5]) if c.error]

@@ -1,6 +1,7 @@
 """Every model runs on the fastest path that gives a padded row its own text, and no faster."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -117,3 +118,57 @@ def test_a_model_that_ignores_the_mask_runs_in_batches_of_equal_length(tiny_mode
     requests = mixed_requests()
     done = tokens(run(forward, shuffled(requests, 2), max_rows=8))
     assert done == {(r.id, 0): alone(tiny_model("llama"), r, EOS) for r in requests}
+
+
+class Failing(transformers.LlamaForCausalLM):
+    """A model whose pass ends in an error, from the given number of tokens in a row on."""
+
+    def forward(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[-1] >= self.tokens:
+            self.fail()
+        return super().forward(input_ids, *args, **kwargs)
+
+
+def failing(like: Any, tokens: int, fail: Callable[[], Any]) -> Any:
+    model = Failing(copy.deepcopy(like.config)).eval()
+    model.tokens, model.fail = tokens, fail
+    return model
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("tokens", [1, 26], ids=["at once", "on the fast path"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory")],
+)
+def test_too_little_memory_for_a_first_pass_is_said_with_what_to_do(tiny_model, tokens, error):
+    with pytest.raises(LoadError, match=r"not enough memory for a first pass .* Try a smaller quantization"):
+        choose_forward(failing(tiny_model("llama"), tokens, raises(error)))
+
+
+def test_what_a_library_cannot_compute_is_said_in_its_own_first_line(tiny_model, caplog):
+    model = failing(tiny_model("llama"), 1, lambda: torch.empty(160).view(64, 2))
+    model.is_quantized = True  # as transformers marks what bitsandbytes has quantized
+    with caplog.at_level("INFO"), pytest.raises(LoadError) as caught:
+        choose_forward(model)
+    assert str(caught.value) == (
+        "Failing: its first pass failed: shape '[64, 2]' is invalid for input of size 160. Use quant=none or "
+        "another quantization, or another model. The log has the traceback"
+    )
+    assert "Traceback" in caplog.text
+
+
+def test_a_shape_that_the_fast_path_cannot_take_leaves_the_other_path(tiny_model):
+    def flat_only() -> None:
+        raise RuntimeError("The size of tensor a (26) must match the size of tensor b (19)")
+
+    model = failing(tiny_model("llama"), 26, flat_only)
+    model.load_state_dict(tiny_model("llama").state_dict())
+    _, report = choose_forward(model)
+    assert report["path"] == "padded"

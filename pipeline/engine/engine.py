@@ -10,6 +10,7 @@ import torch
 
 from pipeline.engine.forward import Forward, rope_switch
 from pipeline.engine.kv_cache import Rectangle, regroup
+from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.sampling import next_tokens
 from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix
 from pipeline.engine.stats import EngineStats
@@ -87,7 +88,7 @@ class Engine:
                 else:
                     self._decode_step(scheduler, finished)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                recover = _is_out_of_memory(error)
+                recover = is_out_of_memory(error)
                 if not recover:
                     raise
             # Outside the handler, whose traceback would keep the failed step's tensors alive.
@@ -237,7 +238,7 @@ class Engine:
             try:
                 rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 return
             self.stats.count_prefill(rectangle, None)
@@ -271,21 +272,3 @@ def _has_stop(sequence: Sequence, decode: Callable[[Ordered[int]], str]) -> bool
     longest = max(len(text) for text in sequence.request.params.stop)
     text = decode(sequence.token_ids[-4 * longest - 4 :])
     return any(stop in text for stop in sequence.request.params.stop)
-
-
-# What CUDA, the CPU allocator, C++, the system, oneDNN and cuBLAS say in a plain RuntimeError.
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "bad_alloc",
-    "cannot allocate memory",
-    "could not create a primitive",
-    "could not create a memory",
-    "alloc_failed",
-)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(m in text for m in _OUT_OF_MEMORY)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward, input_device
 from pipeline.engine.kv_cache import Rectangle
+from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.scheduler import Sequence
 from pipeline.errors import LoadError
 from pipeline.request import GenerationParams, Request
@@ -16,9 +17,9 @@ log = logging.getLogger(__name__)
 
 # The largest logit difference that is rounding, as a share of the logits' standard deviation.
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.5}
+PROBE_TOKENS = (7, 19)  # of a short row, and of a long one beside it
 
 
-@torch.inference_mode()
 def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[str, Any]]:
     """The fastest way through this model that gives a padded row the logits of the row alone.
 
@@ -30,8 +31,32 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
         standard deviation.
 
     Raises:
-        LoadError: the model keeps other state than keys and values.
+        LoadError: the model keeps other state than keys and values, or its first passes fail.
     """
+    try:
+        return _choose(model, attention)
+    except LoadError:
+        raise
+    except Exception as error:
+        log.info("The first passes through the model failed", exc_info=True)
+        raise LoadError(_message(error, model)) from error
+
+
+def _message(error: Exception, model: Any) -> str:
+    name = type(model).__name__
+    if is_out_of_memory(error):
+        return (
+            f"{name}: not enough memory for a first pass of {sum(PROBE_TOKENS)} tokens beside the weights. "
+            "Try a smaller quantization (quant=nf4) or a smaller model, or end what else uses this memory"
+        )
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    quantized = getattr(model, "is_quantized", False)
+    fix = "Use quant=none or another quantization" if quantized else "Use another version of transformers"
+    return f"{name}: its first pass failed: {said}. {fix}, or another model. The log has the traceback"
+
+
+@torch.inference_mode()
+def _choose(model: Any, attention: str) -> tuple[Forward, dict[str, Any]]:
     own_attention = model.config._attn_implementation
     short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
     device = input_device(model)
@@ -51,7 +76,9 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[s
                 FlatForward(model) if name == "rectangles" else PaddedForward(model, equal_lengths=False)
             )
             difference = _difference(forward, short, long, expected)
-        except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
             log.info("Attention %s: not for this model (%s)", name, error)
             difference = float("inf")
         if difference <= tolerance:
@@ -100,6 +127,7 @@ def _difference(
 
 
 def _probe_rows(vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids spread over the vocabulary: 7 of them, and 19."""
-    ids = tuple(17 + i * 7919 % (vocab_size - 17) for i in range(26))
-    return ids[:7], ids[7:]
+    """Token ids of a short row and of a long one, spread over the vocabulary."""
+    short, long = PROBE_TOKENS
+    ids = tuple(17 + i * 7919 % (vocab_size - 17) for i in range(short + long))
+    return ids[:short], ids[short:]
