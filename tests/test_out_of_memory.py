@@ -1,6 +1,7 @@
 """Running out of memory loses no token: everything goes on in a smaller batch, with the same text."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from engine_runs import EOS, alone, mixed_requests, run, run_engine, tokens
 from torch import Tensor
 
+from pipeline.engine import scheduler
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import Rectangle
@@ -89,6 +91,51 @@ def test_the_batch_shrinks_to_what_fits(tiny_model, fits):
     done = tokens(run_engine(engine, requests))
     assert done == {(r.id, 0): alone(tiny_model("llama"), r) for r in requests}
     assert engine.stats.out_of_memory == scarce.failures > 0
+
+
+def rows_in_flight(engine: Engine, requests: list[Request]) -> tuple[list[int], dict[tuple[str, int], Any]]:
+    """After each step the rows in flight, and the tokens of all completions."""
+    rows, done = [], []
+    for finished in engine.steps(requests):
+        done += finished
+        rows.append(len(engine.live))
+    return rows, tokens({(c.request_id, c.sample): c for c in done})
+
+
+def long_requests(count: int) -> list[Request]:
+    params = GenerationParams(max_new_tokens=40, ignore_eos=True)
+    return [Request(f"{i}", tuple(range(60 + i, 70 + i)), params) for i in range(count)]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "CALM_STEPS", 4)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_batch_grows_again_when_memory_comes_back(tiny_model):
+    def another_takes_it_for_a_while(kind: str, rows: list[Sequence]) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls < 40 and len(rows) > 2
+
+    calls = 0
+    scarce = Scarce(tiny_model("llama"), another_takes_it_for_a_while, OUT_OF_MEMORY)
+    requests = long_requests(48)
+    rows, done = rows_in_flight(Engine(scarce, EOS, max_rows=12), requests)
+    assert scarce.failures > 1
+    assert max(rows[:40]) <= 3
+    assert max(rows) == 12
+    assert done == {(r.id, 0): alone(tiny_model("llama"), r, eos=()) for r in requests}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_tries_to_hold_more_become_rare_while_memory_stays_scarce(tiny_model):
+    scarce = Scarce(tiny_model("llama"), lambda kind, rows: len(rows) > 4, OUT_OF_MEMORY)
+    requests = long_requests(48)
+    rows, done = rows_in_flight(Engine(scarce, EOS, max_rows=12), requests)
+    assert 3 <= scarce.failures <= 2 + math.log2(len(rows) / 4)
+    assert done == {(r.id, 0): alone(tiny_model("llama"), r, eos=()) for r in requests}
 
 
 def test_sampled_text_and_logprobs_are_unchanged(tiny_model):

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix
+from pipeline.engine.scheduler import (
+    CALM_STEPS,
+    Scheduler,
+    Sequence,
+    partition,
+    prefill_groups,
+    shared_prefix,
+)
 from pipeline.request import GenerationParams, Request
 
 FAR = 1 << 30
@@ -129,6 +136,44 @@ def test_running_out_of_memory_halves_the_budgets_and_never_below_one():
         made.shrink(1, 1)
     assert (made.max_rows, made.max_tokens) == (1, 1)
     assert len(made.admit(0, 0)) == 1
+
+
+def calm_steps_to(made: Scheduler, max_rows: int) -> int:
+    """Steps without a failure until this many rows may be in flight."""
+    for step in range(1, 10_000):
+        made.grow()
+        if made.max_rows >= max_rows:
+            return step
+    raise AssertionError
+
+
+def test_the_budgets_grow_back_step_by_step_to_what_they_were():
+    made = scheduler([], rows=64)
+    made.shrink(live_rows=64, live_tokens=FAR)
+    assert (made.max_rows, made.max_tokens) == (32, FAR // 2)
+    assert calm_steps_to(made, 33) == CALM_STEPS
+    assert made.max_rows == 40
+    assert calm_steps_to(made, 64) == 3 * CALM_STEPS  # 50, 62, 64
+    for _ in range(9 * CALM_STEPS):
+        made.grow()
+    assert (made.max_rows, made.max_tokens) == (64, FAR)
+
+
+def test_a_budget_of_one_grows_too():
+    made = scheduler([], rows=2)
+    made.shrink(live_rows=2, live_tokens=2)
+    assert (made.max_rows, made.max_tokens) == (1, 1)
+    assert calm_steps_to(made, 2) == CALM_STEPS
+    assert made.max_tokens == 2
+
+
+def test_each_failure_makes_the_next_growth_later():
+    made = scheduler([], rows=64)
+    waits = []
+    for _ in range(4):
+        made.shrink(live_rows=40, live_tokens=1000)
+        waits.append(calm_steps_to(made, made.max_rows + 1))
+    assert waits == [CALM_STEPS * 2**i for i in range(4)]
 
 
 def test_identical_greedy_requests_are_one_sequence():

@@ -87,6 +87,7 @@ class Engine:
                     self._prefill(scheduler, finished)
                 else:
                     self._decode_step(scheduler, finished)
+                scheduler.grow()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 recover = is_out_of_memory(error)
                 if not recover:

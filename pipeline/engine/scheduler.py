@@ -6,6 +6,8 @@ from dataclasses import astuple, dataclass, field
 
 from pipeline.request import Request, TokenLogprob
 
+CALM_STEPS = 64  # without running out of memory, before the first try to hold more again
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -48,6 +50,9 @@ class Scheduler:
     ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
+        self._most = max_rows, max_tokens  # what may be in flight while memory never ran out
+        self._calm = 0  # steps since memory ran out, or since the last growth
+        self._wait = CALM_STEPS // 2  # steps before the next growth: twice as many after each failure
         self._window = window
         self._tokens_of = tokens_of  # what an admitted sequence counts for
         self._requests: Iterator[Request] = iter(requests)
@@ -107,6 +112,18 @@ class Scheduler:
         """Halve what may be in flight, after this much ran out of memory."""
         self.max_rows = max(1, min(self.max_rows, live_rows) // 2)
         self.max_tokens = max(1, min(self.max_tokens, live_tokens) // 2)
+        self._calm, self._wait = 0, self._wait * 2
+
+    def grow(self) -> None:
+        """After a step that found its memory: every now and then, allow a quarter more, up to the first limits.
+
+        What took the memory may have gone. If it has not, each failure makes the next try later.
+        """
+        self._calm += 1
+        if self._calm >= self._wait and (self.max_rows, self.max_tokens) != self._most:
+            self._calm = 0
+            self.max_rows = min(self._most[0], self.max_rows + max(1, self.max_rows // 4))
+            self.max_tokens = min(self._most[1], self.max_tokens + max(1, self.max_tokens // 4))
 
     def _sequences(self, request: Request) -> list[Sequence]:
         """A sequence for each sample; none for a request whose text another one is already making."""
