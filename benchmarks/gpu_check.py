@@ -140,9 +140,9 @@ def requests(count: int, lengths: tuple[int, int], new: Any, vocabulary: int, se
 def run_engine(
     forward: Any, wanted: list[Any], rows: int, eos: frozenset[int] = frozenset(), **more: Any
 ) -> Any:
-    from pipeline.engine.paged.engine import new_engine
+    from pipeline.engine.engine import Engine
 
-    engine = new_engine(forward, eos, max_rows=rows, **more)
+    engine = Engine(forward, eos, max_rows=rows, **more)
     sync()
     started = time.perf_counter()
     done = {c.request_id: c for c in engine.generate(wanted)}
@@ -351,12 +351,12 @@ def stage_profile(model: Any, rows: int, lengths: tuple[int, int]) -> dict[str, 
     """Decode steps of our engine with everything prefilled: what is launched, what waits."""
     from torch.profiler import ProfilerActivity, profile
 
-    from pipeline.engine.paged.engine import new_engine
+    from pipeline.engine.engine import Engine
     from pipeline.engine.probe import choose_forward
 
     own = model.config._attn_implementation
     forward, _ = choose_forward(model)
-    engine = new_engine(forward, frozenset(), max_rows=rows)
+    engine = Engine(forward, frozenset(), max_rows=rows)
     steps = engine.steps(requests(rows, lengths, 80, model.config.vocab_size))
     while engine.stats.steps < 6:
         next(steps)
@@ -545,9 +545,9 @@ def stage_sampled() -> dict[str, Any]:
     for way in ("pages", "rectangles"):
         own = model.config._attn_implementation
         forward, _ = choose_forward(model, way)
-        from pipeline.engine.paged.engine import new_engine
+        from pipeline.engine.engine import Engine
 
-        done = list(new_engine(forward, frozenset(), max_rows=16).generate(wanted))
+        done = list(Engine(forward, frozenset(), max_rows=16).generate(wanted))
         texts[way] = {(c.request_id, c.sample): c.token_ids for c in done}
         model.set_attn_implementation(own)
     same = sum(texts["pages"][k] == v for k, v in texts["rectangles"].items())

@@ -16,7 +16,6 @@ from pipeline.config import Config, QuantMethod
 from pipeline.energy import EnergyMeter, energy_stats
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
-from pipeline.engine.paged.engine import PagedEngine, new_engine
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
@@ -173,12 +172,12 @@ class _Work:
         )
         self._pending: dict[str, Pending] = {}
 
-    def run(self, forward: AnyForward) -> Engine | PagedEngine:
+    def run(self, forward: AnyForward) -> Engine:
         """Run all missing rows, or those that are done before a signal comes."""
         settings, model = self._config.engine, self._config.model
         rows, tokens = self._capacity.max_rows, self._capacity.max_tokens
         log.info("At most %d rows and %d tokens in flight", rows, tokens)
-        engine = new_engine(
+        engine = Engine(
             forward,
             self._eos_token_ids,
             self._decode,
@@ -245,7 +244,7 @@ class _Work:
         self._results.append(written)
         self._ledger.mark(pending.number, completion.sample, failed=completion.error is not None)
 
-    def _show(self, progress: JobProgress, engine: Engine | PagedEngine) -> None:
+    def _show(self, progress: JobProgress, engine: Engine) -> None:
         live: list[Any] = engine.live
         tokens = sum(len(s.token_ids) for s in live) + engine.stats.completion_tokens
         self._timeline.sample(tokens)

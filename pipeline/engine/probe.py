@@ -1,6 +1,7 @@
 """Does a row's text depend on its neighbours' padding? Asked of every model once, when it is loaded."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +74,11 @@ def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
     tolerance = max(TOLERANCE.get(model.dtype, 0.5), 2 * noise)
     if attention == "auto":
         attention = "pages" if device.type == "cuda" else "rectangles"
-    ways = {"pages": PagedForward, "rectangles": FlatForward, "padded": PaddedForward}
+    ways: dict[str, Callable[[Any], AnyForward]] = {
+        "pages": PagedForward,
+        "rectangles": FlatForward,
+        "padded": PaddedForward,
+    }
     names = list(ways)[{"pages": 0, "rectangles": 1, "plain": 2}[attention] :]
     for name in names:
         try:

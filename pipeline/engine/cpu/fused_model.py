@@ -34,7 +34,8 @@ def can_fuse(model: Any, device_type: str = "cpu") -> bool:
     if type(model).__name__ not in MODELS:
         return False
     there = all(p.device.type == device_type for p in model.parameters())
-    hooked = any(hasattr(m, "_hf_hook") for m in model.modules())
+    # On one GPU a hook only brings inputs to it, where they are already.
+    hooked = device_type == "cpu" and any(hasattr(m, "_hf_hook") for m in model.modules())
     silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in model.model.layers)
     halves = (torch.bfloat16,) if device_type == "cpu" else (torch.bfloat16, torch.float16)
     return there and silu and not hooked and model.model.norm.weight.dtype in halves

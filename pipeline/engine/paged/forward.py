@@ -21,14 +21,17 @@ from pipeline.engine.sampling import argmax
 log = logging.getLogger(__name__)
 
 AMPERE = (8, 0)  # compute capability from which Triton and FlashAttention-2 run
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows of a graph
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
 
 
 class PagedForward:
-    """Raises NotImplementedError for a model that it cannot run."""
+    """One flat row of tokens for all rows of a pass; a decode step is replayed from a graph, where it can be.
 
-    can_share_prefix = True
-    equal_lengths = False
+    Raises:
+        NotImplementedError: the model lies on several devices, or has layers or rotary frequencies of
+            another kind.
+    """
 
     def __init__(self, model: Any) -> None:
         self.config = model.config.get_text_config()
@@ -37,10 +40,9 @@ class PagedForward:
         kernels, flash = _gpu_kernels(self.device)
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
-        half = model.dtype in (torch.bfloat16, torch.float16)
-        self._fused = FusedModel(model, kernels) if kernels and half and can_fuse(model, "cuda") else None
+        self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
         self._captures = self.device.type == "cuda" and _can_capture(model)
-        self._graphs: dict[tuple[int, int], tuple[StepGraph, Tensor]] = {}
+        self._graphs: list[StepGraph] = []
         self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         self.open(0, 0)
         model.set_attn_implementation(ATTENTION)
@@ -115,33 +117,35 @@ class PagedForward:
         Returns:
             logits [B, V] and tokens [B] int64; overwritten by the next step.
         """
-        count = len(rows)
-        bucket = next((b for b in BUCKETS if b >= count), count) if self._captures else count
-        columns = 1 << max(held for _, held in rows).bit_length()  # a power of two above
-        filled = [*rows, *[(self._slots, 0)] * (bucket - count)]
-        control = upload(filled, self.device, torch.int32)
-        if self._captures:
-            graph, its_control = self._graph(bucket, columns)
-            if graph is not None:
-                its_control.copy_(control)
-                logits, tokens = graph.replay()
-                return logits[:count], tokens[:count]
-        return self._step(control[:count], columns)
+        count, columns = len(rows), 1 + max(held for _, held in rows)
+        graph = self._graph(count, columns) if self._captures else None
+        if graph is None:
+            return self._step(upload(rows, self.device, torch.int32), columns)
+        filled = [*rows, *[(self._slots, 0)] * (graph.rows - count)]
+        logits, tokens = graph.replay(upload(filled, self.device, torch.int32))
+        return logits[:count], tokens[:count]
 
-    def _graph(self, bucket: int, columns: int) -> tuple[StepGraph | None, Tensor]:
-        key = bucket, columns
-        if key not in self._graphs:
-            control = torch.tensor([(self._slots, 0)] * bucket, dtype=torch.int32, device=self.device)
-            try:
-                graph = StepGraph(lambda: self._step(control, columns), self._memory)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                log.warning("A decode step cannot be recorded, and is launched kernel by kernel: %s", error)
-                self._captures = False
-                return None, control
-            self._graphs[key] = graph, control
-        return self._graphs[key]
+    def _graph(self, count: int, columns: int) -> StepGraph | None:
+        """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
+        little, and recording one anew takes as long as a dozen steps."""
+        fitting = [
+            g for g in self._graphs if count <= g.rows <= 2 * count and columns <= g.columns <= 4 * columns
+        ]
+        if fitting:
+            return min(fitting, key=lambda g: (g.rows, g.columns))
+        rows = next((r for r in GRAPH_ROWS if r >= count), count)
+        widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
+        empty = torch.tensor([(self._slots, 0)] * rows, dtype=torch.int32, device=self.device)
+        try:
+            graph = StepGraph(lambda control: self._step(control, widest), empty, widest, self._memory)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning("A decode step cannot be recorded, and is launched kernel by kernel: %s", error)
+            self._captures = False
+            return None
+        self._graphs.append(graph)
+        return graph
 
     def _step(self, control: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """control [B, 2] → logits [B, V], tokens [B]."""
@@ -172,19 +176,17 @@ def _only_device(model: Any) -> torch.device:
 
 
 def _check_rotary(config: Any) -> None:
-    """Raises NotImplementedError for rotary frequencies that depend on the longest row beside one."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if any(kind in str(rope) for kind in ("longrope", "dynamic")):
+    """Raises NotImplementedError for rotary frequencies that depend on the longest row so far."""
+    if "dynamic" in str(getattr(config, "rope_parameters", None)):
         raise NotImplementedError("rotary frequencies that change with the length")
 
 
 def _can_capture(model: Any) -> bool:
-    """Whether a step can be recorded: LLM.int8 looks at each product's outliers, mixtures at their routing."""
+    """Whether a step can be recorded: LLM.int8 looks at each product's outliers, a mixture at its routing."""
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
     config = model.config.get_text_config()
-    experts = any(
-        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
-    return not experts and not any(type(m).__name__ == "Linear8bitLt" for m in model.modules())
+    mixture = any(getattr(config, name, None) for name in experts)
+    return not mixture and not any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
 SPLIT = 256  # columns that one program attends to; the same whatever the batch, and so a row's bits
-BLOCK = 64  # columns in one product
+BLOCK, WARPS, STAGES = 64, 4, 2  # columns in one product, and how Triton runs it
+BLOCK_FLOAT32, WARPS_FLOAT32, STAGES_FLOAT32 = 32, 4, 1  # in float32, without the matrix units
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,25 +88,26 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
 
 
 @triton.jit
-def _rotated(states, at, place, inside, size, cos, sin):
-    """Load a head and turn it: x · cos + (−second half, first half) · sin. `at` is the head's beginning."""
-    half = size // 2
-    other = tl.where(place < half, place + half, place - half)
-    x = tl.load(states + at + place, mask=inside, other=0.0)
-    y = tl.load(states + at + other, mask=inside, other=0.0).to(tl.float32)
-    y = tl.where(place < half, -y, y)
-    return (x.to(tl.float32) * cos + y * sin).to(x.dtype)
-
-
-@triton.jit
 def _rotate_kernel(states, cos, sin, output, heads, size, PADDED: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED)
-    inside = place < size
-    c = tl.load(cos + token * size + place, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * size + place, mask=inside, other=0.0).to(tl.float32)
     at = (token * heads + tl.program_id(1)) * size
-    tl.store(output + at + place, _rotated(states, at, place, inside, size, c, s), mask=inside)
+    rotated = _loaded(states, at, place, place < size, size, cos, sin, token, True)
+    tl.store(output + at + place, rotated, mask=place < size)
+
+
+@triton.jit
+def _loaded(states, at, place, inside, size, cos, sin, token, ROTATES: tl.constexpr):
+    """Load a head that begins at `at`, and turn it: x · cos + (−second half, first half) · sin."""
+    x = tl.load(states + at + place, mask=inside, other=0.0)
+    if ROTATES:
+        half = size // 2
+        y = tl.load(states + at + tl.where(place < half, place + half, place - half), mask=inside, other=0.0)
+        c = tl.load(cos + token * size + place, mask=place < size, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * size + place, mask=place < size, other=0.0).to(tl.float32)
+        wide = tl.where(place < half, -y.to(tl.float32), y.to(tl.float32))
+        x = (x.to(tl.float32) * c + wide * s).to(x.dtype)
+    return x
 
 
 def attend(
@@ -146,12 +148,14 @@ def attend(
     parts = query.new_empty(rows, heads, splits, size, dtype=torch.float32) if splits > 1 else output
     sums = query.new_empty(rows, heads, splits, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(size))
+    wide = query.dtype == torch.float32
+    block, warps, stages = (BLOCK_FLOAT32, WARPS_FLOAT32, STAGES_FLOAT32) if wide else (BLOCK, WARPS, STAGES)
     _attend_kernel[(rows, kv_heads, splits)](
         query, key, value, cos, sin, keys, values, control, table, parts, sums,
         control.stride(0), table.stride(0), window or 0, scaling, size, splits,
         ROTATES=rotation is not None, MERGES=splits > 1, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
         GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)), PADDED=padded, PAGE=keys.shape[1],
-        SPLIT=SPLIT, BLOCK=BLOCK, num_warps=4, num_stages=2,
+        SPLIT=SPLIT, BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(rows, heads)](
@@ -168,73 +172,76 @@ def _attend_kernel(
     GROUP_PADDED: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    """The query heads that share a key head, of one row, over one split of its columns."""
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(control + row * control_stride).to(tl.int64)
     held = tl.load(control + row * control_stride + 1)  # the new token goes to this column
-    first = split * SPLIT
     seen = tl.where(window > 0, tl.maximum(held + 1 - window, 0), 0)  # the first column in the window
+    first = split * SPLIT
     last = tl.minimum(first + SPLIT, held + 1)
-    place = tl.arange(0, PADDED)
-    inside = place < size
-    member = tl.arange(0, GROUP_PADDED)
-    head = kv_head * GROUP + member
-    real = member < GROUP
-    at = (row * KV_HEADS * GROUP + head) * size  # [GROUP_PADDED]
+    place, member = tl.arange(0, PADDED), tl.arange(0, GROUP_PADDED)
+    inside, real = place < size, member < GROUP
+    both = real[:, None] & inside[None, :]
+    head = (row * KV_HEADS + kv_head) * GROUP + member  # among those of all rows
     if (last <= first) | (last <= seen):
         if MERGES:
-            tl.store(sums + (row * KV_HEADS * GROUP + head) * splits + split, float("-inf"), mask=real)
+            tl.store(sums + head * splits + split, float("-inf"), mask=real)
     else:
-        both = real[:, None] & inside[None, :]
-        key_at = (row * KV_HEADS + kv_head) * size
-        if ROTATES:
-            c = tl.load(cos + row * size + place, mask=inside, other=0.0).to(tl.float32)
-            s = tl.load(sin + row * size + place, mask=inside, other=0.0).to(tl.float32)
-            q = _rotated(query, at[:, None], place[None, :], both, size, c[None, :], s[None, :])
-            k_new = _rotated(key, key_at, place, inside, size, c, s)
-        else:
-            q = tl.load(query + at[:, None] + place[None, :], mask=both, other=0.0)
-            k_new = tl.load(key + key_at + place, mask=inside, other=0.0)
-        v_new = tl.load(value + key_at + place, mask=inside, other=0.0)
+        new_at = (row * KV_HEADS + kv_head) * size
+        q = _loaded(query, head[:, None] * size, place[None, :], both, size, cos, sin, row, ROTATES)
+        k_new = _loaded(key, new_at, place, inside, size, cos, sin, row, ROTATES)
+        v_new = tl.load(value + new_at + place, mask=inside, other=0.0)
         pages = table + slot * table_stride
         if last == held + 1:  # this program has the new column
             page = tl.load(pages + held // PAGE).to(tl.int64)
-            new_at = ((page * PAGE + held % PAGE) * KV_HEADS + kv_head) * size + place
-            tl.store(keys + new_at, k_new, mask=inside)
-            tl.store(values + new_at, v_new, mask=inside)
-        top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP_PADDED], tl.float32)
-        sum_ = tl.zeros([GROUP_PADDED, PADDED], tl.float32)
-        for block in range(first, last, BLOCK):
-            column = block + tl.arange(0, BLOCK)
-            stored = (column >= seen) & (column < tl.minimum(last, held))
-            page = tl.load(pages + column // PAGE, mask=stored, other=0).to(tl.int64)
-            cell = ((page * PAGE + column % PAGE) * KV_HEADS + kv_head) * size
-            there = stored[:, None] & inside[None, :]
-            new = (column == held)[:, None]
-            k = tl.load(keys + cell[:, None] + place[None, :], mask=there, other=0.0)
-            k = tl.where(new, k_new[None, :], k)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-            valid = stored | (column == held)
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            # Before the window's first column all scores are −inf: 0 there keeps exp from −inf − −inf.
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp(scores - safe[:, None])
-            shrink = tl.exp(top - safe)
-            v = tl.load(values + cell[:, None] + place[None, :], mask=there, other=0.0)
-            v = tl.where(new, v_new[None, :], v)
-            total = total * shrink + tl.sum(weights, 1)
-            sum_ = sum_ * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            top = higher
-        result = sum_ / total[:, None]
+            cell = ((page * PAGE + held % PAGE) * KV_HEADS + kv_head) * size + place
+            tl.store(keys + cell, k_new, mask=inside)
+            tl.store(values + cell, v_new, mask=inside)
+        result, log = _attend_columns(
+            q, k_new, v_new, keys + kv_head * size, values + kv_head * size, pages, first, last, held, seen,
+            scaling, size, place, KV_HEADS, GROUP_PADDED, PADDED, PAGE, BLOCK,
+        )  # fmt: skip
+        part = head * splits + split  # with one split, the output itself
+        tl.store(parts + part[:, None] * size + place[None, :], result.to(parts.dtype.element_ty), mask=both)
         if MERGES:
-            index = (row * KV_HEADS * GROUP + head) * splits + split
-            tl.store(parts + index[:, None] * size + place[None, :], result, mask=both)
-            tl.store(sums + index, top + tl.log(total), mask=real)
-        else:
-            tl.store(parts + at[:, None] + place[None, :], result.to(q.dtype), mask=both)
+            tl.store(sums + part, log, mask=real)
+
+
+@triton.jit
+def _attend_columns(
+    q, k_new, v_new, keys, values, pages, first, last, held, seen, scaling, size, place,
+    KV_HEADS: tl.constexpr, GROUP_PADDED: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Softmax over columns [first, last), block by block (Milakov and Gimelshein 2018); column `held` is new.
+
+    Returns the weighted values, and the logarithm of the weights' sum.
+    """
+    top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    result = tl.zeros([GROUP_PADDED, PADDED], tl.float32)
+    for block in range(first, last, BLOCK):
+        column = block + tl.arange(0, BLOCK)
+        stored = (column >= seen) & (column < tl.minimum(last, held))
+        page = tl.load(pages + column // PAGE, mask=stored, other=0).to(tl.int64)
+        cell = (page * PAGE + column % PAGE) * KV_HEADS * size
+        there = stored[:, None] & (place < size)[None, :]
+        new = (column == held)[:, None]
+        k = tl.load(keys + cell[:, None] + place[None, :], mask=there, other=0.0)
+        k = tl.where(new, k_new[None, :], k)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = tl.where((stored | (column == held))[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        # Before the window's first column all scores are −inf: 0 there keeps exp from −inf − −inf.
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(scores - safe[:, None])
+        shrink = tl.exp(top - safe)
+        v = tl.load(values + cell[:, None] + place[None, :], mask=there, other=0.0)
+        v = tl.where(new, v_new[None, :], v)
+        total = total * shrink + tl.sum(weights, 1)
+        result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    return result / total[:, None], top + tl.log(total)
 
 
 @triton.jit

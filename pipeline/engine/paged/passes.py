@@ -49,7 +49,9 @@ class PrefillPass:
             np.cumsum([0, *self._held]),
         ]
         uploaded = upload(np.concatenate(parts), model.device)  # one copy to the device
-        self.ids, self.positions, self._written, self._read, *both = uploaded.split([len(p) for p in parts])
+        self.ids, self.positions, self._written, self._read, *both = torch.split(
+            uploaded, [len(p) for p in parts]
+        )
         self._query_ends, self._key_ends = (t.int() for t in both)
         self._fresh = fresh
         self.last_tokens = self._query_ends[1:].long() - 1  # of each segment, among the N
@@ -90,10 +92,13 @@ class PrefillPass:
     def _row_by_row(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        keys = key.split(self._held) if not self._fresh else key.split(self._counts)
-        values = value.split(self._held) if not self._fresh else value.split(self._counts)
         outs: list[Tensor] = []
-        for q, k, v in zip(query.split(self._counts), keys, values, strict=True):
+        parts = (
+            torch.split(query, self._counts),
+            torch.split(key, self._held),
+            torch.split(value, self._held),
+        )
+        for q, k, v in zip(*parts, strict=True):  # where all is fresh, a row holds what it computes
             columns = torch.arange(len(k), device=q.device)
             own = columns[len(k) - len(q) :, None]
             seen = columns <= own
