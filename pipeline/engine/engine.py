@@ -18,7 +18,6 @@ from pipeline.request import Completion, FinishReason, GenerationParams, Request
 
 log = logging.getLogger(__name__)
 
-RECTANGLE_OVERHEAD = 512  # columns attended in the time of one more rectangle's kernel launches
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 
 
@@ -54,6 +53,7 @@ class Engine:
         self._decode = decode
         self._limits = (max_rows, max_tokens, window)
         self._prefill_tokens = prefill_tokens
+        self._overhead = forward.limits.rectangle_overhead
         self._share_prefix = share_prefix and forward.can_share_prefix
         self._rope_switch = rope_switch(forward.config)
         self._rectangles: list[Rectangle] = []
@@ -181,7 +181,7 @@ class Engine:
         if len(self._rectangles) > best + SPARE_RECTANGLES:
             due = self._rectangles
         elif any(r.full for r in self._rectangles):
-            due = [r for r in self._rectangles if r.full or r.columns < RECTANGLE_OVERHEAD]
+            due = [r for r in self._rectangles if r.full or r.columns < self._overhead]
         else:
             return
         kept = [r for r in self._rectangles if r not in due]
@@ -200,7 +200,7 @@ class Engine:
         if self._forward.equal_lengths:
             lengths = sorted({s.length for s in rows})
             return [[s for s in rows if s.length == length] for length in lengths]
-        return [rows[part] for part in partition([s.length for s in rows], RECTANGLE_OVERHEAD)]
+        return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
         """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
