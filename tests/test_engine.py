@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.kv_cache import Rectangle, regroup
+from pipeline.engine.limits import CPU
 from pipeline.request import GenerationParams, Request
 
 ROWS = [1, 2, 3, 7, 8, 64]
@@ -106,14 +108,14 @@ def test_text_is_the_same_when_few_tokens_are_in_flight_and_read_ahead(flat, exp
 
 def test_rows_are_trimmed_merged_and_split_without_a_change_of_text(flat, expected, counted, monkeypatch):
     # Cheap rectangles, so that a batch of a dozen rows is regrouped as one of a hundred is.
-    monkeypatch.setattr(engine_module, "RECTANGLE_OVERHEAD", 60)
+    monkeypatch.setattr(flat, "limits", replace(CPU, rectangle_overhead=60))
     monkeypatch.setattr(engine_module, "SPARE_RECTANGLES", 0)
     same(run(flat, mixed_requests(), max_rows=9), expected)
     assert min(counted.trimmed, counted.merged, counted.split) > 0, vars(counted)
 
 
 def test_dense_batches_are_trimmed_and_grow_without_a_change_of_text(flat, expected, counted, monkeypatch):
-    monkeypatch.setattr(engine_module, "RECTANGLE_OVERHEAD", 1 << 30)
+    monkeypatch.setattr(flat, "limits", replace(CPU, rectangle_overhead=1 << 30))
     same(run(flat, mixed_requests(), max_rows=16), expected)
     assert min(counted.grown, counted.trimmed, counted.merged) > 0, vars(counted)
 

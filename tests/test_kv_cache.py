@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.batch import DecodeBatch, prefill_batch
-from pipeline.engine.kv_cache import CHUNK, Rectangle, allocate, regroup, write
+from pipeline.engine.kv_cache import Rectangle, allocate, regroup, write
+from pipeline.engine.limits import CPU
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import GenerationParams, Request
 
@@ -101,9 +102,9 @@ def step(rectangles: list[Rectangle], dense: Dense) -> None:
 
 def test_write_right_aligns_the_rows(dense):
     rectangle = dense.rectangle(3, 9, 1)
-    assert (rectangle.starts, rectangle.head, rectangle.width) == ([6, 0, 8], 9, 9 + CHUNK)
+    assert (rectangle.starts, rectangle.head, rectangle.width) == ([6, 0, 8], 9, 9 + CPU.chunk)
     check(rectangle, dense)
-    assert rectangle.nbytes == 2 * len(WINDOWS) * 3 * KV_HEADS * (9 + CHUNK) * SIZE * 4
+    assert rectangle.nbytes == 2 * len(WINDOWS) * 3 * KV_HEADS * (9 + CPU.chunk) * SIZE * 4
 
 
 def test_write_in_parts_is_write_at_once(dense):
@@ -146,7 +147,7 @@ def test_repeat_makes_as_many_rows_as_asked_in_order(dense):
 def test_bias_kept_up_step_by_step_is_the_bias_made_anew(dense, window, retire_at):
     rectangle = dense.rectangle(3, 9, 1)
     keys = rectangle.keys[0]
-    for number in range(CHUNK):
+    for number in range(CPU.chunk):
         if number == retire_at:
             rectangle.retire(0)
         bias = rectangle.bias(window, keys)
@@ -165,7 +166,7 @@ def test_regroup_copies_merges_and_splits(dense):
     a, b, c, d, e = (*one.rows, *two.rows)
     new = regroup([one, two], [[d, b], [a, e, c]])
     assert [{id(s) for s in r.rows} for r in new] == [{id(d), id(b)}, {id(a), id(e), id(c)}]
-    assert [(r.head, r.width) for r in new] == [(20, 20 + CHUNK), (17, 17 + CHUNK)]
+    assert [(r.head, r.width) for r in new] == [(20, 20 + CPU.chunk), (17, 17 + CPU.chunk)]
     assert all(min(r.starts) == 0 for r in new)
     for rectangle in new:
         check(rectangle, dense)
@@ -176,18 +177,18 @@ def test_regroup_trims_what_is_padding_for_every_row(dense):
     rectangle = dense.rectangle(60, 9, 4)
     rectangle.retire(0)
     (new,) = regroup([rectangle], [rectangle.rows])
-    assert (new.head, new.width, sorted(new.starts)) == (9, 9 + CHUNK, [0, 5])
+    assert (new.head, new.width, sorted(new.starts)) == (9, 9 + CPU.chunk, [0, 5])
     check(new, dense)
 
 
 def test_regroup_gives_a_full_rectangle_room_to_grow(dense):
     rectangle = dense.rectangle(3, 9)
-    for _ in range(CHUNK):
+    for _ in range(CPU.chunk):
         step([rectangle], dense)
     assert rectangle.full
     (new,) = regroup([rectangle], [rectangle.rows])
     assert not new.full
-    assert new.width == 9 + 2 * CHUNK
+    assert new.width == 9 + 2 * CPU.chunk
     check(new, dense)
     step([new], dense)
 
@@ -196,7 +197,7 @@ def test_regroup_keeps_of_a_sliding_window_only_what_can_be_seen(dense):
     rectangle = dense.rectangle(100, 30)
     (new,) = regroup([rectangle], [rectangle.rows])
     assert new.first_columns == {5: 96, 40: 61}
-    assert [k.shape[2] for k in new.keys] == [100 + CHUNK, 4 + CHUNK, 100 + CHUNK, 39 + CHUNK]
+    assert [k.shape[2] for k in new.keys] == [100 + CPU.chunk, 4 + CPU.chunk, 100 + CPU.chunk, 39 + CPU.chunk]
     check(new, dense)
     step([new], dense)
     (again,) = regroup([new], [new.rows])  # from a rectangle that has been cut already
@@ -249,7 +250,7 @@ def test_prefill_attends_as_each_row_alone(dense, chunk, prefix_tokens):
             (row, column - rectangle.starts[row])
             for row, column in zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
         ]
-        assert batch.positions.tolist() == [[position for _, position in places]]
+        assert batch.positions == [position for _, position in places]
         seen += len(places)
         for layer in range(len(WINDOWS)):
             query = torch.randn(len(places), HEADS, SIZE)
@@ -271,3 +272,49 @@ def test_prefill_attends_as_each_row_alone(dense, chunk, prefix_tokens):
                 torch.testing.assert_close(out[token], upto.attention(rows[row], layer, query[token]))
     assert seen == sum(lengths) - prefix_tokens * len(lengths)
     check(rectangle, dense)
+
+
+HALF = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # and what rounding a weight and a result may change
+
+
+def rectangle_in(dtype: torch.dtype, dense: Dense, scale: float, *lengths: int) -> Rectangle:
+    """A rectangle in half precision of large keys; dense holds the same numbers."""
+    rectangle = dense.rectangle(*lengths)
+    for layer in range(len(WINDOWS)):
+        rectangle.keys[layer] = (rectangle.keys[layer] * scale).to(dtype)
+        rectangle.values[layer] = rectangle.values[layer].to(dtype)
+    for sequence in rectangle.rows:
+        pairs = dense.rows[id(sequence)]
+        pairs[:] = [((k * scale).to(dtype).float(), v.to(dtype).float()) for k, v in pairs]
+    return rectangle
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [1.0, 5.0, 300.0])
+def test_decode_keeps_scores_of_half_precision_in_float32(dense, dtype, scale):
+    """Scores of about 5 × 5, which bfloat16 would round by an eighth; of 300 × 300, too large for float16."""
+    rectangles = [rectangle_in(dtype, dense, scale, *lengths) for lengths in ((3, 61, 40), (130,))]
+    sequences = [s for r in rectangles for s in r.rows]
+    for rectangle in rectangles:
+        rectangle.head -= 1  # the last column is written anew, with what it holds
+    batch = DecodeBatch(rectangles)
+    for layer in range(len(WINDOWS)):
+        query = (torch.randn(len(sequences), HEADS, SIZE) * scale).to(dtype)
+        key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in sequences]) for i in (0, 1))
+        out = batch.attend(layer, query, key.to(dtype), value.to(dtype), SIZE**-0.5)
+        expected = torch.stack([dense.attention(s, layer, query[i].float()) for i, s in enumerate(sequences)])
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=4 * HALF[dtype])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [1.0, 5.0, 300.0])
+@pytest.mark.parametrize("length", [40, 1100])
+def test_prefill_keeps_scores_of_half_precision_in_float32(dense, dtype, scale, length):
+    rectangle = rectangle_in(dtype, dense, scale, length, length - 20)
+    batch = prefill_batch(rectangle, length - 1, length, None)
+    for layer in range(len(WINDOWS)):
+        query = (torch.randn(2, HEADS, SIZE) * scale).to(dtype)
+        key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in rectangle.rows]) for i in (0, 1))
+        out = batch.attend(layer, query, key.to(dtype), value.to(dtype), SIZE**-0.5)
+        expected = [dense.attention(s, layer, query[i].float()) for i, s in enumerate(rectangle.rows)]
+        torch.testing.assert_close(out.float(), torch.stack(expected), rtol=0, atol=4 * HALF[dtype])

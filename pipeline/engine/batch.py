@@ -2,7 +2,11 @@
 
 The model sees one flat row of tokens, [1, N], with explicit position ids: its linear layers compute no
 padding at all. Only attention knows rectangles. It is registered with transformers under ATTENTION, and
-gets the pass it belongs to as the keyword argument `batch`, which models hand down to it.
+gets the pass it belongs to as the keyword argument `batch`, which models hand down to it. No mask function is
+registered beside it: so transformers makes no mask, and does not look for packed sequences, which would wait
+for the device.
+
+What a pass needs on a device goes there once, whatever the number of layers.
 """
 
 from collections.abc import Sequence as Ordered
@@ -15,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
-from pipeline.engine.kv_cache import Rectangle, new_layer, write
+from pipeline.engine.kv_cache import Rectangle, aligned, by_products, new_layer, upload, write
 from pipeline.engine.scheduler import Sequence
 
 ATTENTION = "pipeline_rectangles"
+SEEN = 64  # columns: what lies beyond the head is not read, in steps that leave masks aligned
+
+# cuDNN's attention plans each new shape anew, and rectangles come in ever new ones; nor is it deterministic.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(eq=False)
@@ -35,18 +43,28 @@ class PrefillBatch:
     prefix: Rectangle | None
     first: int
     last: int
-    rows: Tensor  # [N] int64, each token's row
-    columns: Tensor  # [N] int64, and its column in the rectangle
+    rows: np.ndarray  # [N] int64, each token's row
+    columns: np.ndarray  # [N] int64, and its column in the rectangle
     kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _places: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.device], Tensor] = field(default_factory=dict)
 
     @property
-    def positions(self) -> Tensor:
-        """[1, N]: tokens so far in the row, never the column."""
-        return (self.columns - torch.tensor(self.rectangle.starts)[self.rows])[None]
+    def positions(self) -> list[int]:
+        """Of each of the N, the tokens so far in its row; never the column."""
+        positions: list[int] = (self.columns - np.array(self.rectangle.starts)[self.rows]).tolist()
+        return positions
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Rows [N], columns [N] and starts [R] on a device, brought there together."""
+        if device not in self._places:
+            parts = (self.rows, self.columns, np.array(self.rectangle.starts))
+            together = upload(np.concatenate(parts), device)
+            self._places[device] = torch.split(together, [len(part) for part in parts])
+        return self._places[device]
 
     @cached_property
-    def _places(self) -> np.ndarray:
+    def _spans(self) -> np.ndarray:
         """[R, 2] int64: each row's first token among the N, and the first column that is its own."""
         own = np.array(self.rectangle.starts) + (self.prefix.head if self.prefix else 0)
         counts = self.last - np.clip(own, self.first, self.last)
@@ -69,14 +87,14 @@ class PrefillBatch:
                 self._write_prefix(self.prefix, layer)
         keys, values = rectangle.keys[layer], rectangle.values[layer]
         if self.kernels is not None and key.shape == value.shape:
-            places, span = self._places, (self.first, self.last)
-            padded = self.kernels.place(query, key, value, rotation, places, span, keys, values)
+            spans, span = self._spans, (self.first, self.last)
+            padded = self.kernels.place(query, key, value, rotation, spans, span, keys, values)
             keys, values = keys[:, :, : self.last], values[:, :, : self.last]
             out = self._attend_block(padded, keys, values, window, scaling)
-            collected: Tensor = self.kernels.collect(out, places, span, len(query))
+            collected: Tensor = self.kernels.collect(out, spans, span, len(query))
             return collected
         assert rotation is None, "only the kernels rotate"
-        rows, columns = self.rows.to(query.device), self.columns.to(query.device)
+        rows, columns, _ = self._on(query.device)
         write(rectangle, layer, key, value, rows, columns)
         rows_count, width = len(rectangle.rows), self.last - self.first
         padded = query.new_zeros(rows_count, query.shape[1], width, query.shape[2])
@@ -94,11 +112,17 @@ class PrefillBatch:
         """
         rows, heads, columns, size = query.shape
         kv_heads, width = keys.shape[1:3]
-        if query.device.type != "cpu" or width > 1024:
-            repeats = heads // kv_heads
-            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
-            mask = self._mask(window).to(query.device)
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        on_cpu = query.device.type == "cpu"
+        if not on_cpu or width > 1024 or not (self.kernels is not None or by_products(query)):
+            mask = self._mask(window, query)
+            if not on_cpu and heads > kv_heads:
+                # With a mask, torch has a fused kernel for grouped heads on a CPU and on few GPUs. On the
+                # others it would hold all scores in float32.
+                keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))
+            grouped = keys.shape[1] < heads
+            return F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
+            )
         packed = query if self.kernels is not None else query * scaling
         packed = packed.reshape(rows * kv_heads, heads // kv_heads * columns, size)
         scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
@@ -106,21 +130,34 @@ class PrefillBatch:
         if self.kernels is not None:
             self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window, scaling)
         else:
-            scores = scores.masked_fill_(~self._mask(window), -torch.inf).softmax(-1)
+            scores = scores.masked_fill_(~self._mask(window, query), -torch.inf).softmax(-1)
         out = torch.bmm(scores.view(*packed.shape[:2], width), values.reshape(rows * kv_heads, width, -1))
         return out.view(rows, heads, columns, -1)
 
-    def _mask(self, window: int | None) -> Tensor:
-        """[R, 1, T, last], True where a query sees a key; made once for all layers of this window."""
-        if window not in self._masks:
-            starts = torch.tensor(self.rectangle.starts)[:, None, None]
-            queries, keys = torch.arange(self.first, self.last)[:, None], torch.arange(self.last)
-            seen = (keys <= queries) & (keys >= starts)
-            if window is not None:
-                seen &= keys > queries - window
-            seen |= queries < starts  # a padding query sees all: its result is not read, nor NaN
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+    def _mask(self, window: int | None, query: Tensor) -> Tensor:
+        """[R, 1, T, last]: True where a query sees a key; on a GPU 0 there and −inf elsewhere.
+
+        Made once for all layers of this window and device.
+        """
+        key = (window, query.device)
+        if key not in self._masks:
+            seen = self._seen(window, query.device)
+            if query.device.type != "cpu":  # what torch would make of it at each layer
+                rows, columns = seen.shape[0], self.last - self.first
+                bias = query.new_zeros(rows, 1, columns, aligned(self.last))[..., : self.last]
+                seen = bias.masked_fill_(seen.logical_not(), -torch.inf)
+            self._masks[key] = seen
+        return self._masks[key]
+
+    def _seen(self, window: int | None, device: torch.device) -> Tensor:
+        starts = self._on(device)[2][:, None, None]
+        queries = torch.arange(self.first, self.last, device=device)[:, None]
+        keys = torch.arange(self.last, device=device)
+        seen = (keys <= queries) & (keys >= starts)
+        if window is not None:
+            seen &= keys > queries - window
+        seen |= queries < starts  # a padding query sees all: its result is not read, nor NaN
+        return seen[:, None]
 
     def _write_prefix(self, prefix: Rectangle, layer: int) -> None:
         starts, length = self.rectangle.starts, prefix.head
@@ -130,8 +167,8 @@ class PrefillBatch:
                 self.kernels.copy_prefix(store, source, starts, length)
             else:
                 rows = torch.arange(len(starts), device=store.device)[:, None]
-                columns = torch.tensor(starts)[:, None] + torch.arange(length)
-                store[rows, :, columns.to(store.device)] = source[0, :, :length].transpose(0, 1)
+                columns = self._on(store.device)[2][:, None] + torch.arange(length, device=store.device)
+                store[rows, :, columns] = source[0, :, :length].transpose(0, 1)
 
 
 @dataclass(eq=False)
@@ -148,8 +185,9 @@ class DecodeBatch:
         return [s for rectangle in self.rectangles for s in rectangle.rows]
 
     @property
-    def positions(self) -> Tensor:
-        return torch.tensor([[r.head - start for r in self.rectangles for start in r.starts]])
+    def positions(self) -> list[int]:
+        """Of each row, the tokens so far."""
+        return [r.head - start for r in self.rectangles for start in r.starts]
 
     def attend(
         self,
@@ -200,8 +238,7 @@ class DecodeBatch:
     ) -> Tensor:
         """The same, rectangle by rectangle, in torch's own operators.
 
-        Query heads that share a key head are rows of one product, so keys are read once. All blocks are
-        contiguous: [rows · H_kv, width, D].
+        Query heads that share a key head are queries of that one head, so keys are read once.
         """
         outs: list[Tensor] = []
         first = 0
@@ -213,7 +250,12 @@ class DecodeBatch:
             keys[:, :, column] = key[own]
             values[:, :, column] = value[own]
             bias = self._bias(rectangle, window, keys)
-            outs.append(_attend_rows(query[own], keys, values, bias, scaling))
+            if by_products(query):
+                outs.append(_attend_by_products(query[own], keys, values, bias, scaling))
+            else:
+                seen = slice(min(keys.shape[2], -(-(column + 1) // SEEN) * SEEN))
+                used = keys[:, :, seen], values[:, :, seen], bias[:, :, seen]
+                outs.append(_attend_rows(query[own], *used, scaling))
             first += count
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -226,7 +268,15 @@ class DecodeBatch:
 
 
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, H_kv, W] → [R, H, D]."""
+    """query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, 1, W] → [R, H, D]."""
+    rows, heads, size = query.shape
+    folded = query.reshape(rows, keys.shape[1], heads // keys.shape[1], size)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias[:, :, None], scale=scaling)
+    return out.reshape(rows, heads, values.shape[-1])
+
+
+def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """The same with bias [R, H_kv, W]; all blocks are contiguous."""
     rows, heads, size = query.shape
     kv_heads, width = keys.shape[1:3]
     scores = torch.baddbmm(
@@ -243,8 +293,8 @@ def prefill_batch(
     rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None, kernels: ModuleType | None = None
 ) -> PrefillBatch:
     """The tokens of columns [first, last) that are neither padding nor shared prefix."""
-    own = torch.tensor(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
-    rows, columns = torch.nonzero(torch.arange(first, last) >= own, as_tuple=True)
+    own = np.array(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
+    rows, columns = np.nonzero(np.arange(first, last) >= own)
     return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, kernels)
 
 
@@ -270,9 +320,4 @@ def rectangle_attention(
     return batch.attend(layer, q, k, v, scaling or query.shape[-1] ** -0.5)[None], None
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """The rectangles know their masks; transformers need not make one."""
-
-
 AttentionInterface.register(ATTENTION, rectangle_attention)
-AttentionMaskInterface.register(ATTENTION, no_mask)

@@ -9,16 +9,17 @@ import logging
 from collections.abc import Sequence as Ordered
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
 from pipeline.engine.cpu.fused_model import FusedModel, can_fuse, load_kernels
 from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
-from pipeline.engine.kv_cache import Rectangle, allocate, new_layer
+from pipeline.engine.kv_cache import Rectangle, allocate, new_layer, upload
+from pipeline.engine.limits import Limits, limits
 from pipeline.engine.scheduler import Sequence
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Forward(Protocol):
     config: Any
     can_share_prefix: bool
     equal_lengths: bool  # rows of different length may not share a rectangle
+    limits: Limits
 
     def prefill(
         self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
@@ -51,6 +53,7 @@ class FlatForward:
         self._windows = layer_windows(self.config)
         self._model = model
         self._device = input_device(model)
+        self.limits = limits(self._device.type)
         self._kernels = load_kernels() if _is_bf16_on_cpu(model) else None
         self._packed = self._kernels is not None and is_packed(model)
         self._fused = FusedModel(model, self._kernels) if self._kernels and can_fuse(model) else None
@@ -62,42 +65,38 @@ class FlatForward:
     def prefill(
         self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
-        rectangle = allocate(rows, [s.length for s in rows], self._windows)
+        rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         ids = [s.all_token_ids for s in rows]
         first = prefix.head if prefix else 0
         width = max(1, max_tokens // len(rows))
         while True:
             last = min(first + width, rectangle.head)
             batch = prefill_batch(rectangle, first, last, prefix, self._kernels)
-            places = zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
-            tokens = [ids[row][column - rectangle.starts[row]] for row, column in places]
+            positions = batch.positions
+            places = zip(batch.rows.tolist(), positions, strict=True)
+            tokens = [ids[row][position] for row, position in places]
             if last == rectangle.head:
-                ends = torch.nonzero(batch.columns == last - 1)[:, 0].tolist()
-                return rectangle, self._run(tokens, batch.positions, ends, batch)
-            self._run(tokens, batch.positions, [0], batch)
+                ends = np.flatnonzero(batch.columns == last - 1).tolist()
+                return rectangle, self._run(tokens, positions, ends, batch)
+            self._run(tokens, positions, [0], batch)
             first = last
 
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
         batch = DecodeBatch(rectangles, self._kernels)
-        tokens = [s.token_ids[-1] for s in batch.sequences]
+        tokens, positions = [s.token_ids[-1] for s in batch.sequences], batch.positions
         if self._program is not None:
-            return self._program.run(tokens, batch.positions, batch)
-        spare = _round_up(len(tokens)) - len(tokens) if self._packed else 0
-        positions = F.pad(batch.positions, (0, spare))
-        return self._run(tokens + [0] * spare, positions, list(range(len(tokens))) if spare else 0, batch)
+            return self._program.run(tokens, torch.tensor([positions]), batch)
+        spare = [0] * (_round_up(len(tokens)) - len(tokens)) if self._packed else []
+        return self._run(tokens + spare, positions + spare, list(range(len(tokens))) if spare else 0, batch)
 
-    def _run(self, tokens: list[int], positions: Tensor, keep: list[int] | int, batch: Any) -> Tensor:
+    def _run(self, tokens: list[int], positions: list[int], keep: list[int] | int, batch: Any) -> Tensor:
         """Logits of the places in `keep`; of all for 0.
 
         Plain numbers, never a tensor: with layers on several GPUs, accelerate would bring a tensor to the
         first, and the head's states are on the last.
         """
-        inputs = {
-            "input_ids": torch.tensor([tokens], device=self._device),
-            "position_ids": positions.to(self._device),
-            "logits_to_keep": keep,
-            "batch": batch,
-        }
+        both = upload([tokens, positions], self._device)
+        inputs = {"input_ids": both[:1], "position_ids": both[1:], "logits_to_keep": keep, "batch": batch}
         if self._fused is not None:
             return self._fused(**inputs)
         logits: Tensor = self._model(**inputs, use_cache=False).logits[0]
@@ -115,30 +114,29 @@ class PaddedForward:
         self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks
         self._model = model
         self._device = input_device(model)
+        self.limits = limits(self._device.type)
 
     def prefill(
         self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
-        rectangle = allocate(rows, [s.length for s in rows], self._windows)
+        rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         width, rectangle.head = rectangle.head, 0
         ids = [[0] * start + list(s.all_token_ids) for s, start in zip(rows, rectangle.starts, strict=True)]
-        logits = self._run(rectangle, torch.tensor(ids), width)
+        logits = self._run(rectangle, ids, width)
         rectangle.head = width
         return rectangle, logits
 
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
-        return torch.cat(
-            [self._run(r, torch.tensor([[s.token_ids[-1]] for s in r.rows]), r.head + 1) for r in rectangles]
-        )
+        return torch.cat([self._run(r, [s.token_ids[-1:] for s in r.rows], r.head + 1) for r in rectangles])
 
-    def _run(self, rectangle: Rectangle, ids: Tensor, columns: int) -> Tensor:
+    def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:
         """Columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
-        starts = torch.tensor(rectangle.starts)[:, None]
-        positions = torch.arange(columns)[None] - starts
+        both = upload([[s, *own] for s, own in zip(rectangle.starts, ids, strict=True)], self._device)
+        positions = torch.arange(columns, device=self._device) - both[:, :1]
         output = self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=(positions >= 0).long().to(self._device),
-            position_ids=positions[:, rectangle.head :].clamp(min=0).to(self._device),
+            input_ids=both[:, 1:],
+            attention_mask=(positions >= 0).long(),
+            position_ids=positions[:, rectangle.head :].clamp(min=0),
             past_key_values=_RectangleCache(rectangle, columns),
             use_cache=True,
             logits_to_keep=1,

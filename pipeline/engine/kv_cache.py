@@ -6,19 +6,20 @@ so no row ever has a hole and column distance is token distance.
 
 Keys and values are contiguous [rows, H, width, D]; the linear layers never see the padding, only the
 attention of this rectangle does. Rows leave by moving the last row into their place. Growing, trimming,
-merging and splitting are one verb, `regroup`: it copies rows into new rectangles, once in CHUNK steps.
+merging and splitting are one verb, `regroup`: it copies rows into new rectangles, once in a chunk of steps.
 """
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.scheduler import Sequence
 from pipeline.host_memory import return_heap
 
-CHUNK = 32  # columns allocated ahead
 # Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
 LAYERS = 4
 
@@ -36,6 +37,7 @@ class Rectangle:
     head: int
     width: int
     windows: tuple[int | None, ...]  # each layer's sliding window; None is full attention
+    limits: Limits
     keys: list[Tensor] = field(default_factory=list)  # each layer: [≥ rows, H_kv, width − first, D]
     values: list[Tensor] = field(default_factory=list)
     first_columns: dict[int | None, int] = field(default_factory=dict)
@@ -66,42 +68,68 @@ class Rectangle:
 
     def repeat(self, sequences: list[list[Sequence]]) -> None:
         """Turn each row into as many copies as it has sequences, one for each."""
-        index = torch.tensor([i for i, copies in enumerate(sequences) for _ in copies])
+        index = [i for i, copies in enumerate(sequences) for _ in copies]
         self.rows = [s for copies in sequences for s in copies]
-        self.starts = [self.starts[i] for i in index.tolist()]
-        self.keys = [t.index_select(0, index.to(t.device)) for t in self.keys]
-        self.values = [t.index_select(0, index.to(t.device)) for t in self.values]
+        self.starts = [self.starts[i] for i in index]
+        on = {device: upload(index, device) for device in {t.device for t in self.keys}}
+        self.keys = [t.index_select(0, on[t.device]) for t in self.keys]
+        self.values = [t.index_select(0, on[t.device]) for t in self.values]
 
     def bias(self, window: int | None, keys: Tensor) -> Tensor:
         """What a decode step adds to the scores: 0 on the columns that a row may see, −inf elsewhere.
 
-        Made once for a rectangle, then kept up by one column a step.
+        Made once for a rectangle and a device, then kept up by one column a step.
 
         Returns:
-            [rows, H_kv, width − first] in the dtype of `keys`.
+            [rows, H_kv or 1, width − first] in the dtype of `keys`: one for each head for `by_products`.
         """
         first = self.first_columns.get(window, 0)
         key = (window, keys.device)
         bias = self.biases.get(key)
         if bias is None:
-            columns = torch.arange(first, self.width)
-            seen = (columns >= torch.tensor(self.starts)[:, None]) & (columns <= self.head)
-            if window is not None:
-                seen &= columns > self.head - window
-            bias = torch.zeros(seen.shape, dtype=keys.dtype).masked_fill_(~seen, -torch.inf)
-            bias = bias[:, None].expand(-1, keys.shape[1], -1).contiguous().to(keys.device)
-            self.biases[key] = bias
+            bias = self.biases[key] = self._new_bias(window, keys)
         else:
-            bias[:, :, self.head - first] = 0
+            bias[:, :, self.head - first].zero_()
             if window is not None and self.head - window >= first:
-                bias[:, :, self.head - window - first] = -torch.inf
-        return bias[: len(self.rows)]
+                bias[:, :, self.head - window - first].fill_(-torch.inf)
+        return bias[: len(self.rows), :, : self.width - first]
+
+    def _new_bias(self, window: int | None, keys: Tensor) -> Tensor:
+        heads = keys.shape[1] if by_products(keys) else 1
+        first = self.first_columns.get(window, 0)
+        width = self.width - first if by_products(keys) else aligned(self.width - first)
+        columns = torch.arange(first, first + width, device=keys.device)
+        seen = (columns >= upload(self.starts, keys.device)[:, None]) & (columns <= self.head)
+        if window is not None:
+            seen &= columns > self.head - window
+        bias = keys.new_zeros(len(self.rows), heads, width)
+        return bias.masked_fill_(seen.logical_not()[:, None], -torch.inf)
 
 
-def allocate(rows: list[Sequence], lengths: Ordered[int], windows: tuple[int | None, ...]) -> Rectangle:
+def upload(numbers: Any, device: torch.device) -> Tensor:
+    """Bring whole numbers to a device; the host does not wait for it."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+def by_products(states: Tensor) -> bool:
+    """Whether attention is two products and a softmax.
+
+    Else it is torch's own kernel, which keeps scores in float32 where these are in half precision.
+    """
+    return states.dtype == torch.float32
+
+
+def aligned(columns: int) -> int:
+    """The columns of a mask that torch's kernels on a GPU read as it is; others they copy at each layer."""
+    return -(-columns // 16) * 16
+
+
+def allocate(
+    rows: list[Sequence], lengths: Ordered[int], windows: tuple[int | None, ...], limits: Limits = CPU
+) -> Rectangle:
     """A rectangle about to be prefilled: its rows end together; each layer is made at its first write."""
     longest = max(lengths)
-    return Rectangle(rows, [longest - n for n in lengths], longest, longest + CHUNK, windows)
+    return Rectangle(rows, [longest - n for n in lengths], longest, longest + limits.chunk, windows, limits)
 
 
 def write(
@@ -141,7 +169,7 @@ def regroup(rectangles: Ordered[Rectangle], groups: Ordered[Ordered[Sequence]]) 
     for group in groups:
         rows = sorted(group, key=lambda s: place[id(s)])  # so that neighbours stay neighbours
         held = [rectangles[r].head - rectangles[r].starts[i] for r, i in (place[id(s)] for s in rows)]
-        rectangle = allocate(rows, held, windows)
+        rectangle = allocate(rows, held, windows, rectangles[0].limits)
         rectangle.first_columns = {w: max(0, rectangle.head - w + 1) for w in windows if w is not None}
         new.append(rectangle)
     runs = [_runs([place[id(s)] for s in rectangle.rows]) for rectangle in new]
@@ -176,7 +204,7 @@ def _copy(new: Rectangle, runs: list[Run], rectangles: Ordered[Rectangle], name:
     like: Tensor = getattr(rectangles[0], name)[layer]
     window = new.windows[layer]
     used = new.head - new.first_columns.get(window, 0)  # columns before the chunk
-    tensor = like.new_empty(len(new.rows), like.shape[1], used + CHUNK, like.shape[3])
+    tensor = like.new_empty(len(new.rows), like.shape[1], used + new.limits.chunk, like.shape[3])
     tensor[:, :, used:] = 0
     for row, source, source_row, count in runs:
         old = rectangles[source]

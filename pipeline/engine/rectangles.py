@@ -16,7 +16,6 @@ from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_gr
 from pipeline.engine.stats import EngineStats
 from pipeline.request import GenerationParams, Request
 
-RECTANGLE_OVERHEAD = 512  # columns attended in the time of one more rectangle's kernel launches
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 
 
@@ -37,6 +36,7 @@ class RectangleBatch:
     ) -> None:
         self._forward = forward
         self._prefill_tokens = prefill_tokens
+        self._overhead = forward.limits.rectangle_overhead
         self._share_prefix = share_prefix and forward.can_share_prefix
         self._stats = stats
         self._accept = accept
@@ -135,7 +135,7 @@ class RectangleBatch:
         if len(self._rectangles) > best + SPARE_RECTANGLES:
             due = self._rectangles
         elif any(r.full for r in self._rectangles):
-            due = [r for r in self._rectangles if r.full or r.columns < RECTANGLE_OVERHEAD]
+            due = [r for r in self._rectangles if r.full or r.columns < self._overhead]
         else:
             return
         kept = [r for r in self._rectangles if r not in due]
@@ -154,7 +154,7 @@ class RectangleBatch:
         if self._forward.equal_lengths:
             lengths = sorted({s.length for s in rows})
             return [[s for s in rows if s.length == length] for length in lengths]
-        return [rows[part] for part in partition([s.length for s in rows], RECTANGLE_OVERHEAD)]
+        return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
         """Rows that grow past longrope's switch are prefilled again, as `generate` does."""

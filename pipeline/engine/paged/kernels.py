@@ -15,8 +15,7 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
 SPLIT = 256  # columns that one program attends to; the same whatever the batch, and so a row's bits
-BLOCK, WARPS, STAGES = 64, 4, 2  # columns in one product, and how Triton runs it
-BLOCK_FLOAT32, WARPS_FLOAT32, STAGES_FLOAT32 = 32, 4, 1  # in float32, without the matrix units
+HALF, FLOAT32 = (64, 4, 2), (32, 4, 1)  # columns in one product, warps and stages of Triton
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -129,7 +128,7 @@ def attend(
 
     Args:
         query: [B, H, D]; key, value: [B, H_kv, D].
-        rotation: still to be applied to query and key, or None.
+        rotation: to be applied to query and key, or None.
         keys, values: the layer's pages, [P, PAGE, H_kv, D].
         control: [B, ≥ 2] int32, each row's slot, and how many columns it holds.
         table: [slots, T] int32, the pages of each slot.
@@ -148,8 +147,7 @@ def attend(
     parts = query.new_empty(rows, heads, splits, size, dtype=torch.float32) if splits > 1 else output
     sums = query.new_empty(rows, heads, splits, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(size))
-    wide = query.dtype == torch.float32
-    block, warps, stages = (BLOCK_FLOAT32, WARPS_FLOAT32, STAGES_FLOAT32) if wide else (BLOCK, WARPS, STAGES)
+    block, warps, stages = FLOAT32 if query.dtype == torch.float32 else HALF
     _attend_kernel[(rows, kv_heads, splits)](
         query, key, value, cos, sin, keys, values, control, table, parts, sums,
         control.stride(0), table.stride(0), window or 0, scaling, size, splits,
