@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.accelerators import describe, free_bytes
 from pipeline.architecture import Architecture, architecture
 from pipeline.engine.forward import input_device
+from pipeline.engine.limits import limits
 from pipeline.errors import ConfigError
 from pipeline.gpu import Gpu
 from pipeline.memory_peaks import activation_bytes, logits_bytes, scratch_bytes
@@ -18,7 +19,6 @@ from pipeline.memory_plan import KV_CHUNK, Quant, kv_bytes_per_token, kv_cache_b
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 128  # more rows make no step faster on any device measured so far
 UNKNOWN_TOKENS = 1 << 20  # without a prediction: the engine finds the bound when memory runs out
 
 
@@ -80,7 +80,7 @@ def capacity(
     Args:
         fraction: of the free memory, for keys and values and the work of a pass.
     """
-    rows = max_rows or MAX_ROWS
+    rows = max_rows or limits(input_device(model).type).max_rows
     arch = kv_architecture(model.config.get_text_config().to_dict())
     if arch is None:
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How rectangles are cut and grow."""
+    """How many rows a batch has, and how rectangles are cut and grow."""
 
+    max_rows: int  # more make no step faster on any device measured so far
     chunk: int  # columns that a rectangle has allocated ahead
     rectangle_overhead: int  # columns attended in the time of one more rectangle's kernel launches
 
 
-CPU = Limits(chunk=32, rectangle_overhead=512)
-GPU = Limits(chunk=256, rectangle_overhead=16_384)
+CPU = Limits(max_rows=128, chunk=32, rectangle_overhead=512)
+GPU = Limits(max_rows=512, chunk=256, rectangle_overhead=16_384)
 
 
 def limits(device_type: str) -> Limits:

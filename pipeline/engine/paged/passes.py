@@ -188,4 +188,5 @@ class PassModel:
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A list or array of numbers on the device; from pinned memory, so that nobody waits."""
     made = torch.as_tensor(numbers, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return made.pin_memory().to(device, non_blocking=True) if pinned else made.to(device)

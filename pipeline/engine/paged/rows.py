@@ -40,7 +40,7 @@ class Launch:
     @classmethod
     def of(cls, rows: list[Row], held: list[int], tokens: Tensor, report: Report | None) -> Self:
         """Begin to bring the tokens, [B] int64, to the host."""
-        if tokens.device.type != "cuda":
+        if not (tokens.is_cuda and torch.cuda.is_available()):
             return cls(rows, held, tokens.clone(), None, report)
         copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         copy.copy_(tokens, non_blocking=True)
