@@ -13,6 +13,8 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.limits import CPU
+from pipeline.engine.paged.forward import PagedForward
+from pipeline.engine.paged.pages import PAGE
 from pipeline.request import GenerationParams, Request
 
 ROWS = [1, 2, 3, 7, 8, 64]
@@ -53,8 +55,20 @@ def expected(each_tiny_model) -> dict[str, tuple[int, ...]]:
     return {r.id: alone(each_tiny_model, r) for r in mixed_requests()}
 
 
+@pytest.fixture(scope="module", params=[FlatForward, PagedForward], ids=["rectangles", "pages"])
+def way(request: pytest.FixtureRequest) -> Any:
+    """One after the other, the ways to hold keys and values."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def flat(each_tiny_model) -> Forward:
+def flat(way, each_tiny_model) -> Any:
+    """A way through each model whose linear layers see no padding."""
+    return way(copy.deepcopy(each_tiny_model))
+
+
+@pytest.fixture(scope="module")
+def rectangles(each_tiny_model) -> Forward:
     return FlatForward(copy.deepcopy(each_tiny_model))
 
 
@@ -106,29 +120,31 @@ def test_text_is_the_same_when_few_tokens_are_in_flight_and_read_ahead(flat, exp
     same(run(flat, shuffled(mixed_requests(), seed=3), max_rows=8, max_tokens=150, window=4), expected)
 
 
-def test_rows_are_trimmed_merged_and_split_without_a_change_of_text(flat, expected, counted, monkeypatch):
+def test_rows_are_trimmed_merged_and_split_without_a_change_of_text(
+    rectangles, expected, counted, monkeypatch
+):
     # Cheap rectangles, so that a batch of a dozen rows is regrouped as one of a hundred is.
-    monkeypatch.setattr(flat, "limits", replace(CPU, rectangle_overhead=60))
+    monkeypatch.setattr(rectangles, "limits", replace(CPU, rectangle_overhead=60))
     monkeypatch.setattr(engine_module, "SPARE_RECTANGLES", 0)
-    same(run(flat, mixed_requests(), max_rows=9), expected)
+    same(run(rectangles, mixed_requests(), max_rows=9), expected)
     assert min(counted.trimmed, counted.merged, counted.split) > 0, vars(counted)
 
 
-def test_dense_batches_are_trimmed_and_grow_without_a_change_of_text(flat, expected, counted, monkeypatch):
-    monkeypatch.setattr(flat, "limits", replace(CPU, rectangle_overhead=1 << 30))
-    same(run(flat, mixed_requests(), max_rows=16), expected)
+def test_dense_batches_are_trimmed_and_grow_without_a_change_of_text(
+    rectangles, expected, counted, monkeypatch
+):
+    monkeypatch.setattr(rectangles, "limits", replace(CPU, rectangle_overhead=1 << 30))
+    same(run(rectangles, mixed_requests(), max_rows=16), expected)
     assert min(counted.grown, counted.trimmed, counted.merged) > 0, vars(counted)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 8])
-def test_rows_below_across_and_above_the_longrope_switch_keep_their_text(tiny_model, max_rows):
+def test_rows_below_across_and_above_the_longrope_switch_keep_their_text(way, tiny_model, max_rows):
     requests = [
         Request(f"{n}", tuple(range(60, 60 + n)), GenerationParams(max_new_tokens=12, ignore_eos=True))
         for n in (8, 51, 52, 53, 54, 58, 62, 63, 64, 65, 66, 90)  # the switch is at 64
     ]
-    engine = Engine(
-        FlatForward(copy.deepcopy(tiny_model("phi3"))), EOS, max_rows=max_rows, share_prefix=False
-    )
+    engine = Engine(way(copy.deepcopy(tiny_model("phi3"))), EOS, max_rows=max_rows, share_prefix=False)
     done = tokens(run_engine(engine, shuffled(requests, max_rows)))
     for request in requests:
         assert done[request.id, 0] == alone(tiny_model("phi3"), request, eos=()), request.id
@@ -136,14 +152,16 @@ def test_rows_below_across_and_above_the_longrope_switch_keep_their_text(tiny_mo
     assert crossed == 65 * 5, "rows of 54 to 64 tokens are prefilled again at 65"
 
 
-def test_a_shared_prefix_is_computed_once(tiny_model):
-    forward = FlatForward(copy.deepcopy(tiny_model("llama")))
-    requests = mixed_requests()
+@pytest.mark.parametrize("prefix_tokens", [12, 40, 64])
+def test_a_shared_prefix_is_computed_once(way, tiny_model, prefix_tokens):
+    forward = way(copy.deepcopy(tiny_model("llama")))
+    requests = mixed_requests(prefix_tokens=prefix_tokens)
     sharing, apart = Engine(forward, EOS), Engine(forward, EOS, share_prefix=False)
     assert tokens(run_engine(sharing, requests)) == tokens(run_engine(apart, requests))
     rows = len(requests) - 2  # two are duplicates
     assert apart.stats.prefill_tokens == sum(len(r.prompt_token_ids) for r in requests[:rows])
-    assert apart.stats.prefill_tokens - sharing.stats.prefill_tokens == 12 * (rows - 1)
+    shared = prefix_tokens if way is FlatForward else prefix_tokens // PAGE * PAGE  # whole pages
+    assert apart.stats.prefill_tokens - sharing.stats.prefill_tokens == shared * (rows - 1)
 
 
 def test_a_row_without_the_prefix_of_the_first_window_keeps_its_text(each_tiny_model, flat):
@@ -153,8 +171,8 @@ def test_a_row_without_the_prefix_of_the_first_window_keeps_its_text(each_tiny_m
     assert done["other", 0] == alone(each_tiny_model, other)
 
 
-def test_duplicates_run_once_and_all_get_the_text(tiny_model):
-    forward = FlatForward(copy.deepcopy(tiny_model("llama")))
+def test_duplicates_run_once_and_all_get_the_text(way, tiny_model):
+    forward = way(copy.deepcopy(tiny_model("llama")))
     first = mixed_requests()[2]
     params = GenerationParams(max_new_tokens=first.params.max_new_tokens, n=3)
     requests = [Request(f"d{i}", first.prompt_token_ids, params) for i in range(4)]
@@ -164,8 +182,8 @@ def test_duplicates_run_once_and_all_get_the_text(tiny_model):
     assert engine.stats.peak_rows == 1
 
 
-def test_samples_of_a_prompt_share_one_prefill(tiny_model):
-    forward = FlatForward(copy.deepcopy(tiny_model("llama")))
+def test_samples_of_a_prompt_share_one_prefill(way, tiny_model):
+    forward = way(copy.deepcopy(tiny_model("llama")))
     ids = mixed_requests()[4].prompt_token_ids
     params = GenerationParams(max_new_tokens=20, n=5, temperature=1.0, ignore_eos=True)
     engine = Engine(forward, EOS)
@@ -198,8 +216,8 @@ def test_sampled_text_does_not_depend_on_rows_in_flight_order_or_path(flat, padd
     assert tokens(run(padded, shuffled(sampled_requests(), 5), max_rows=5)) == whole
 
 
-def test_the_seed_decides_a_sample_and_samples_differ(tiny_model):
-    forward = FlatForward(copy.deepcopy(tiny_model("llama")))
+def test_the_seed_decides_a_sample_and_samples_differ(way, tiny_model):
+    forward = way(copy.deepcopy(tiny_model("llama")))
     ids = mixed_requests()[0].prompt_token_ids
 
     def draw(seed: int, id: str = "a") -> dict[tuple[str, int], tuple[int, ...]]:
@@ -247,5 +265,5 @@ def test_stats_count_what_was_done(flat, expected):
     assert engine.live == []
 
 
-def test_no_requests_are_no_completions(tiny_model: Callable[[str], Any]):
-    assert run(FlatForward(copy.deepcopy(tiny_model("llama"))), []) == {}
+def test_no_requests_are_no_completions(way, tiny_model: Callable[[str], Any]):
+    assert run(way(copy.deepcopy(tiny_model("llama"))), []) == {}

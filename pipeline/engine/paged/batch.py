@@ -101,7 +101,7 @@ class PagedBatch:
         count = len(prefix) // PAGE
         longest = sorted(map(self.tokens_of, scheduler.waiting), reverse=True)[: scheduler.max_rows]
         most = max(longest[0], scheduler.max_tokens) // PAGE
-        self._forward.open(min(most, sum(longest) // PAGE) + count, self._max_rows)
+        self._forward.open(min(most, sum(longest) // PAGE) + count, self._max_rows, longest[0] // PAGE)
         self._slots = list(range(self._max_rows - 1, -1, -1))
         self._prefix = prefix, self._forward.pages.take(count)
         for first in range(0, len(prefix), self._prefill_tokens):

@@ -41,20 +41,24 @@ class PagedForward:
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
-        self._captures = self.device.type == "cuda" and _can_capture(model)
+        self._captures = self.device.type == "cuda" and torch.cuda.is_available() and _can_capture(model)
         self._graphs: list[StepGraph] = []
         self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         self.open(0, 0)
         model.set_attn_implementation(ATTENTION)
 
-    def open(self, pages: int, slots: int) -> None:
-        """Begin with so many pages and slots, and nothing in them; what was there is gone."""
+    def open(self, pages: int, slots: int, row_pages: int = 1) -> None:
+        """Begin with so many pages and slots, and nothing in them; what was there is gone.
+
+        Args:
+            row_pages: of the longest row that is known. A longer one costs recording the graphs anew.
+        """
         self.close()
         self.pages = Pages(pages)
         self._slots = slots
         # The last slot is that of rows which only fill a graph up: they write to SCRATCH.
         self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)  # each slot's newest
-        self._table = torch.zeros(slots + 1, 1, dtype=torch.int32, device=self.device)
+        self._table = torch.zeros(slots + 1, row_pages, dtype=torch.int32, device=self.device)
 
     def close(self) -> None:
         """Give pages and graphs back."""
@@ -68,14 +72,14 @@ class PagedForward:
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
-        self._memory = torch.cuda.graph_pool_handle() if self._captures else (0, 0)
+        self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else (0, 0)
 
     def assign(self, slots: Ordered[int], pages: Ordered[Ordered[int]]) -> None:
         """Tell the device which pages each of these slots has now."""
         widest = max(map(len, pages))
         if widest > self._table.shape[1]:
             self._forget_graphs()
-            wider = self._table.new_zeros(len(self._table), 1 << (widest - 1).bit_length())
+            wider = self._table.new_zeros(len(self._table), widest + widest // 2)
             wider[:, : self._table.shape[1]] = self._table
             self._table = wider
         width = self._table.shape[1]
@@ -128,13 +132,11 @@ class PagedForward:
     def _graph(self, count: int, columns: int) -> StepGraph | None:
         """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
         little, and recording one anew takes as long as a dozen steps."""
-        fitting = [
-            g for g in self._graphs if count <= g.rows <= 2 * count and columns <= g.columns <= 4 * columns
-        ]
-        if fitting:
-            return min(fitting, key=lambda g: (g.rows, g.columns))
         rows = next((r for r in GRAPH_ROWS if r >= count), count)
         widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
+        fits = [g for g in self._graphs if count <= g.rows <= 2 * rows and columns <= g.columns <= 4 * widest]
+        if fits:
+            return min(fits, key=lambda g: (g.rows, g.columns))
         empty = torch.tensor([(self._slots, 0)] * rows, dtype=torch.int32, device=self.device)
         try:
             graph = StepGraph(lambda control: self._step(control, widest), empty, widest, self._memory)
@@ -192,7 +194,9 @@ def _can_capture(model: Any) -> bool:
 @functools.cache
 def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
     """Triton's kernels, and whether FlashAttention runs."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None, False
+    if torch.cuda.get_device_capability(device) < AMPERE:
         return None, False
     try:
         from pipeline.engine.paged import kernels
