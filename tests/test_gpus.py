@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from engine_runs import EOS, mixed_requests, run_engine
+from engine_runs import EOS, mixed_requests, run, run_engine
 from fake_gpus import fake_gpus, fake_model
+from transformers import masking_utils
 
 from pipeline.engine import engine as engine_module
 from pipeline.engine.engine import Engine
@@ -61,6 +62,16 @@ def test_a_decode_step_is_one_upload_and_one_download(name, dtype):
                     sequence.token_ids = sequence.token_ids or [3]
             assert decode(forward, rectangles) == [0, 0, 0]
         assert dict(traffic.count) == {"up": 1, "down": 1}
+
+
+def test_transformers_does_not_look_for_packed_sequences(each_tiny_model, monkeypatch):
+    """It would wait for the device in every pass; not where tensors are fake, so this pass is a real one."""
+    look = mock.Mock(return_value=None)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    run(FlatForward(copy.deepcopy(each_tiny_model)), mixed_requests()[:3])
+    assert not look.called
+    each_tiny_model(torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert look.called, "where it does, it is by this function"
 
 
 @pytest.mark.parametrize("name", LAYERS)
