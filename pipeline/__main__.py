@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline.allocator import set_allocator
 from pipeline.display import say
 from pipeline.errors import PipelineError
 from pipeline.interrupt import Interrupt, Stopped
@@ -18,6 +19,7 @@ FLAGS_OF_HYDRA = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-
 def main() -> int:
     """Run the command line. Returns the exit status; see --help for what each means."""
     arguments = sys.argv[1:]
+    set_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, and we report them
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback

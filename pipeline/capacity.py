@@ -1,15 +1,18 @@
 """How much may be in flight: free memory over the bytes that a token's keys and values take."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from pipeline.accelerators import describe, free_bytes
 from pipeline.architecture import Architecture, architecture
-from pipeline.devices import host_free_bytes
 from pipeline.engine.forward import input_device
 from pipeline.errors import ConfigError
+from pipeline.gpu import Gpu
 from pipeline.memory_peaks import activation_bytes, logits_bytes, scratch_bytes
 from pipeline.memory_plan import KV_CHUNK, Quant, kv_bytes_per_token, kv_cache_bytes
 
@@ -20,6 +23,20 @@ UNKNOWN_TOKENS = 1 << 20  # without a prediction: the engine finds the bound whe
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A device that holds layers, and so their keys and values."""
+
+    name: str
+    free_bytes: int
+    layers: tuple[int, ...]
+    gpus: tuple[Gpu, ...]  # the device itself; () is the CPU
+
+    def part(self, arch: Architecture) -> Architecture:
+        """The model as far as this device's keys and values go: with its layers only."""
+        return replace(arch, windows=tuple(arch.windows[layer] for layer in self.layers))
+
+
+@dataclass(frozen=True, slots=True)
 class Capacity:
     """What a job may have in flight. Tokens are of prompt and completion."""
 
@@ -27,23 +44,25 @@ class Capacity:
     max_tokens: int
     architecture: Architecture | None
     quant: Quant
-    free_bytes: int
+    places: tuple[Place, ...]
     prefill_tokens: int  # in one pass
 
     def refusal(self, prompt_tokens: int) -> str | None:
         """Why a prompt can never fit, though nothing else were in flight; None if it can."""
-        if self.architecture is None:
-            return None
         arch, quant = self.architecture, self.quant
-        kv_cache = kv_cache_bytes(arch, quant, [(1, prompt_tokens)], prefilling=True)
-        work = activation_bytes(arch, quant, min(prompt_tokens, self.prefill_tokens), prompt_tokens)
-        if kv_cache + work <= self.free_bytes:
+        if arch is None:
             return None
-        return (
-            f"the prompt's {prompt_tokens} tokens take {kv_cache / 1e6:,.1f} MB of keys and values and "
-            f"{work / 1e6:,.1f} MB of work, and {self.free_bytes / 1e6:,.1f} MB are free. "
-            "Shorten the prompt, or choose a smaller model or quantization."
-        )
+        tokens = min(prompt_tokens, self.prefill_tokens)
+        for place in self.places:
+            kv_cache = kv_cache_bytes(place.part(arch), quant, [(1, prompt_tokens)], prefilling=True)
+            work = activation_bytes(arch, quant, tokens, prompt_tokens, place.gpus)
+            if kv_cache + work > place.free_bytes:
+                return (
+                    f"the prompt's {prompt_tokens} tokens take {kv_cache / 1e6:,.1f} MB of keys and values and "
+                    f"{work / 1e6:,.1f} MB of work, and {place.free_bytes / 1e6:,.1f} MB are free on {place.name}. "
+                    "Shorten the prompt, or choose a smaller model or quantization."
+                )
+        return None
 
 
 def capacity(
@@ -61,19 +80,67 @@ def capacity(
     Args:
         fraction: of the free memory, for keys and values and the work of a pass.
     """
-    device = input_device(model)
     rows = max_rows or MAX_ROWS
     arch = kv_architecture(model.config.get_text_config().to_dict())
-    free = free_bytes(device)
     if arch is None:
-        return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, free, prefill_tokens)
-    work = (
-        activation_bytes(arch, quant, prefill_tokens, prefill_tokens)
-        + scratch_bytes(arch, quant, 0 if device.type == "cpu" else 1)
-        + logits_bytes(arch, quant, rows, sampled=sampled)
+        return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)
+    found = places(model)
+    budgets = [
+        int(place.free_bytes * fraction) - work_bytes(arch, quant, place.gpus, prefill_tokens, rows, sampled)
+        for place in found
+    ]
+    tokens = tokens_on_all(arch, quant, found, budgets, rows)
+    return Capacity(rows, max_tokens or tokens, arch, quant, found, prefill_tokens)
+
+
+def work_bytes(
+    arch: Architecture, quant: Quant, gpus: tuple[Gpu, ...], prefill_tokens: int, rows: int, sampled: bool
+) -> int:
+    """What a device needs beside keys and values, wherever in the model its layers are."""
+    return (
+        activation_bytes(arch, quant, prefill_tokens, prefill_tokens, gpus)
+        + scratch_bytes(arch, quant, gpus)
+        + logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus)
     )
-    tokens = tokens_that_fit(arch, quant, int(free * fraction) - work, rows)
-    return Capacity(rows, max_tokens or tokens, arch, quant, free, prefill_tokens)
+
+
+def places(model: Any) -> tuple[Place, ...]:
+    """The devices that a model's layers compute on."""
+    layers: dict[torch.device, list[int]] = {}
+    for layer, device in enumerate(layer_devices(model)):
+        layers.setdefault(device, []).append(layer)
+    return tuple(
+        Place("the CPU", free_bytes(device), tuple(own), ())
+        if device.type == "cpu"
+        else Place(str(device), free_bytes(device), tuple(own), (describe(device),))
+        for device, own in layers.items()
+    )
+
+
+def layer_devices(model: Any) -> list[torch.device]:
+    """Where each decoder layer computes: on its weights' device, or the one they are brought to."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    if (stack := next(stacks, None)) is None:
+        return [input_device(model)] * count
+    return [_device(layer) for layer in stack]
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """The device of the layer's first weight; of one that is offloaded, where its hook brings it."""
+    holder = next(m for m in layer.modules() if next(m.parameters(recurse=False), None) is not None)
+    device = next(holder.parameters(recurse=False)).device
+    return torch.device(holder._hf_hook.execution_device) if device.type == "meta" else device  # type: ignore[union-attr,arg-type]
+
+
+def tokens_on_all(
+    arch: Architecture, quant: Quant, places: Sequence[Place], budgets_bytes: Sequence[int], rows: int
+) -> int:
+    """The most tokens of `rows` equal rows that every device holds: each has the keys of its own layers."""
+    return min(
+        tokens_that_fit(place.part(arch), quant, budget, rows)
+        for place, budget in zip(places, budgets_bytes, strict=True)
+    )
 
 
 def tokens_that_fit(arch: Architecture, quant: Quant, budget_bytes: int, rows: int) -> int:
@@ -110,14 +177,6 @@ def kv_architecture(config: dict[str, Any]) -> Architecture | None:
             continue
     log.warning("The memory of this model's keys and values is not known; the engine will find the bound")
     return None
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a device can still hold."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return host_free_bytes()
 
 
 def context_tokens(config: Any) -> int:

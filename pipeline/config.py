@@ -19,7 +19,7 @@ from pipeline.request import GenerationParams
 class Dtype(Enum):
     """The dtype of weights that are not quantized."""
 
-    auto = "auto"  # the checkpoint's own
+    auto = "auto"  # the checkpoint's own; float16 for bfloat16 on a GPU that has none
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -52,7 +52,11 @@ class MemoryCheck(Enum):
 
 
 class Attention(Enum):
-    auto = "auto"  # rectangles where the model allows it, else plain
+    """How keys and values are held; where a model does not allow one, the next is taken."""
+
+    auto = "auto"  # pages on one GPU, else rectangles
+    pages = "pages"  # static shapes and a graph a step, for a GPU
+    rectangles = "rectangles"  # rows of similar length together, for a CPU or several GPUs
     plain = "plain"  # the model's own attention, one rectangle at a time
 
 
@@ -76,7 +80,7 @@ class QuantConfig:
     method: QuantMethod = QuantMethod.none
     dtype: Dtype = Dtype.auto  # of the weights that are not quantized
     double_quant: bool = False  # 4-bit: quantize the scales too
-    compute_dtype: Dtype = Dtype.bfloat16  # 4-bit: the dtype of the products
+    compute_dtype: Dtype = Dtype.auto  # 4-bit: of the products; auto is bfloat16, or float16 likewise
 
 
 @dataclass

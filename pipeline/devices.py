@@ -1,15 +1,19 @@
 """How much memory there is to plan for: GPUs, else host memory, else what one is told. No torch."""
 
 import os
+import platform
 import re
 import shutil
-import subprocess
+import sys
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 from pipeline.errors import ConfigError
+from pipeline.gpu import Gpu
+from pipeline.gpu_tools import backends, find_gpus
 from pipeline.memory_limits import control_group_rests, resource_rests
 
 _UNITS = {"": 1, "B": 1} | {
@@ -24,20 +28,52 @@ class Device:
     """Memory that a job can use. Bytes."""
 
     name: str
-    gpus: int  # 0 is the CPU
+    gpus: tuple[Gpu, ...]  # () is the CPU
     free_bytes: int
     offload_bytes: int  # behind it: host memory behind a GPU, the disk behind host memory
 
 
 def find_device(offload_dir: str | None) -> Device:
-    """All GPUs together where nvidia-smi finds any, else this machine's memory."""
-    gpus = _gpus()
-    if gpus:
-        names = " + ".join(name for name, _ in gpus)
-        return Device(names, len(gpus), sum(free for _, free in gpus), host_free_bytes())
+    """All GPUs together that a job would get, else this machine's memory.
+
+    Raises:
+        ConfigError: there is a GPU, and its memory cannot be read.
+    """
+    if gpus := visible_gpus():
+        return gpu_device(gpus, host_free_bytes())
     folder = Path(offload_dir or ".").expanduser()
     disk = shutil.disk_usage(folder if folder.is_dir() else ".").free
-    return Device("this machine's CPU", 0, host_free_bytes(), disk)
+    return Device("this machine's CPU", (), host_free_bytes(), disk)
+
+
+def gpu_device(gpus: tuple[Gpu, ...], behind_bytes: int) -> Device:
+    """These GPUs together. One whose free memory cannot be read counts with all that it has.
+
+    Raises:
+        ConfigError: neither can be read.
+    """
+    free_bytes, names = 0, []
+    for gpu in gpus:
+        size = gpu.total_bytes if gpu.free_bytes is None else gpu.free_bytes
+        if size is None:
+            raise ConfigError(
+                f"The memory of {gpu.name} cannot be read here. Say how much it has: memory=24GB."
+            )
+        free_bytes += size
+        names.append(gpu.name if gpu.free_bytes is not None else f"{gpu.name}, as if all of it were free,")
+    return Device(" + ".join(names), gpus, free_bytes, behind_bytes)
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that a job started here would get, described without torch and without opening one."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        version = ""
+    kinds = backends(version, sys.platform, platform.machine())
+    if kinds == ("mps",):  # its memory is the host's
+        return (Gpu("mps", "Apple GPU", psutil.virtual_memory().total, host_free_bytes()),)
+    return find_gpus(kinds, os.environ)
 
 
 def given_device(memory: str) -> Device:
@@ -46,7 +82,9 @@ def given_device(memory: str) -> Device:
     Raises:
         ConfigError: not a size.
     """
-    return Device(f"a GPU of {memory}", 1, parse_bytes(memory), host_free_bytes())
+    size = parse_bytes(memory)
+    gpu = Gpu("cuda", f"a GPU of {memory}", total_bytes=size, free_bytes=size)
+    return Device(gpu.name, (gpu,), size, host_free_bytes())
 
 
 def parse_bytes(size: str) -> int:
@@ -66,24 +104,3 @@ def host_free_bytes() -> int:
     """What the system can give without swapping, or the rest of this process's limits if that is less."""
     free: int = psutil.virtual_memory().available
     return max(0, min([free, *control_group_rests(), *resource_rests()]))
-
-
-def _gpus() -> list[tuple[str, int]]:
-    """Name and free bytes of each GPU that CUDA_VISIBLE_DEVICES leaves."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(text, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_gpus(text: str, visible: str | None) -> list[tuple[str, int]]:
-    """nvidia-smi's lines "index, uuid, name, free MiB", those that `visible` names by index or uuid."""
-    wanted = None if visible is None else {part.strip() for part in visible.split(",")}
-    found: list[tuple[str, int]] = []
-    for line in text.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 4 and fields[3].isdigit() and (wanted is None or wanted & {fields[0], fields[1]}):
-            found.append((fields[2], int(fields[3]) * 1024**2))
-    return found

@@ -20,6 +20,7 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     """Of all that decides a job's text, from the composed config as plain data.
 
     Not of what only decides how fast it comes: the engine's settings, devices, folders, a shard or a limit.
+    Nor of what `auto` comes to on a device, which a cluster's login node cannot know: manifest.json has that.
     """
     model = dict(config["model"])
     for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
@@ -27,9 +28,12 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     model["chat_template"] = _template(model.get("chat_template"))
     local = Path(model["name"])
     model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
+    quant = dict(config["quant"])
+    if quant.get("compute_dtype") == "auto":  # what it was before there was an auto, so that folders stay
+        quant["compute_dtype"] = "bfloat16"
     prompts = config["prompts"]
     path = prompts if prompts == "-" or not Path(prompts).exists() else str(Path(prompts).resolve())
-    parts = [model, config["quant"], config["generation"], config["system"], config["prompt_field"], path]
+    parts = [model, quant, config["generation"], config["system"], config["prompt_field"], path]
     return fingerprint(parts)
 
 

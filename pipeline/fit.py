@@ -1,7 +1,7 @@
 """Does a job fit in a device's memory, with how many rows, and what would fit? From predicted bytes alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
 
@@ -10,6 +10,7 @@ from pipeline import memory_plan as memory
 from pipeline.architecture import Architecture
 from pipeline.config import QuantConfig
 from pipeline.devices import Device
+from pipeline.gpu import Gpu, have_bf16
 from pipeline.memory_plan import Quant
 from pipeline.model_facts import Facts
 from pipeline.prompt_lengths import PromptLengths
@@ -30,10 +31,10 @@ class Settings:
     pack_weights: bool = True
 
 
-def planned(quant: QuantConfig, name: str | None = None) -> Quant:
-    """A quantization as the plan knows it; by default named as its method."""
-    method = quant.method.value
-    return Quant(name or method, method, quant.dtype.value, quant.double_quant, quant.compute_dtype.value)
+def planned(quant: QuantConfig, gpus: Iterable[Gpu], name: str | None = None) -> Quant:
+    """A quantization as the plan knows it, on these GPUs or the CPU; by default named as its method."""
+    method, dtypes = quant.method.value, (quant.dtype.value, quant.compute_dtype.value)
+    return Quant(name or method, method, dtypes[0], quant.double_quant, dtypes[1], have_bf16(gpus))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ def _verdict(job: Job, quant: Quant) -> Verdict:
     budget = int(job.device.free_bytes * job.settings.memory_fraction)
     rows = rows_that_fit(job, quant, budget)
     packed = job.settings.pack_weights
-    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus, packed=packed).held
+    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus, packed=packed).needed
     if rows > 0 and loads <= job.device.free_bytes:
         return Verdict(FITS, rows, rows >= len(job.lengths.samples), budget)
     status = OFFLOAD if _fits_with_offload(job, quant, budget) else TOO_LARGE

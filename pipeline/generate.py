@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import display
+from pipeline.accelerators import model_gpus
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.config import Config, QuantMethod
+from pipeline.energy import EnergyMeter, energy_stats
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import Forward
-from pipeline.engine.probe import choose_forward
+from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
 from pipeline.fit import planned
@@ -23,8 +24,8 @@ from pipeline.host_memory import GLIBC_BYTES, release_files, return_large_blocks
 from pipeline.interrupt import Interrupt
 from pipeline.job_stats import compare_memory, job_stats, measure_weights, show_stats
 from pipeline.ledger import Ledger
-from pipeline.loading import Loaded, load_model, release
-from pipeline.manifest import manifest, model_digest
+from pipeline.loading import Loaded, computed_in, load_model, release
+from pipeline.manifest import gpu_uuids, manifest, model_digest
 from pipeline.memory_compare import Setup, known_architecture
 from pipeline.memory_stats import PeakSampler
 from pipeline.progress import JobProgress
@@ -66,15 +67,17 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         packed = _settle(loaded.model, config)
     try:
         digest = model_digest(Path(loaded.source), loaded.revision)
+        dtypes = computed_in(loaded.model, loaded.quant)
         if done_before:
-            _check_same_model(results, digest)
-        setup = _setup(config, loaded.model, packed)
+            _check_same_model(results, digest, dtypes)
+        setup = _setup(config, loaded, packed)
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
-        facts = {"model_digest": digest, "attention": probe}
-        results.write_json(MANIFEST, manifest(Path(prompts), loaded.source, loaded.revision, **facts))
+        facts = {"model_digest": digest, "dtypes": dtypes, "attention": probe}
+        written = manifest(Path(prompts), loaded.source, loaded.revision, setup.gpus, **facts)
+        results.write_json(MANIFEST, written)
         work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
         interrupt.hold()
-        with PeakSampler() as run:
+        with PeakSampler() as run, EnergyMeter(gpu_uuids(loaded.model)) as energy:
             started = time.perf_counter()
             engine = work.run(forward)
             results.sync()
@@ -83,6 +86,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         stats["memory"] |= compare_memory(stats["memory"], setup, engine.stats, loaded.bare_bytes)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": done_before}
         stats["rows"] = {"total": ledger.total, **counts}
+        stats["energy"] = energy_stats(energy.joules, energy.source, engine.stats.completion_tokens)
         stats["timeline"] = timeline.points
         results.write_json(STATS, stats)
         show_stats(stats, results.path)
@@ -101,26 +105,33 @@ def _settle(model: Any, config: Config) -> bool:
     return packed > 0
 
 
-def _setup(config: Config, model: Any, packed: bool) -> Setup:
+def _setup(config: Config, loaded: Loaded, packed: bool) -> Setup:
     """What decides the job's memory, beside its prompts."""
+    model: Any = loaded.model
+    gpus = model_gpus(model)
     return Setup(
         known_architecture(model.config.to_dict()),
-        planned(config.quant),
-        gpus=len({parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}),
+        planned(loaded.quant, gpus),
+        gpus,
         packed=packed,
         prefill_tokens=config.engine.prefill_tokens,
         sampled=not config.generation.greedy,
     )
 
 
-def _check_same_model(results: JobFolder, digest: str) -> None:
-    """Rows of two models must not mix in one file."""
+def _check_same_model(results: JobFolder, digest: str, dtypes: dict[str, str | None]) -> None:
+    """Rows of two models must not mix in one file, nor those of a model in two dtypes."""
     before = read_json(results.path / MANIFEST) or {}
     if before.get("model_digest", digest) != digest:
         raise JobError(
             f"{results.path}: its rows are of {before.get('model')}, revision {before.get('revision')}, as it was "
             f"on {before.get('when')}; the model's files have changed since. Pin that revision with "
             "model.revision=… to go on, or pass resume=never to make all rows anew."
+        )
+    if (made_in := before.get("dtypes", dtypes)) != dtypes:
+        raise JobError(
+            f"{results.path}: its rows were computed in {made_in}, and this device computes in {dtypes}. Go on "
+            "with a device like the first, or pass resume=never to make all rows anew."
         )
 
 
@@ -152,7 +163,7 @@ class _Work:
         settings = config.engine
         self._capacity = capacity(
             loaded.model,
-            planned(config.quant),
+            planned(loaded.quant, model_gpus(loaded.model)),
             fraction=settings.memory_fraction,
             prefill_tokens=settings.prefill_tokens,
             sampled=not config.generation.greedy,
@@ -161,7 +172,7 @@ class _Work:
         )
         self._pending: dict[str, Pending] = {}
 
-    def run(self, forward: Forward) -> Engine:
+    def run(self, forward: AnyForward) -> Engine:
         """Run all missing rows, or those that are done before a signal comes."""
         settings, model = self._config.engine, self._config.model
         rows, tokens = self._capacity.max_rows, self._capacity.max_tokens

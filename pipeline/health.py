@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import import_module, metadata
 from typing import Any
@@ -14,7 +15,11 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from pipeline.accelerators import KINDS, describe, free_bytes, visible_devices
+from pipeline.devices import visible_gpus
 from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.gpu import Gpu
+from pipeline.gpu_tools import hides_all
 
 
 class State(Enum):
@@ -88,15 +93,19 @@ def check_devices() -> list[Check]:
         made[0] = Check(
             "cpu", State.yellow, words, "Free some memory: even the smallest model wants about 1 GB."
         )
-    made += [_check_gpu(index) for index in range(torch.cuda.device_count())]
-    if torch.cuda.device_count() == 0:
-        made.append(_no_gpu())
-    return made
+    found = visible_devices()
+    read = {gpu.uuid: gpu.free_bytes for gpu in visible_gpus() if gpu.uuid}
+    for device in found:
+        gpu = describe(device)
+        # A product will run on it anyway (check_bitsandbytes), so that asking may open it.
+        free = read.get(gpu.uuid or "") or free_bytes(device)
+        made.append(check_gpu(str(device), replace(gpu, free_bytes=free), torch.cuda.get_arch_list()))
+    return made if found else [*made, _no_gpu()]
 
 
 def devices() -> list[torch.device]:
-    """The CPU and every GPU."""
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    """The CPU, and every GPU that bitsandbytes is made for."""
+    return [torch.device("cpu"), *(device for device in visible_devices() if device.type in KINDS)]
 
 
 def check_kernels() -> list[Check]:
@@ -167,23 +176,39 @@ def check_slurm() -> list[Check]:
     return made
 
 
-def _check_gpu(index: int) -> Check:
-    properties = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
-    words = f"{properties.name}, {_gb(free)} of {_gb(total)} free"
-    kind = f"sm_{properties.major}{properties.minor}"
-    # A build runs on later minor versions of the architectures that it has.
-    built = [arch for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-    if not any(arch[:-1] == kind[:-1] and arch <= kind for arch in built):
-        fix = f"Install a torch that is built for {kind}; this one has {', '.join(built)}."
-        return Check(f"cuda:{index}", State.red, words, fix)
-    if free < total / 2:
-        return Check(f"cuda:{index}", State.yellow, words, "Others use this GPU too: nvidia-smi says who.")
-    return Check(f"cuda:{index}", State.green, words)
+def check_gpu(name: str, gpu: Gpu, architectures: list[str]) -> Check:
+    """A GPU in words, and whether this torch and what others left of it will do.
+
+    Args:
+        name: as torch calls it.
+        architectures: what torch is built for, as sm_90.
+    """
+    words = ", ".join(_describe(gpu))
+    if gpu.capability is not None:
+        kind = "sm_{}{}".format(*gpu.capability)
+        # A build runs on later minor versions of the architectures that it has.
+        built = [arch for arch in architectures if arch.startswith("sm_")]
+        if not any(arch[:-1] == kind[:-1] and arch <= kind for arch in built):
+            fix = f"Install a torch that is built for {kind}; this one has {', '.join(built)}."
+            return Check(name, State.red, words, fix)
+    if gpu.free_bytes is not None and gpu.total_bytes and gpu.free_bytes < gpu.total_bytes / 2:
+        return Check(name, State.yellow, words, "Others use this GPU too: its driver's tool says who.")
+    return Check(name, State.green, words)
+
+
+def _describe(gpu: Gpu) -> Iterator[str]:
+    yield gpu.name
+    if gpu.mig:
+        yield "a MIG slice"
+    if gpu.capability:
+        yield "compute capability {}.{}".format(*gpu.capability)
+    total = "an unknown size" if gpu.total_bytes is None else _gb(gpu.total_bytes)
+    yield f"{'an unknown part' if gpu.free_bytes is None else _gb(gpu.free_bytes)} of {total} free"
+    yield "bfloat16" if gpu.bf16 else "no bfloat16 of its own: auto is float16"
 
 
 def _no_gpu() -> Check:
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if shutil.which("nvidia-smi") is None or hides_all("cuda", os.environ):
         return Check("gpu", State.green, "none; jobs run on the CPU")
     build = f"torch {torch.__version__}"
     if torch.version.cuda is None:
@@ -197,9 +222,11 @@ def _no_gpu() -> Check:
 @torch.inference_mode()
 def _nf4_error(device: torch.device) -> float:
     """Relative error of the 4-bit product; or of the quantization itself if that is beyond bounds."""
-    weight, x = _weight(), _input().to(device, torch.bfloat16)
+    bf16 = device.type not in KINDS or describe(device).bf16
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    weight, x = _weight(), _input().to(device, dtype)
     nn, bnb = _bitsandbytes()
-    layer = nn.Linear4bit(512, 256, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer = nn.Linear4bit(512, 256, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer.to(device)
     packed, scales = bnb.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)

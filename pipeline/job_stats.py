@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import display
 from pipeline.engine.stats import EngineStats
+from pipeline.gpu import Gpu
 from pipeline.memory_compare import Setup, compared, predicted
 from pipeline.memory_stats import (
     Peaks,
@@ -71,9 +72,9 @@ def compare_memory(
     return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
 
 
-def _grown(peaks: dict[str, Any], gpus: int, bare_bytes: int) -> int | None:
-    if gpus:
-        return sum(int(device["peak_allocated_bytes"]) for device in peaks["devices"])
+def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int | None:
+    if gpus:  # without counters, as on Apple's, there is nothing to compare with
+        return sum(int(device["peak_allocated_bytes"]) for device in peaks["devices"]) or None
     return None if peaks["host_bytes"] is None else int(peaks["host_bytes"]) - bare_bytes
 
 
@@ -89,6 +90,10 @@ def show_stats(stats: dict[str, Any], folder: Path) -> None:
     for device in memory["run_peak"]["devices"]:
         peak = display.megabytes(device["peak_allocated_bytes"])
         facts.append((f"peak GPU {device['index']}", f"{peak} allocated"))
+    if (energy := stats["energy"])["joules"]:
+        each = energy["joules_per_1000_tokens"]
+        per = f", {each:,.1f} J per 1,000 tokens" if each else ""
+        facts.append(("energy", f"{energy['joules']:,.1f} J{per} ({energy['source']})"))
     _show_memory(memory)
     display.facts("Done", [*facts, ("results", folder / "outputs.jsonl")])
 

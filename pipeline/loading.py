@@ -4,7 +4,8 @@ import gc
 import importlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,15 +21,20 @@ from transformers import (
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pipeline import display
+from pipeline.accelerators import usable_gpus
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.engine.cpu.fused_model import load_kernels
 from pipeline.errors import LoadError
+from pipeline.gpu import Gpu, have_bf16
+from pipeline.memory_plan import settled_dtype
 from pipeline.memory_stats import resident_bytes
 
 log = logging.getLogger(__name__)
 
+BF16 = Dtype.bfloat16.value
 SMALLER = "Try a smaller quantization (quant=nf4) or a smaller model"
 
 
@@ -36,6 +42,7 @@ SMALLER = "Try a smaller quantization (quant=nf4) or a smaller model"
 class Loaded:
     model: PreTrainedModel | None  # None once released
     tokenizer: Any
+    quant: QuantConfig  # with the dtypes that this device computes in
     source: str  # a folder, or a name on the hub
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
@@ -77,11 +84,12 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     checkpoint = locate(model, models_dir, weights=True)
     _check_architecture(checkpoint, model, quant)
     tokenizer = _read_tokenizer(checkpoint, model)
+    quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes()
     network = _read_weights(checkpoint, model, quant)
     load_sec = time.perf_counter() - start
-    return Loaded(network, tokenizer, checkpoint.source, checkpoint.revision, load_sec, bare)
+    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare)
 
 
 def release(loaded: Loaded) -> None:
@@ -147,6 +155,47 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
     return network
 
 
+def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
+    """Decide what `auto` is on these GPUs, and say so where it is not bfloat16.
+
+    Args:
+        own: the checkpoint's dtype; None where its config does not name one, and `auto` stays.
+        gpus: () is the CPU.
+    """
+    bf16 = have_bf16(gpus)
+    compute = Dtype(settled_dtype(quant.compute_dtype.value, BF16, bf16=bf16))
+    dtype = Dtype(settled_dtype(quant.dtype.value, own or Dtype.auto.value, bf16=bf16))
+    settled = replace(quant, compute_dtype=compute, dtype=quant.dtype if dtype.value == own else dtype)
+    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
+    if settled.dtype is not quant.dtype or (four_bit and not bf16 and quant.compute_dtype is Dtype.auto):
+        _say_once(next(gpu.name for gpu in gpus if not gpu.bf16))
+    return settled
+
+
+@cache
+def _say_once(gpu: str) -> None:
+    line = f"{gpu} has no bfloat16 of its own: what is not quantized, and 4-bit products, are in float16."
+    log.info(line)
+    display.say(line, style="yellow")
+
+
+def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:
+    """The dtypes that a loaded model computes in: of what is not quantized, and of 4-bit products."""
+    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
+    return {
+        "plain": str(model.dtype).removeprefix("torch."),
+        "products_4bit": quant.compute_dtype.value if four_bit else None,
+    }
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str | None:
+    """As its config names it, for the whole or for the text part."""
+    config: dict[str, Any] = read_config(checkpoint)
+    values = {**(config.get("text_config") or {}), **config}
+    found = values.get("dtype") or values.get("torch_dtype")
+    return found and str(found)
+
+
 def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
     """As transformers wants it; None for weights that stay as they are."""
     if quant.method is QuantMethod.none:
@@ -154,7 +203,7 @@ def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
     if quant.method is QuantMethod.int8:
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
     # bitsandbytes' own default for the products is float32, whatever the weights are.
-    compute_dtype = None if quant.compute_dtype is Dtype.auto else getattr(torch, quant.compute_dtype.value)
+    compute_dtype = getattr(torch, settled_dtype(quant.compute_dtype.value, BF16, bf16=True))
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.method.value,

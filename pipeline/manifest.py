@@ -6,6 +6,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.gpu import Gpu
+
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
     "hydra-core", "omegaconf",
 )  # fmt: skip
 
 
-def manifest(prompts: Path, source: str, revision: str | None, **more: Any) -> dict[str, Any]:
+def manifest(
+    prompts: Path, source: str, revision: str | None, gpus: Iterable[Gpu], **more: Any
+) -> dict[str, Any]:
     """Plain data for manifest.json.
 
     Args:
         source: the model's folder or hub name; revision: its commit, None for a folder.
+        gpus: those that the model lies on.
         more: further entries.
     """
     return {
@@ -36,7 +42,7 @@ def manifest(prompts: Path, source: str, revision: str | None, **more: Any) -> d
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
-        "device": _device(),
+        "device": _device(gpus),
         **more,
     }
 
@@ -54,6 +60,12 @@ def model_digest(folder: Path, revision: str | None) -> str:
         elif path.suffix in (".safetensors", ".bin"):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()[:16]
+
+
+def gpu_uuids(model: Any) -> list[str]:
+    """Name the cards that hold a model as the driver does; torch's numbers follow CUDA_VISIBLE_DEVICES."""
+    cards = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(f"GPU-{torch.cuda.get_device_properties(card).uuid}" for card in cards)
 
 
 def _sha256(path: Path) -> str | None:
@@ -79,11 +91,20 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _device() -> dict[str, Any]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def _device(gpus: Iterable[Gpu]) -> dict[str, Any]:
     return {
-        "gpus": gpus,
+        "gpus": [
+            {
+                "name": gpu.name,
+                "backend": gpu.backend,
+                "total_bytes": gpu.total_bytes,
+                "capability": gpu.capability and "{}.{}".format(*gpu.capability),
+                "mig": gpu.mig,
+            }
+            for gpu in gpus
+        ],
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "cpu": platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

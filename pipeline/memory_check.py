@@ -1,10 +1,11 @@
 """A job on the CPU that this machine's memory cannot hold is refused before a weight is read. No torch."""
 
 import logging
+from typing import Any
 
 from pipeline import display
 from pipeline.config import Config, MemoryCheck
-from pipeline.devices import Device, find_device
+from pipeline.devices import Device, host_free_bytes, visible_gpus
 from pipeline.errors import ConfigError, LoadError
 from pipeline.fit import Job, Settings, best_choice, need, planned
 from pipeline.memory_peaks import load_peak
@@ -30,15 +31,15 @@ def check_memory(config: Config) -> None:
         LoadError: it is more, and memory_check=refuse.
     """
     model = config.model
-    device = find_device(model.offload_dir)
-    if (device.gpus and model.device_map != "cpu") or model.max_memory:
+    # A GPU counts even if nothing of it can be read: its memory is not the host's.
+    if model.max_memory or (visible_gpus() and not _only_cpu(model.device_map)):
         return
     try:
         facts = find_facts(model, config.models_dir)
     except ConfigError as error:
         log.info("The job's memory is not predicted: %s", error)
         return
-    refusal = _refusal(config, facts, device)
+    refusal = _refusal(config, facts, host_free_bytes())
     if refusal is None:
         return
     if config.memory_check is MemoryCheck.refuse:
@@ -46,14 +47,18 @@ def check_memory(config: Config) -> None:
     display.say(f"Warning: {refusal}", style="yellow")
 
 
-def _refusal(config: Config, facts: Facts, device: Device) -> str | None:
+def _only_cpu(device_map: Any) -> bool:
+    return set(device_map.values() if isinstance(device_map, dict) else [device_map]) == {"cpu"}
+
+
+def _refusal(config: Config, facts: Facts, free_bytes: int) -> str | None:
     """Why the model with one row of one token does not fit; None if it does."""
-    quant = planned(config.quant)
+    quant = planned(config.quant, gpus=())
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
-    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", 0, device.free_bytes, 0), settings)
-    loads = load_peak(facts.architecture, quant, gpus=0, packed=settings.pack_weights).held
+    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
+    loads = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights).needed
     runs = need(job, quant, 1).total_bytes
-    if max(loads, runs) <= device.free_bytes:
+    if max(loads, runs) <= free_bytes:
         return None
     best = best_choice(job, list(SMALLER), lambda: [])
     instead = (
@@ -61,6 +66,6 @@ def _refusal(config: Config, facts: Facts, device: Device) -> str | None:
     )
     return (
         f"{facts.name}: loading it takes {loads / 1e6:,.1f} MB and running one row at least {runs / 1e6:,.1f} MB, "
-        f"and {device.free_bytes / 1e6:,.1f} MB of this machine's memory are free. {instead}; "
+        f"and {free_bytes / 1e6:,.1f} MB of this machine's memory are free. {instead}; "
         "`python -m pipeline.plan` with the same arguments shows what takes how much."
     )

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.architecture import Architecture, architecture
 from pipeline.engine.stats import EngineStats
 from pipeline.errors import ConfigError
+from pipeline.gpu import Gpu
 from pipeline.memory_peaks import load_peak, run_peak
 from pipeline.memory_plan import KV_CHUNK, Quant, footprint_bytes, kv_cache_bytes, quant_state_bytes
 
@@ -23,7 +24,7 @@ class Setup:
 
     architecture: Architecture | None  # None: the memory plan does not know it
     quant: Quant
-    gpus: int  # 0 is a run on the CPU
+    gpus: tuple[Gpu, ...]  # those that it lies on; () is a run on the CPU
     packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
     prefill_tokens: int
     sampled: bool
@@ -38,7 +39,10 @@ def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
 
 
 def predicted(setup: Setup, engine: EngineStats) -> dict[str, int | None]:
-    """Bytes by part, PARTS; None where there is no prediction, never 0."""
+    """Bytes by part, PARTS; None where there is no prediction, never 0.
+
+    On GPUs both peaks are those of torch's counters, which see tensors and no context.
+    """
     arch, quant = setup.architecture, setup.quant
     if arch is None:
         return dict.fromkeys(PARTS)

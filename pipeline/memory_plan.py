@@ -26,7 +26,8 @@ class Quant:
     method: str = "none"  # none, int8, nf4 or fp4
     dtype: str = "auto"  # of what is not quantized; auto is the checkpoint's own
     double_quant: bool = False
-    compute_dtype: str = "bfloat16"
+    compute_dtype: str = "auto"  # of 4-bit products; auto is bfloat16
+    bf16: bool = True  # the device multiplies in bfloat16 itself; where not, auto is float16 for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,14 @@ def parameters(arch: Architecture) -> int:
 
 def plain_dtype(arch: Architecture, quant: Quant) -> str:
     """The dtype of what is not quantized, of activations and of the KV cache."""
-    return arch.dtype if quant.dtype == "auto" else quant.dtype
+    return settled_dtype(quant.dtype, arch.dtype, bf16=quant.bf16)
+
+
+def settled_dtype(asked: str, own: str, *, bf16: bool) -> str:
+    """What `auto` means: its own choice, or float16 for the bfloat16 that a device would emulate."""
+    if asked != "auto":
+        return asked
+    return "float16" if own == "bfloat16" and not bf16 else own
 
 
 def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:

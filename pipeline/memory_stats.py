@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.accelerators import used_indices
+
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other", "buffers")
 SAMPLE_SEC = 0.05  # a peak shorter than this can be missed, where the kernel keeps none
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """One GPU as this process sees it."""
+    """One GPU that this process uses, as it sees it."""
 
     index: int
     name: str
@@ -79,8 +81,8 @@ def quantization_state_bytes(model: PreTrainedModel) -> int:
 
 
 def devices() -> list[DeviceMemory]:
-    """Every GPU that this process can use; empty without one."""
-    return [_device(index) for index in range(torch.cuda.device_count())]
+    """Every GPU that this process has had tensors on since its peaks were reset; empty without one."""
+    return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]
 
 
 def resident_bytes() -> int:
@@ -100,9 +102,10 @@ def peak_resident_bytes() -> int | None:
 
 def reset_peaks() -> bool:
     """Start all peaks anew; whether the host's could be."""
-    if torch.cuda.is_initialized():  # before, torch refuses, and there is nothing to reset
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():  # before, the peaks are 0, and it would raise
+            for index in range(module.device_count()):
+                module.reset_peak_memory_stats(index)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -191,16 +194,17 @@ def _tensors_of(state: Any) -> Iterator[Tensor]:
     yield from _tensors_of(getattr(state, "state2", None))
 
 
-def _device(index: int) -> DeviceMemory:
-    free, total = torch.cuda.mem_get_info(index)
-    reserved = torch.cuda.memory_reserved(index)
+def _device(module: Any, index: int) -> DeviceMemory:
+    """Of torch.cuda or torch.xpu. Asking for the free memory opens the GPU, which is in use already."""
+    free, total = module.mem_get_info(index)
+    reserved = module.memory_reserved(index)
     return DeviceMemory(
         index=index,
-        name=torch.cuda.get_device_name(index),
+        name=module.get_device_name(index),
         total_bytes=total,
-        allocated_bytes=torch.cuda.memory_allocated(index),
+        allocated_bytes=module.memory_allocated(index),
         reserved_bytes=reserved,
-        peak_allocated_bytes=torch.cuda.max_memory_allocated(index),
-        peak_reserved_bytes=torch.cuda.max_memory_reserved(index),
+        peak_allocated_bytes=module.max_memory_allocated(index),
+        peak_reserved_bytes=module.max_memory_reserved(index),
         outside_bytes=max(0, total - free - reserved),
     )

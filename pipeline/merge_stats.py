@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.energy import merge_energy
+
 
 def merge_stats(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One stats.json's data from those of all shards.
@@ -10,11 +12,14 @@ def merge_stats(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     A key that ends in _sec is the sum (the time that one machine would need), and beside it KEY_max is the
     longest shard's. Memory is that of the shard that took most, entry by entry. Means and fractions are
     weighted by completion tokens; tokens_per_sec is tokens over summed run_sec. Shards ran at times of
-    their own: there is no common timeline.
+    their own: there is no common timeline. Energy is known if that of every shard is.
     """
     weights = [float(shard.get("completion_tokens") or 0) for shard in shards]
-    untimed = [{key: value for key, value in shard.items() if key != "timeline"} for shard in shards]
-    merged = _objects(untimed, weights, peak=False)
+    others = [
+        {key: value for key, value in shard.items() if key not in ("timeline", "energy")} for shard in shards
+    ]
+    merged = _objects(others, weights, peak=False)
+    merged["energy"] = merge_energy(shards)
     run_sec = merged.get("run_sec")
     merged["tokens_per_sec"] = merged["completion_tokens"] / run_sec if run_sec else None
     return merged

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,7 +18,8 @@ from huggingface_hub.errors import (
 from pipeline.chat import eos_token_ids, prepare_chat
 from pipeline.checkpoint import NetworkError, find_model, locate
 from pipeline.config import Config, ModelConfig, QuantMethod
-from pipeline.errors import PipelineError
+from pipeline.devices import find_device
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.health import Check, State
 from pipeline.inside.architecture_view import ArchitectureView, architecture_view
 from pipeline.inside.chat_view import chat_view
@@ -194,10 +193,14 @@ def _check_ends(tokenizer: Any) -> list[Check]:
 def _check_memory(view: ArchitectureView) -> Check:
     need = view.bytes + (view.quant_state_bytes or 0)
     words = f"{need / 1e6:,.1f} MB of weights"
-    gpus = range(torch.cuda.device_count())
-    host = int(psutil.virtual_memory().available)
-    free = sum(torch.cuda.mem_get_info(index)[0] for index in gpus) if gpus else host
-    where = f"{free / 1e9:,.1f} GB free on the {'GPU' if gpus else 'CPU'}"
+    try:
+        device = find_device(None)
+    except ConfigError as error:
+        found = str(error).partition(". ")[0]
+        fix = "python -m pipeline.plan memory=24GB says whether it fits in so much."
+        return Check("memory", State.yellow, f"{words}. {found}", fix)
+    gpus, free = device.gpus, device.free_bytes
+    where = f"{free / 1e9:,.1f} GB free on {device.name}"
     more = "python -m pipeline.plan says what else would fit."
     if need < 0.8 * free:
         return Check("memory", State.green, f"{words}, {where}")
@@ -208,7 +211,11 @@ def _check_memory(view: ArchitectureView) -> Check:
         if view.quant.startswith((QuantMethod.nf4.value, QuantMethod.fp4.value))
         else "quant=nf4"
     )
-    spills = gpus and need < free + host and view.quant in ("none", "float32", "float16", "bfloat16")
+    spills = (
+        gpus
+        and need < free + device.offload_bytes
+        and view.quant in ("none", "float32", "float16", "bfloat16")
+    )
     if spills:
         return Check(
             "memory",

@@ -9,8 +9,7 @@ from pipeline.capacity import context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
 from pipeline.compose import options, read_config
 from pipeline.config import Config, root
-from pipeline.engine.forward import Forward
-from pipeline.engine.probe import choose_forward
+from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.errors import ConfigError, PromptError
 from pipeline.loading import load_model as load
 from pipeline.prompt_row import BadLine, to_row
@@ -30,13 +29,13 @@ class Model:
 
     network: Any  # transformers' model
     tokenizer: Any
-    forward: Forward
+    forward: AnyForward
     chat: Chat
     config: Config
     eos_token_ids: frozenset[int]
 
     @property
-    def engine_parts(self) -> tuple[Forward, frozenset[int], Callable[[Sequence[int]], str]]:
+    def engine_parts(self) -> tuple[AnyForward, frozenset[int], Callable[[Sequence[int]], str]]:
         """What an Engine is made of: `Engine(*model.engine_parts)`."""
         return self.forward, self.eos_token_ids, self.decode
 

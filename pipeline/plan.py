@@ -90,8 +90,8 @@ def plans(arguments: Arguments) -> list[Plan]:
     pairs = zip_longest(arguments.models, quant_names)
     configs = [_config(arguments, model, quant) for model, quant in pairs]
     models = dict(zip(arguments.models, configs, strict=False))
-    quants = {name: _quant(c, name) for name, c in zip(quant_names, configs, strict=False)}
     device = _device(arguments, next(iter(models.values())))
+    quants = {name: _quant(c, name, device) for name, c in zip(quant_names, configs, strict=False)}
     jobs = [_job(config, name, device, arguments) for name, config in models.items()]
 
     @cache
@@ -121,10 +121,10 @@ def _device(arguments: Arguments, config: Config) -> Device:
     return find_device(config.model.offload_dir)
 
 
-def _quant(config: Config, name: str | None) -> Quant:
+def _quant(config: Config, name: str | None, device: Device) -> Quant:
     quant = config.quant
     label = name or f"{quant.method.value}" + ("" if quant.dtype.value == "auto" else f" {quant.dtype.value}")
-    return planned(quant, label)
+    return planned(quant, device.gpus, label)
 
 
 def _job(config: Config, name: str | None, device: Device, arguments: Arguments) -> Job:

@@ -93,7 +93,7 @@ def _needs_table(plan: Plan) -> Table:
         "kv_cache": "KV cache",
         "activations": "prefill activations",
         "logits": "logits",
-        "scratch": "dequantized matrix",
+        "scratch": "workspace, dequantized matrix" if plan.device.gpus else "dequantized matrix",
         "context": "CUDA context" if plan.device.gpus else "libraries",
     }
     for field, name in names.items():
@@ -109,7 +109,7 @@ def _needs_table(plan: Plan) -> Table:
 def _print_load_peak(plan: Plan, out: Console) -> None:
     mapped = plan.load_peak.mapped
     text = f", and up to {_mb(mapped)} MB of mapped files that the system can take back" if mapped else ""
-    out.print(f"Load peak: {_mb(plan.load_peak.held)} MB{text} (estimate)", highlight=False)
+    out.print(f"Load peak: {_mb(plan.load_peak.needed)} MB{text} (estimate)", highlight=False)
 
 
 def _print_prompts(plan: Plan, out: Console) -> None:
@@ -179,7 +179,7 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
             _mb(plan.footprint_bytes),
             _mb(plan.quant_state_bytes),
             f"{sum(plan.kv_bytes_per_token.values()) / 1e3:,.1f} kB",
-            _mb(plan.load_peak.held),
+            _mb(plan.load_peak.needed),
             _mb(plan.needs[0].total_bytes),
             _mb(at_32.total_bytes) if at_32 else "",
             _rows(plan),

@@ -17,6 +17,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.allocator import set_allocator
+
+set_allocator()  # the next lines import torch
+
 from pipeline import display
 from pipeline.chat import prepare_chat, render
 from pipeline.compose import to_config

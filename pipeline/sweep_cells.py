@@ -13,6 +13,7 @@ from pipeline.config import Config, Resume, SubmitConfig, root
 from pipeline.display import say
 from pipeline.errors import ConfigError, JobError
 from pipeline.fit import planned
+from pipeline.gpu import Gpu
 from pipeline.memory_peaks import load_peak
 from pipeline.memory_plan import kv_bytes_per_token
 from pipeline.prompt_count import count_prompts
@@ -82,9 +83,10 @@ def needed_bytes(config: Config, gpus: int) -> int | None:
     Of the GPUs together, or without one of the host.
     """
     arch = architecture(read_config(locate(config.model, config.models_dir, weights=False)))
-    quant = planned(config.quant)
+    cards = (Gpu("cuda", "a GPU of the cluster"),) * gpus
+    quant = planned(config.quant, cards)
     row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
-    return load_peak(arch, quant, gpus=gpus).held + row + (0 if gpus else PYTHON_BYTES)
+    return load_peak(arch, quant, gpus=cards).needed + row + (0 if gpus else PYTHON_BYTES)
 
 
 def memory_warning(name: str, need: int, submit: SubmitConfig) -> str | None:

@@ -4,15 +4,31 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import yaml
 from conftest import SMALL
 from job_helper import arguments, environment, job_folder, run_job, write_rows
+from machines import GB, H100, RTX_3060
+from torch._subclasses import FakeTensorMode
 
 from pipeline.architecture import architecture
-from pipeline.capacity import Capacity, kv_architecture, tokens_that_fit
+from pipeline.capacity import (
+    Capacity,
+    Place,
+    kv_architecture,
+    layer_devices,
+    places,
+    tokens_on_all,
+    tokens_that_fit,
+)
+from pipeline.config import root
 from pipeline.engine.stats import EngineStats
+from pipeline.gpu import Gpu
 from pipeline.memory_compare import PARTS, Setup, error_percent, known_architecture, predicted
 from pipeline.memory_limits import control_group_rests
 from pipeline.memory_plan import Quant, kv_bytes_per_token, kv_cache_bytes
@@ -20,6 +36,7 @@ from pipeline.memory_plan import Quant, kv_bytes_per_token, kv_cache_bytes
 FP32 = Quant("fp32", dtype="float32")
 LLAMA = architecture({"model_type": "llama", "dtype": "float32", "head_dim": 16, **SMALL})
 GEMMA = architecture({"model_type": "gemma3_text", "dtype": "float32", "sliding_window": 16, **SMALL})
+LLAMA_8B = architecture(yaml.safe_load((root() / "conf/model/llama.yaml").read_text())["architecture"])
 
 
 @pytest.mark.parametrize("budget", [10**6, 3 * 10**7])
@@ -36,18 +53,85 @@ def test_sliding_windows_leave_room_for_more_tokens():
 
 
 def test_a_prompt_that_can_never_fit_is_refused_with_the_figures():
-    capacity = Capacity(8, 1000, LLAMA, FP32, free_bytes=10**6, prefill_tokens=256)
+    everywhere = Place("the CPU", 10**6, tuple(range(len(LLAMA.windows))), ())
+    capacity = Capacity(8, 1000, LLAMA, FP32, (everywhere,), prefill_tokens=256)
     assert capacity.refusal(10) is None
     text = str(capacity.refusal(4000))
     assert "4000 tokens" in text
-    assert "1.0 MB are free" in text
+    assert "1.0 MB are free on the CPU" in text
+
+
+def on(gpu: Gpu, layers: range) -> Place:
+    return Place(gpu.name, gpu.free_bytes, tuple(layers), (gpu,))
+
+
+def test_the_fullest_gpu_bounds_the_tokens() -> None:
+    """Of two unequal cards, each holds the keys and values of its own layers."""
+    quant, rows = Quant("none"), 8
+    large, small = on(H100, range(28)), on(RTX_3060, range(28, 32))
+    budgets = [9 * GB, GB]
+    both = tokens_on_all(LLAMA_8B, quant, (large, small), budgets, rows)
+    assert both == tokens_that_fit(small.part(LLAMA_8B), quant, GB, rows)
+    # 8 times the tokens that one card would hold in 1 GB beside the keys and values of all 32 layers
+    assert both == pytest.approx(8 * tokens_that_fit(LLAMA_8B, quant, GB, rows), rel=0.05)
+    # with 1.2 GB for its 28 layers, the other card is the fuller one
+    assert tokens_on_all(LLAMA_8B, quant, (large, small), [GB, GB], rows) < both / 5
+    held = [kv_cache_bytes(place.part(LLAMA_8B), quant, [(rows, both // rows)]) for place in (large, small)]
+    assert sum(held) == kv_cache_bytes(LLAMA_8B, quant, [(rows, both // rows)])
+    assert all(bytes_ <= budget for bytes_, budget in zip(held, budgets, strict=True))
+
+
+def test_sliding_layers_on_a_card_of_their_own_bound_nothing_beyond_their_window() -> None:
+    config = {"model_type": "gemma3_text", "dtype": "float32", "sliding_window": 16, **SMALL}
+    gemma = architecture({**config, "num_hidden_layers": 12})
+    full = tuple(i for i, window in enumerate(gemma.windows) if window is None)
+    sliding = tuple(i for i, window in enumerate(gemma.windows) if window is not None)
+    cards = Place("a", 10**7, sliding, (H100,)), Place("b", 10**7, full, (H100,))
+    alone = tokens_that_fit(cards[1].part(gemma), FP32, 10**6, 8)
+    assert tokens_on_all(gemma, FP32, cards, [10**7, 10**6], 8) == alone
+
+
+def test_a_prompt_is_refused_by_the_card_that_it_does_not_fit_on() -> None:
+    tiny_card = replace(RTX_3060, free_bytes=2 * GB)
+    capacity = Capacity(
+        8, 1000, LLAMA_8B, Quant("none"), (on(H100, range(16)), on(tiny_card, range(16, 32))), 2048
+    )
+    assert capacity.refusal(4000) is None
+    assert "2,000.0 MB are free on NVIDIA GeForce RTX 3060" in str(capacity.refusal(60_000))
+
+
+def test_a_layer_is_where_its_weights_are(tiny_model) -> None:
+    model = tiny_model("llama")
+    count = model.config.num_hidden_layers
+    assert layer_devices(model) == [torch.device("cpu")] * count
+    (place,) = places(model)
+    assert (place.layers, place.gpus) == (tuple(range(count)), ())
+
+
+def test_layers_on_two_cards_are_found_on_them() -> None:
+    """Tensors that only claim to be there: no kernel runs."""
+    config = transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 4})
+    with FakeTensorMode():
+        model = transformers.LlamaForCausalLM(config)
+        for i, layer in enumerate(model.model.layers):
+            weight = torch.empty_like(layer.self_attn.q_proj.weight, device=f"cuda:{i // 3}")
+            layer.self_attn.q_proj.weight = torch.nn.Parameter(weight)
+        assert [device.index for device in layer_devices(model)] == [0, 0, 0, 1]
+
+
+def test_an_offloaded_layer_is_where_it_computes(tiny_dir, tmp_path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_dir, device_map="auto", max_memory={"cpu": "150KB"}, offload_folder=str(tmp_path)
+    )
+    assert "disk" in model.hf_device_map.values()
+    assert set(layer_devices(model)) == {torch.device("cpu")}
 
 
 def test_an_unknown_model_has_a_llamas_keys_and_values_and_no_prediction(tiny_dir):
     config = {**json.loads((tiny_dir / "config.json").read_text()), "model_type": "olmo"}
     assert known_architecture(config) is None
     assert kv_architecture(config).num_key_value_heads == 2
-    setup = Setup(None, FP32, gpus=0, packed=False, prefill_tokens=256, sampled=False)
+    setup = Setup(None, FP32, gpus=(), packed=False, prefill_tokens=256, sampled=False)
     assert predicted(setup, EngineStats()) == dict.fromkeys(PARTS)
     assert error_percent(None, 5) is None
     assert error_percent(110, 100) == pytest.approx(10)

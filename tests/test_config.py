@@ -180,6 +180,14 @@ def test_what_does_not_decide_the_text_leaves_the_folder(changed):
     assert job_folder([changed]) == job_folder([])
 
 
+def test_folders_from_before_compute_dtype_had_an_auto_are_found_again():
+    """The name is the one that this command line had when bfloat16 was the default."""
+    job = ["model=llama", "quant=nf4", "prompts=somewhere.jsonl"]
+    assert job_folder(job) == job_folder([*job, "quant.compute_dtype=bfloat16"])
+    assert job_folder(job).name == "llama-nf4-greedy-a9b7577d"
+    assert job_folder(job) != job_folder([*job, "quant.compute_dtype=float16"])
+
+
 def test_a_jobs_folder_says_prompts_model_quantization_and_generation(tmp_path):
     folder = job_folder(
         ["model=qwen", "quant=nf4", "generation=sample", f"outputs_dir={tmp_path}", "shard=1/4"]

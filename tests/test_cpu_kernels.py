@@ -1,35 +1,48 @@
 """The CPU's kernels say what torch's own operators say, and a fused layer what the layer says."""
 
+# ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
 import importlib
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_tiny
-from llvmlite.binding import get_host_cpu_features
 from torch.nn import functional as F
 
+from pipeline.engine.cpu.fused_model import load_kernels
+
+kernels = load_kernels()
+if kernels is None:
+    pytest.skip("the kernels need numba, and a torch that is linked with libgomp", allow_module_level=True)
+
+from llvmlite.binding import get_host_cpu_features
+
 from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.cpu import kernels
-from pipeline.engine.cpu.packing import pack_weights
+from pipeline.engine.cpu import linear_vectors
+from pipeline.engine.cpu.packing import onednn_packs, pack_weights
 from pipeline.engine.cpu.tiles import has_tiles
-from pipeline.engine.cpu.vectors import HAS_BF16
+from pipeline.engine.cpu.vectors import compiles_for
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import GenerationParams, Request
 
-PRODUCTS = [
-    pytest.param(
-        "linear_tiles", marks=pytest.mark.skipif(not has_tiles(), reason="needs matrix tiles (Intel AMX)")
-    ),
-    pytest.param("linear_vectors", marks=pytest.mark.skipif(not HAS_BF16, reason="needs AVX-512 with bf16")),
-]
+
+def linear_tiles() -> ModuleType:
+    """The module of that name, on this CPU's matrix tiles or, where it has none, on software's."""
+    if has_tiles():
+        return importlib.import_module("pipeline.engine.cpu.linear_tiles")
+    return importlib.import_module("software_tiles").linear_tiles()
+
+
+PRODUCTS = {"linear_tiles": linear_tiles, "linear_vectors": lambda: linear_vectors}
 ULP = 2.0**-7  # the spacing of bf16 just above 1, as a share
 
 
@@ -201,16 +214,37 @@ def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int) -
     assert torch.equal(stores[1], stores[3])
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's features")
-def test_attention_is_the_same_on_a_cpu_without_instructions_for_bf16() -> None:
-    newer = ("amx", "avx10", "avx512bf16", "avx512fp16")
+@pytest.mark.parametrize("newer", [("amx", "avx10", "avx512bf16", "avx512fp16"), ("amx", "avx10", "avx512")])
+def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
+    """One without instructions for bf16, and one without AVX-512; an older CPU yet is tested as itself."""
     features = {k: has and not k.startswith(newer) for k, has in get_host_cpu_features().items()}
-    flags = ",".join(("+" if has else "-") + name for name, has in features.items())
-    env = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": flags}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_attention_over_rectangles"]
+    flags = ",".join(("+" if has else "-") + name for name, has in sorted(features.items()))
+    names = "test_attention_over_rectangles or linear_vectors"
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names]
+    env = {**os.environ, "NUMBA_CPU_FEATURES": flags}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "16 passed" in done.stdout
+    assert "34 passed" in done.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86")
+def test_the_newest_instructions_compile_on_any_x86_cpu(tmp_path: Path) -> None:
+    newest = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": "+avx512bf16,+amx-bf16"}
+    env = {**os.environ, **newest, "NUMBA_CACHE_DIR": str(tmp_path)}  # from a cache, there is no text to see
+    code = (
+        "from pipeline.engine.cpu import linear_tiles, linear_vectors\n"
+        "print(linear_tiles.linear.inspect_llvm(), linear_vectors.linear.inspect_llvm())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for instruction in ("llvm.x86.tdpbf16ps", "vdpbf16ps"):
+        assert instruction in done.stdout
+
+
+def test_this_cpu_multiplies_the_fastest_way_that_it_can() -> None:
+    fastest = linear_tiles() if has_tiles() else linear_vectors if compiles_for("avx2") else None
+    assert kernels.products is fastest
 
 
 def _in_float32(rectangle: Any) -> Any:
@@ -230,9 +264,8 @@ def test_spare_rows_come_back_as_zeros() -> None:
 
 @pytest.fixture(params=PRODUCTS)
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to multiply that this CPU has."""
-    module = importlib.import_module(f"pipeline.engine.cpu.{request.param}")
-    monkeypatch.setattr(kernels, "products", module)
+    """Each way to multiply."""
+    monkeypatch.setattr(kernels, "products", PRODUCTS[request.param]())
 
 
 @pytest.mark.usefixtures("product")
@@ -294,19 +327,20 @@ def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
 def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
     name: str, products: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = products and importlib.import_module(f"pipeline.engine.cpu.{products}")
+    module = PRODUCTS[products]() if products else None
     monkeypatch.setattr(kernels, "products", module)
     model = build_tiny(name).to(torch.bfloat16)
     model.resize_token_embeddings(320, mean_resizing=False)  # whole blocks
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
         expected = model(ids).logits[0].float()
-        assert pack_weights(model) > 0
+        packs = module is not None or onednn_packs()
+        assert (pack_weights(model) > 0) == packs
         packed = model(ids).logits[0].float()
         if products:
             assert (packed - expected).abs().max() < 0.25 * expected.std()
         else:
-            assert torch.equal(packed, expected), "packed by oneDNN, every bit is the same"
+            assert torch.equal(packed, expected), "packed by oneDNN or not at all, every bit is the same"
         forward = FlatForward(model)
         kind = name in ("llama", "qwen2", "qwen3")
         assert (forward._fused is not None) == kind

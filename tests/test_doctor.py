@@ -1,17 +1,20 @@
 """The doctor: findings with a next step, an exit status for scripts, never a token."""
 
+import importlib.util
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import constants
+from machines import H100, MI300, MIG_SLICE, T4, UNREADABLE
 
 from pipeline import health
 from pipeline.compose import read_config
 from pipeline.doctor import main
 from pipeline.engine.cpu.fused_model import load_kernels
-from pipeline.health import State, check_bitsandbytes, check_kernels, check_version
+from pipeline.health import State, check_bitsandbytes, check_gpu, check_kernels, check_version
 from pipeline.model_health import check_access, check_room, check_tokenizer
 
 SECRET = "hf_ThisMustNeverBePrinted"
@@ -75,12 +78,13 @@ def test_versions_known_to_be_bad_are_red(version, state):
 
 
 def test_without_numba_the_kernels_are_yellow(monkeypatch):
-    (there,) = check_kernels()
-    assert there.state is State.green
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # with a GPU nobody asks
+    (found,) = check_kernels()
+    assert found.state is (State.green if importlib.util.find_spec("numba") else State.yellow)
     monkeypatch.setattr("pipeline.health.load_kernels", load_kernels.__wrapped__)  # asks again
-    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu.kernels")
-    monkeypatch.delattr("pipeline.engine.cpu.kernels")
-    monkeypatch.delattr("pipeline.engine.cpu.loops")
+    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu.kernels", raising=False)
+    for name in ("kernels", "loops"):
+        monkeypatch.delattr(f"pipeline.engine.cpu.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "pipeline.engine.cpu.loops", None)
     (missing,) = check_kernels()
     assert missing.state is State.yellow
@@ -99,6 +103,32 @@ def test_a_device_that_bitsandbytes_cannot_use_is_red_and_not_a_traceback():
     checks = check_bitsandbytes(torch.device("meta"))
     assert {check.state for check in checks} == {State.red}
     assert all(check.next_step for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "state", "words"),
+    [
+        (T4, State.green, "Tesla T4, compute capability 7.5, 15.5 GB of 15.8 GB free, no bfloat16 of its own"),
+        (H100, State.green, "NVIDIA H100 80GB HBM3, compute capability 9.0, 84.0 GB of 84.9 GB free, bfloat16"),
+        (replace(H100, free_bytes=10**10), State.yellow, "10.0 GB of 84.9 GB free"),
+        (replace(H100, capability=(12, 0)), State.red, "compute capability 12.0"),
+        (MIG_SLICE, State.green, "1g.10gb, a MIG slice, compute capability 9.0, an unknown part of 10.0 GB free"),
+        (MI300, State.green, "AMD Instinct MI300X, 205.8 GB of 206.1 GB free, bfloat16"),
+        (UNREADABLE, State.green, "an NVIDIA GPU, an unknown part of an unknown size free, bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_shown_with_what_decides(gpu, state, words):
+    check = check_gpu("cuda:0", gpu, ["sm_75", "sm_80", "sm_86", "sm_90"])
+    assert (check.state, bool(check.next_step)) == (state, state is not State.green)
+    assert words in check.found
+
+
+def test_a_gpu_that_cannot_be_read_leaves_the_memory_open(config, monkeypatch):
+    monkeypatch.setattr("pipeline.devices.visible_gpus", lambda: (UNREADABLE,))
+    found = {check.name: check for check in check_room(config)}
+    assert found["memory"].state is State.yellow
+    assert "The memory of an NVIDIA GPU cannot be read here" in found["memory"].found
+    assert "memory=24GB" in found["memory"].next_step
 
 
 def test_missing_weights_are_red(config, tiny_dir):

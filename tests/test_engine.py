@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_runs import EOS, alone, mixed_requests, run, run_engine, shuffled, tokens
 
-from pipeline.engine import engine as engine_module
+from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.kv_cache import Rectangle, regroup

@@ -10,7 +10,7 @@ from engine_runs import EOS, mixed_requests, run, run_engine
 from fake_gpus import fake_gpus, fake_model
 from transformers import masking_utils
 
-from pipeline.engine import engine as engine_module
+from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import Rectangle, regroup
@@ -105,7 +105,7 @@ def test_a_model_split_over_gpus_mixes_none_of_them(name, gpus, head, monkeypatc
         done = []
         for finished in engine.steps(requests):
             done += finished
-            for rectangle in engine._rectangles:
+            for rectangle in engine._batch._rectangles:
                 on = [t.device.index for t in rectangle.keys]
                 assert on == [i * gpus // LAYERS[name] for i in range(LAYERS[name])]
     assert traffic.count["across"] > 0

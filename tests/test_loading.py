@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from machines import H100, T4
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.errors import LoadError
-from pipeline.loading import find_model, load_model, load_tokenizer, release
+from pipeline.loading import _say_once, computed_in, find_model, load_model, load_tokenizer, release
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1", COMMIT)
@@ -124,6 +125,25 @@ class TestLoad:
         layer = load_model(ModelConfig(str(tiny_folder)), quant, "none").model.model.layers[0].mlp.up_proj
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested, layer.compute_dtype) == ("fp4", True, torch.float16)
+
+    @pytest.mark.parametrize(
+        ("gpus", "expected"), [((T4,), torch.float16), ((H100,), torch.bfloat16), ((), torch.bfloat16)]
+    )
+    def test_auto_is_float16_on_a_card_without_bfloat16(self, tiny_dir, monkeypatch, capsys, gpus, expected):
+        config = tiny_dir / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+        monkeypatch.setattr("pipeline.loading.usable_gpus", lambda device_map: gpus)
+        _say_once.cache_clear()
+        for _ in range(2):
+            loaded = load_model(
+                ModelConfig(str(tiny_dir), device_map="cpu"), QuantConfig(QuantMethod.nf4), "none"
+            )
+        layer = loaded.model.model.layers[0].mlp.up_proj
+        assert loaded.model.dtype == layer.compute_dtype == layer.weight.quant_state.dtype == expected
+        name = str(expected).removeprefix("torch.")
+        assert computed_in(loaded.model, loaded.quant) == {"plain": name, "products_4bit": name}
+        said = capsys.readouterr().err
+        assert said.count("Tesla T4 has no bfloat16 of its own") == (expected == torch.float16)
 
     def test_the_attention_asked_for_is_used(self, tiny_folder):
         config = ModelConfig(str(tiny_folder), attn_implementation="eager")

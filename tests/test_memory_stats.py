@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline import memory_stats
+from pipeline.accelerators import used_indices
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.loading import load_model
 from pipeline.memory_stats import (
@@ -142,6 +143,32 @@ class TestHost:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_there_are_no_device_numbers():
     assert devices() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpus_that_are_seen_but_not_in_use_are_left_alone(monkeypatch):
+    """torch's real functions: asking such a GPU for anything would raise here, and open it elsewhere."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with PeakSampler() as sampler:
+        pass
+    assert sampler.peaks().devices == devices() == []
+
+
+class Counters:
+    """Stands in for torch.cuda on a machine with three GPUs, one of them in use."""
+
+    def is_initialized(self):
+        return True
+
+    def device_count(self):
+        return 3
+
+    def max_memory_allocated(self, index):
+        return [0, 5_000_000, 0][index]
+
+
+def test_of_three_gpus_only_the_one_in_use_is_asked():
+    assert list(used_indices(Counters())) == [1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

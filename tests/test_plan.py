@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import H100
 
 from pipeline.compose import options, read_config
 from pipeline.config import ModelConfig, root
-from pipeline.devices import Device, parse_bytes, parse_gpus
+from pipeline.devices import Device, parse_bytes
 from pipeline.errors import ConfigError
 from pipeline.fit import Job, Settings, best_choice, make_plan, need, rows_that_fit
 from pipeline.memory_plan import Quant
@@ -77,7 +78,7 @@ def job(model: str, gpu_bytes: int, host_bytes: int = 64 * 10**9) -> Job:
     config = read_config([f"model={model}"])
     facts = find_facts(config.model, config.models_dir)
     settings = Settings(0.85, 2048, max_rows=None, max_tokens_in_flight=None)
-    device = Device("a GPU", 1, gpu_bytes, host_bytes)
+    device = Device("a GPU", (H100,), gpu_bytes, host_bytes)
     return Job(model, facts, assumed_lengths(256, 131_072, sampled=False), device, settings)
 
 
@@ -248,10 +249,3 @@ def test_sizes_are_read_as_they_are_written() -> None:
     ]
     with pytest.raises(ConfigError, match="24GB or 24GiB"):
         parse_bytes("24 apples")
-
-
-def test_only_visible_gpus_are_counted() -> None:
-    text = "0, GPU-a, NVIDIA A100, 40000\n1, GPU-b, NVIDIA A100, 30000\n2, GPU-c, [N/A], [N/A]\n"
-    assert parse_gpus(text, None) == [("NVIDIA A100", 40000 * 2**20), ("NVIDIA A100", 30000 * 2**20)]
-    assert parse_gpus(text, "1") == parse_gpus(text, "GPU-b") == [("NVIDIA A100", 30000 * 2**20)]
-    assert parse_gpus(text, "") == []

@@ -207,6 +207,20 @@ def test_a_model_that_changed_does_not_mix_with_the_old_rows(job, prompts, tiny_
     assert run_job(job("resume=never")) == 0
 
 
+def test_rows_of_two_dtypes_do_not_mix(job, prompts):
+    """As when a job that began on another card is started again on this machine."""
+    prompts(numbered(3))
+    run_job(job())
+    path = job_folder(job()) / "manifest.json"
+    written = json.loads(path.read_text())
+    assert written["dtypes"] == {"plain": "float32", "products_4bit": None}
+    path.write_text(json.dumps(written | {"dtypes": {"plain": "float16", "products_4bit": None}}))
+    prompts(numbered(4))
+    with pytest.raises(JobError, match=r"computed in .*float16.*computes in .*float32.*resume=never"):
+        run_job(job())
+    assert len(outputs(job())) == 3
+
+
 def test_standard_input_is_a_prompt_file_too(job, tmp_path):
     line = [a for a in job() if not a.startswith("prompts=")] + ["prompts=-"]
     for count, said in ((2, "2 of 2"), (2, "Nothing to do"), (3, "3 of 3")):

@@ -108,7 +108,7 @@ class PaddedForward:
 
     can_share_prefix = False
 
-    def __init__(self, model: Any, *, equal_lengths: bool) -> None:
+    def __init__(self, model: Any, *, equal_lengths: bool = False) -> None:
         self.config = model.config.get_text_config()
         self.equal_lengths = equal_lengths
         self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks

@@ -1,6 +1,7 @@
 """Does a row's text depend on its neighbours' padding? Asked of every model once, when it is loaded."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward, input_device
 from pipeline.engine.kv_cache import Rectangle
 from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.scheduler import Sequence
 from pipeline.errors import LoadError
 from pipeline.request import GenerationParams, Request
@@ -17,14 +19,15 @@ log = logging.getLogger(__name__)
 
 # The largest logit difference that is rounding, as a share of the logits' standard deviation.
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.5}
+AnyForward = Forward | PagedForward
 PROBE_TOKENS = (7, 19)  # of a short row, and of a long one beside it
 
 
-def choose_forward(model: Any, attention: str = "auto") -> tuple[Forward, dict[str, Any]]:
+def choose_forward(model: Any, attention: str = "auto") -> tuple[AnyForward, dict[str, Any]]:
     """The fastest way through this model that gives a padded row the logits of the row alone.
 
     Args:
-        attention: `auto`, or `plain` to leave the fast path out.
+        attention: `auto`: pages on a GPU, else rectangles; or the first way to try: `pages`, `rectangles`, `plain`.
 
     Returns:
         the way, and for the manifest its name and `max_logit_difference`, as a share of the logits'
@@ -56,7 +59,7 @@ def _message(error: Exception, model: Any) -> str:
 
 
 @torch.inference_mode()
-def _choose(model: Any, attention: str) -> tuple[Forward, dict[str, Any]]:
+def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
     own_attention = model.config._attn_implementation
     short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
     device = input_device(model)
@@ -69,12 +72,17 @@ def _choose(model: Any, attention: str) -> tuple[Forward, dict[str, Any]]:
     beside = model(torch.tensor([short, long[: len(short)]], device=device), use_cache=False).logits[0, -1]
     noise = ((beside.float() - expected[0]).abs().max() / expected[0].std()).item()
     tolerance = max(TOLERANCE.get(model.dtype, 0.5), 2 * noise)
-    names = ["padded"] if attention == "plain" else ["rectangles", "padded"]
+    if attention == "auto":
+        attention = "pages" if device.type == "cuda" else "rectangles"
+    ways: dict[str, Callable[[Any], AnyForward]] = {
+        "pages": PagedForward,
+        "rectangles": FlatForward,
+        "padded": PaddedForward,
+    }
+    names = list(ways)[{"pages": 0, "rectangles": 1, "plain": 2}[attention] :]
     for name in names:
         try:
-            forward = (
-                FlatForward(model) if name == "rectangles" else PaddedForward(model, equal_lengths=False)
-            )
+            forward = ways[name](model)
             difference = _difference(forward, short, long, expected)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             if is_out_of_memory(error):
@@ -112,18 +120,29 @@ def _check_layers(rectangle: Rectangle) -> None:
 
 
 def _difference(
-    forward: Forward, short: tuple[int, ...], long: tuple[int, ...], expected: list[Tensor]
+    forward: AnyForward, short: tuple[int, ...], long: tuple[int, ...], expected: list[Tensor]
 ) -> float:
     """Prefill a short row beside a long one, then feed one token to both."""
+    made = (
+        forward.trial((long, short), short[0])
+        if isinstance(forward, PagedForward)
+        else _trial(forward, long, short)
+    )
+    differences = [
+        (logits[1].float() - wanted).abs().max() / wanted.std()
+        for logits, wanted in zip(made, expected, strict=True)
+    ]
+    return max(d.item() for d in differences)
+
+
+def _trial(forward: Forward, long: tuple[int, ...], short: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Logits [2, V] after both rows, and after one more token of each."""
     rows = [Sequence(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate((long, short))]
-    rectangle, logits = forward.prefill(rows, None, 1 << 30)
+    rectangle, before = forward.prefill(rows, None, 1 << 30)
     _check_layers(rectangle)
-    differences = [(logits[1].float() - expected[0]).abs().max() / expected[0].std()]
     for row in rows:
         row.token_ids.append(short[0])
-    logits = forward.decode([rectangle])
-    differences.append((logits[1].float() - expected[1]).abs().max() / expected[1].std())
-    return max(d.item() for d in differences)
+    return before, forward.decode([rectangle])
 
 
 def _probe_rows(vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

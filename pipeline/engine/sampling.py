@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from pipeline.request import TokenLogprob
 HEAD = 1024  # the most probable tokens, sorted first: nearly always all that the filters keep
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The log-probabilities that some rows of a batch asked for, still on the device."""
+
+    rows: list[int]  # K of the batch's rows
+    own: Tensor  # [K] float32, of the chosen token
+    values: Tensor  # [K, most asked for] float32, falling
+    ids: Tensor  # [K, most asked for] int64, the tokens they belong to
+
+
 def next_tokens(logits: Tensor, sequences: Ordered[Sequence]) -> list[int]:
     """Choose a token for each row, and record its logprobs in the sequence where they were asked for.
 
@@ -20,15 +31,33 @@ def next_tokens(logits: Tensor, sequences: Ordered[Sequence]) -> list[int]:
         logits: [B, V], any float dtype.
         sequences: B rows, in the same order.
     """
-    params = [s.request.params for s in sequences]
-    scores = _penalise(logits, [r for r, p in enumerate(params) if p.repetition_penalty != 1], sequences)
-    tokens = argmax(scores)
-    if sampled := [r for r, p in enumerate(params) if not p.greedy]:
-        tokens[sampled] = _sample(scores[sampled].float(), [sequences[r] for r in sampled])
+    seen = seen_tokens(sequences, logits) if penalises(sequences) else None
+    tokens = choose(logits, sequences, [len(s.token_ids) for s in sequences], seen)
     chosen: list[int] = tokens.tolist()
-    if reported := [r for r, p in enumerate(params) if p.logprobs is not None]:
-        _record_logprobs(logits[reported], [chosen[r] for r in reported], [sequences[r] for r in reported])
+    if reported := report(logits, tokens, sequences):
+        record(reported, chosen, sequences)
     return chosen
+
+
+def choose(
+    logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int], seen: Tensor | None = None
+) -> Tensor:
+    """The next token of each row, on the device of the logits. [B, V] → [B] int64.
+
+    Args:
+        steps: how many tokens each row has made before.
+        seen: [B, V] bool, the tokens of prompt and completion, where `penalises` says so.
+    """
+    params = [s.request.params for s in sequences]
+    scores = logits if seen is None else _penalise(logits, [p.repetition_penalty for p in params], seen)
+    sampled = [r for r, p in enumerate(params) if not p.greedy]
+    if len(sampled) == len(params):
+        return _sample(scores.float(), sequences, steps)
+    tokens = argmax(scores)
+    if sampled:
+        draws = _sample(scores[sampled].float(), [sequences[r] for r in sampled], [steps[r] for r in sampled])
+        tokens[sampled] = draws
+    return tokens
 
 
 def argmax(scores: Tensor, block: int = 128) -> Tensor:
@@ -60,21 +89,26 @@ def uniform(seed: int, request_id: str, sample: int, step: int) -> float:
     return (int.from_bytes(key, "big") >> 11) * 2.0**-53
 
 
-def _penalise(logits: Tensor, rows: list[int], sequences: Ordered[Sequence]) -> Tensor:
-    """Repetition penalty on tokens of prompt and completion (Keskar et al. 2019, CTRL)."""
-    if not rows:
-        return logits
-    scores = logits.float()  # as a copy, so that logprobs are those of the model
-    scores = scores.clone() if scores is logits else scores
-    for row in rows:
-        seen = torch.tensor(sorted(set(sequences[row].all_token_ids)), device=logits.device)
-        score = scores[row, seen]
-        penalty = sequences[row].request.params.repetition_penalty
-        scores[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
-    return scores
+def penalises(sequences: Ordered[Sequence]) -> bool:
+    """Whether a row has a repetition penalty."""
+    return any(s.request.params.repetition_penalty != 1 for s in sequences)
 
 
-def _sample(logits: Tensor, sequences: Ordered[Sequence]) -> Tensor:
+def seen_tokens(sequences: Ordered[Sequence], like: Tensor) -> Tensor:
+    """Which tokens each row has, prompt and completion. [B, V] bool, on the device of `like`, [B, V]."""
+    longest = max(s.length for s in sequences)
+    ids = [(*s.all_token_ids, *[s.request.prompt_token_ids[0]] * (longest - s.length)) for s in sequences]
+    seen = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+    return seen.scatter_(1, torch.tensor(ids, device=like.device), True)
+
+
+def _penalise(logits: Tensor, penalties: list[float], seen: Tensor) -> Tensor:
+    """Repetition penalty on tokens of prompt and completion (Keskar et al. 2019, CTRL). → float32, a copy."""
+    scores, penalty = logits.float(), _column(penalties, logits)
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _sample(logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int]) -> Tensor:
     """Draw a token for each row by inverting its cumulative distribution.
 
     Args:
@@ -86,23 +120,31 @@ def _sample(logits: Tensor, sequences: Ordered[Sequence]) -> Tensor:
     params = [s.request.params for s in sequences]
     # Falling from 0, so that a temperature near 0 gives -inf below the best token, and not inf / inf.
     coldest = torch.finfo(torch.float32).tiny
-    temperatures = _column([max(p.temperature, coldest) for p in params], logits)
-    logits = (logits - logits.amax(-1, True)) / temperatures
-    draws = _column([uniform(p.seed, s.request.id, s.sample, len(s.token_ids)) for p, s in
-                     zip(params, sequences, strict=True)], logits)  # fmt: skip
-    tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    filtered = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
-    if plain := [r for r, f in enumerate(filtered) if not f]:
-        tokens[plain] = _invert(torch.softmax(logits[plain], -1), draws[plain])
-    if rest := [r for r, f in enumerate(filtered) if f]:
-        probabilities, ids = filtered_probabilities(
-            logits[rest],
-            _column([params[r].top_k for r in rest], logits),
-            _column([params[r].top_p for r in rest], logits),
-            _column([params[r].min_p for r in rest], logits),
+    columns = [
+        (
+            max(p.temperature, coldest),
+            uniform(p.seed, s.request.id, s.sample, step),
+            p.top_k,
+            p.top_p,
+            p.min_p,
         )
-        tokens[rest] = ids.gather(1, _invert(probabilities, draws[rest])[:, None])[:, 0]
+        for p, s, step in zip(params, sequences, steps, strict=True)
+    ]
+    temperatures, draws, *filters = torch.tensor(columns, device=logits.device).T[:, :, None]
+    logits = (logits - logits.amax(-1, True)) / temperatures
+    rest = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    if not rest:
+        return _invert(torch.softmax(logits, -1), draws)
+    if len(rest) == len(params):
+        return _sample_filtered(logits, draws, filters)
+    tokens = _invert(torch.softmax(logits, -1), draws)
+    tokens[rest] = _sample_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
     return tokens
+
+
+def _sample_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tensor:
+    probabilities, ids = filtered_probabilities(logits, *filters)
+    return ids.gather(1, _invert(probabilities, draws)[:, None])[:, 0]
 
 
 def filtered_probabilities(
@@ -151,12 +193,25 @@ def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _record_logprobs(logits: Tensor, chosen: list[int], sequences: Ordered[Sequence]) -> None:
-    """Append the chosen token's logprob and the most probable alternatives to each sequence."""
-    logprobs = torch.log_softmax(logits.float(), -1)
-    own = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0].tolist()
-    counts = [s.request.params.logprobs or 0 for s in sequences]
-    values, ids = (t.tolist() for t in logprobs.topk(min(max(counts), logits.shape[-1])))
-    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-        top = tuple(zip(ids[row][:count], values[row][:count], strict=True))
-        sequence.logprobs.append(TokenLogprob(chosen[row], own[row], top))
+def report(logits: Tensor, tokens: Tensor, sequences: Ordered[Sequence]) -> Report | None:
+    """The chosen token's logprob and the most probable alternatives, of the rows that ask; None if none does.
+
+    Args:
+        logits: [B, V]; tokens: [B] int64, the chosen ones.
+    """
+    rows = [r for r, s in enumerate(sequences) if s.request.params.logprobs is not None]
+    if not rows:
+        return None
+    logprobs = torch.log_softmax(logits[rows].float(), -1)
+    most = max(sequences[r].request.params.logprobs or 0 for r in rows)
+    values, ids = logprobs.topk(min(most, logits.shape[-1]))
+    return Report(rows, logprobs.gather(1, tokens[rows][:, None])[:, 0], values, ids)
+
+
+def record(reported: Report, chosen: Ordered[int], sequences: Ordered[Sequence]) -> None:
+    """Append them to the sequences. The batch's chosen tokens and sequences, in its order."""
+    lists = (t.tolist() for t in (reported.own, reported.values, reported.ids))
+    for row, own, values, ids in zip(reported.rows, *lists, strict=True):
+        count = sequences[row].request.params.logprobs
+        top = tuple(zip(ids[:count], values[:count], strict=True))
+        sequences[row].logprobs.append(TokenLogprob(chosen[row], own, top))

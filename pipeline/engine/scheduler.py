@@ -1,6 +1,6 @@
 """Who runs next: pure bookkeeping on plain numbers, no tensors."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import astuple, dataclass, field
 
@@ -40,13 +40,21 @@ class Scheduler:
     and admits the longest expected work first, so that no long row is left alone at the end.
     """
 
-    def __init__(self, requests: Iterable[Request], max_rows: int, max_tokens: int, window: int) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        max_rows: int,
+        max_tokens: int,
+        window: int,
+        tokens_of: Callable[[Sequence], int] = lambda sequence: sequence.length,
+    ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self._most = max_rows, max_tokens  # what may be in flight while memory never ran out
         self._calm = 0  # steps since memory ran out, or since the last growth
         self._wait = CALM_STEPS // 2  # steps before the next growth: twice as many after each failure
         self._window = window
+        self._tokens_of = tokens_of  # what an admitted sequence counts for
         self._requests: Iterator[Request] = iter(requests)
         self._waiting: list[Sequence] = []  # least work first: the next to admit is at the end
         self._leaders: dict[tuple[object, ...], Sequence] = {}
@@ -87,7 +95,7 @@ class Scheduler:
             return []
         admitted: list[Sequence] = []
         while self._waiting and len(admitted) < free:
-            live_tokens += self._waiting[-1].length
+            live_tokens += self._tokens_of(self._waiting[-1])
             if live_tokens > self.max_tokens and (live_rows or admitted):
                 break
             admitted.append(self._waiting.pop())

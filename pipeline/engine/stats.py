@@ -4,6 +4,7 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from pipeline.engine.kv_cache import Rectangle
+from pipeline.engine.paged.pages import PAGE, Pages
 
 
 @dataclass
@@ -50,6 +51,26 @@ class EngineStats:
             self.rows += count
             self.columns_attended += rectangle.columns
             self.columns_needed += count * (rectangle.head + 1) - sum(rectangle.starts)
+
+    def count_pass(self, tokens: int, columns: int) -> None:
+        """So many tokens were computed without padding, in a row that then has so many columns."""
+        self.prefill_tokens += tokens
+        self.prefill_columns += tokens
+        self.largest_prefill_columns = max(self.largest_prefill_columns, tokens)
+        self.longest_prompt_columns = max(self.longest_prompt_columns, columns)
+
+    def count_pages(self, rows: int, pages: Pages) -> None:
+        if pages.nbytes > self.peak_kv_cache_bytes:
+            self.peak_kv_cache_bytes = pages.nbytes
+            self.peak_rectangles = [(1, (pages.count + 1) * PAGE, False)]  # the memory of one row of them all
+        self.peak_rows = max(self.peak_rows, rows)
+
+    def count_launch(self, held: Ordered[int]) -> None:
+        """A step in which rows had so many columns before."""
+        self.steps += 1
+        self.rows += len(held)
+        self.columns_attended += sum((h // PAGE + 1) * PAGE for h in held)
+        self.columns_needed += sum(h + 1 for h in held)
 
     def summary(self) -> dict[str, float | int | None]:
         """What stats.json says of the batch; a ratio of nothing is None."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.energy import merge_energy
 from pipeline.errors import OutputError
 from pipeline.results import MANIFEST, ROWS, STATS, read_json, read_rows
 
@@ -158,7 +159,7 @@ def _label(jobs: list[Job]) -> None:
 
 
 def _together(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The stats of a sharded job: counts and speeds add up, times and peaks are the largest shard's."""
+    """The stats of a sharded job: counts, speeds and joules add up, times and peaks are the largest shard's."""
     whole = [s for s in shards if s]
     if not whole:
         return {}
@@ -170,6 +171,7 @@ def _together(shards: list[dict[str, Any]]) -> dict[str, Any]:
         "run_sec": max(s.get("run_sec") or 0 for s in whole),
         "completion_tokens": sum(s.get("completion_tokens") or 0 for s in whole),
         "tokens_per_sec": sum(s.get("tokens_per_sec") or 0 for s in whole),
+        "energy": merge_energy(whole),
         "rows": {name: sum(r.get(name) or 0 for r in rows) for name in ("total", "done", "errors")},
         "shards": f"{len(whole)} of {len(shards)}",
     }

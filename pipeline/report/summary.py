@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.energy import merge_energy
 from pipeline.report.jobs import Job
 from pipeline.report.prompts import Prompt
 from pipeline.report.quality import against_references, baselines, compare_jobs
@@ -31,6 +32,7 @@ def summarize(jobs: Sequence[Job], prompts: Sequence[Prompt], baseline: Path | N
                 **_state(job, own, number),
                 **_speed(job, own, number),
                 "memory": memory(job.stats),
+                "energy": merge_energy([job.stats]),
                 "baseline": None if other is None else jobs[other].label,
                 "quality": compare_jobs(prompts, number, other),
                 "reference": against_references(prompts, number),
@@ -135,6 +137,7 @@ def _setup(job: Job) -> Record:
 BEST = {  # column to whether more is better
     "tokens_per_sec": True,
     "load_sec": False,
+    "joules_per_1000_tokens": False,
     "footprint_bytes": False,
     "peak_bytes": False,
     "exact_match": True,
@@ -157,6 +160,7 @@ def cells(record: Record) -> dict[str, float | None]:
         "completion_tokens": record["completion_tokens"],
         "tokens_per_sec": record["tokens_per_sec"],
         "load_sec": record["load_sec"],
+        "joules_per_1000_tokens": record["energy"]["joules_per_1000_tokens"],
         "footprint_bytes": record["memory"]["footprint_bytes"],
         "predicted_footprint_bytes": record["memory"]["predicted_footprint_bytes"],
         "peak_bytes": record["memory"]["peak_bytes"],

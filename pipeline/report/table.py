@@ -63,6 +63,10 @@ COLUMNS = (
     Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
     Column("tokens_per_sec", "Tokens/s", "Completion tokens per second of the run, without loading", _tenths),
     Column("load_sec", "Load", "Seconds to load the model", lambda x: f"{x:.1f} s"),
+    Column(
+        "joules_per_1000_tokens", "J / 1,000 tokens",
+        "Joules of the whole GPUs or CPU packages for 1,000 completion tokens, without loading", _tenths,
+    ),
     Column("footprint_bytes", "Footprint", "get_memory_footprint(): weights and buffers as stored", megabytes),
     Column("peak_bytes", "Peak", "Most memory held during the run: GPU memory, else the resident set", megabytes),
     Column("exact_match", "Same text", "Completions equal to the baseline's, to the letter", _share),
@@ -149,6 +153,9 @@ def notes(records: Sequence[Record]) -> str:
     of = sorted({record["memory"]["peak_of"] for record in records if record["memory"]["peak_bytes"]})
     if of:
         parts.append(f"Peak: {' or '.join(of)}.")
+    counters = sorted({record["energy"]["source"] for record in records if record["energy"]["source"]})
+    if counters:
+        parts.append(f"Energy: by {' or '.join(counters)}.")
     if not any(record["scores"] for record in records):
         parts.append(
             "KL divergence and perplexity: run python -m pipeline.score FOLDER baseline=FOLDER first."

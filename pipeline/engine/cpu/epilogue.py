@@ -13,6 +13,8 @@ from numba.extending import intrinsic
 from pipeline.engine.cpu.blocks import BLOCK, TILE_ROWS
 from pipeline.engine.cpu.loops import inner, wide
 from pipeline.engine.cpu.vectors import (
+    HAS_BF16,
+    LANES,
     PAIRS,
     VECTOR,
     constant,
@@ -54,6 +56,10 @@ def _store_plain(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -
         line = ir.VectorType(ir.IntType(16), PAIRS)
         kind = ir.FunctionType(line, [VECTOR, VECTOR])
         for left, right, place in _each_row(builder, arguments):
+            if not HAS_BF16:
+                store_halves(builder, left, place, _NUMBER(0))
+                store_halves(builder, right, place, _NUMBER(LANES))
+                continue
             both = builder.asm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [right, left], side_effect=False)
             builder.store(both, builder.inttoptr(place, line.as_pointer()), align=2)
         return context.get_dummy_value()

@@ -29,14 +29,16 @@ def load_kernels() -> ModuleType | None:
     return kernels
 
 
-def can_fuse(model: Any) -> bool:
-    """One of MODELS in bf16 on the CPU, with the usual activation, and no hook that would have to run."""
+def can_fuse(model: Any, device_type: str = "cpu") -> bool:
+    """One of MODELS in half precision there, with the usual activation, and no hook that would have to run."""
     if type(model).__name__ not in MODELS:
         return False
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    hooked = any(hasattr(m, "_hf_hook") for m in model.modules())
+    there = all(p.device.type == device_type for p in model.parameters())
+    # On one GPU a hook only brings inputs to it, where they are already.
+    hooked = device_type == "cpu" and any(hasattr(m, "_hf_hook") for m in model.modules())
     silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in model.model.layers)
-    return on_cpu and silu and not hooked and model.model.norm.weight.dtype == torch.bfloat16
+    halves = (torch.bfloat16,) if device_type == "cpu" else (torch.bfloat16, torch.float16)
+    return there and silu and not hooked and model.model.norm.weight.dtype in halves
 
 
 class FusedModel:
@@ -48,10 +50,10 @@ class FusedModel:
         self._kernels = kernels
 
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: list[int] | int, batch: Any
+        self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: list[int] | Tensor | int, batch: Any
     ) -> Tensor:
         """input_ids and position_ids [1, N], K places to keep, 0 is all → logits [K, V]."""
-        keep = logits_to_keep or slice(None)
+        keep = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
         states = self._body.embed_tokens(input_ids)[0]
         cos, sin = self._body.rotary_emb(states, position_ids)
         rotation = cos[0], sin[0]

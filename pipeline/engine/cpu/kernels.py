@@ -7,7 +7,7 @@ They are compiled by numba at the first import and kept in its cache. They run o
 threads (a second pool of threads would fight with it for the cores): a kernel is a function of one pointer
 that every thread calls, and each thread takes the next task until none is left.
 
-Importing this module raises ImportError without numba, and OSError where torch brings no libgomp.
+Importing this module raises ImportError without numba, and OSError where torch is not linked with libgomp.
 """
 
 from collections.abc import Sequence as Ordered
@@ -25,12 +25,12 @@ from pipeline.engine.cpu.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.threads import openmp as openmp
 from pipeline.engine.cpu.threads import parallel as parallel
 from pipeline.engine.cpu.tiles import CONFIGURATION, has_tiles
-from pipeline.engine.cpu.vectors import HAS_BF16
+from pipeline.engine.cpu.vectors import compiles_for
 
 products: Any = None  # what multiplies here; each compiles only where it can run
 if has_tiles():
     from pipeline.engine.cpu import linear_tiles as products
-elif HAS_BF16:
+elif compiles_for("avx2"):
     from pipeline.engine.cpu import linear_vectors as products
 
 Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments

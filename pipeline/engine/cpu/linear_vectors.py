@@ -1,7 +1,8 @@
 """Linear layers in bf16 on a CPU's vectors, where it has no matrix tiles: the loop behind `kernels.linear`.
 
-A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill the registers: for every two
-inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third.
+A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
+two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
+quarter of that room.
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
@@ -16,10 +17,21 @@ from pipeline.engine.cpu.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.epilogue import store
 from pipeline.engine.cpu.loops import aligned, inner, threaded
 from pipeline.engine.cpu.threads import next_task
-from pipeline.engine.cpu.vectors import LANES, VECTOR, constant, for_each_count, prefetch_line
+from pipeline.engine.cpu.vectors import (
+    HAS_BF16,
+    LANES,
+    VECTOR,
+    broadcast_pair,
+    compiles_for,
+    constant,
+    dot_pairs,
+    for_each_count,
+    load_pairs,
+    prefetch_line,
+)
 
 FEWEST_ROWS = 1  # that a product takes
-ROWS = 12  # whose sums are in registers at once
+ROWS = 12 if compiles_for("avx512f") else 2  # whose sums are in registers at once
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
@@ -72,7 +84,8 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
         for line in range(LINES):
             prefetch_line(builder, builder.add(ahead, builder.mul(step, _NUMBER(line))), cache=2)
         addresses = [here, stride, *(builder.add(place, along) for place in places)]
-        for total, new in zip(totals, _part(builder, totals, addresses), strict=True):
+        part_of_block = _part if HAS_BF16 else _part_in_float32
+        for total, new in zip(totals, part_of_block(builder, totals, addresses), strict=True):
             builder.store(new, total)
     for index, total in enumerate(totals):
         place = builder.inttoptr(builder.add(sums, _NUMBER(index * LANES * 4)), VECTOR.as_pointer())
@@ -99,6 +112,21 @@ def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
     kind = ir.FunctionType(ir.LiteralStructType(kinds), [i.type for i in inputs])
     result = builder.asm(kind, "\n".join(lines), ",".join(form), inputs, side_effect=False)
     return [builder.extract_value(result, i) for i in range(count)]
+
+
+def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
+    """The same on a CPU without instructions for bf16."""
+    weights, stride, *places = addresses
+    sums = [builder.load(total) for total in totals]
+    for pair in range(PAIRS_TOGETHER):
+        here = [pair * TILE_BYTES + tile * BLOCK_BYTES // 2 for tile in (0, 1)]
+        both = [load_pairs(builder, builder.add(weights, _NUMBER(place)), _NUMBER(0)) for place in here]
+        for row in range(len(sums) // 2):
+            place = builder.add(places[row // 3], builder.mul(stride, _NUMBER(row % 3)))
+            own = broadcast_pair(builder, place, 2 * pair)
+            for tile, weight in enumerate(both):
+                sums[2 * row + tile] = dot_pairs(builder, sums[2 * row + tile], own, weight)
+    return sums
 
 
 @inner

@@ -1,13 +1,14 @@
 """Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
 
-A CPU with bf16 in its vectors or matrix tiles multiplies by kernels of our own (linear_vectors.py,
-linear_tiles.py). Elsewhere oneDNN multiplies blocked matrices. `F.linear` reorders the whole weight to
-blocks at each call, which at few rows takes longer than the product. The operators that pack a weight once
-are those which torch's inductor uses when it freezes a model; they are private, so they are used here alone,
-and only after they gave the very bits of `F.linear` on the weight at hand.
+A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), but for layers
+that do not fill whole blocks. There oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
+weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a
+weight once are those which torch's inductor uses when it freezes a model; they are private, so they are used
+here alone, and only after they gave the very bits of `F.linear` on the weight at hand.
 """
 
 import logging
+import platform
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from types import ModuleType
@@ -181,9 +182,15 @@ def _pack_blocks(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes
     return PackedWeight(kernels.pack_blocks(weight), bias, kernels, interleaved)
 
 
+def onednn_packs() -> bool:
+    """Whether oneDNN has packed weights in bf16 here. On Arm their products have other bits now and then."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _pack_onednn(linears: Ordered[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
     """None where torch or this CPU cannot, or where packing changes a bit of the result."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn_packs():
         return None
     try:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias, None)

@@ -1,10 +1,10 @@
 """torch's own threads, and what they need to run kernels: whose turn it is, and a place to meet.
 
-Importing this module raises OSError where torch brings no libgomp.
+Importing this module raises OSError where torch is linked with another OpenMP.
 """
 
 import ctypes
-from pathlib import Path
+import platform
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")  # another's text ends the process
 
 
 @intrinsic
@@ -65,7 +67,7 @@ def arrived(context: Any, counter: Any) -> Any:
     """A counter, read after a short pause."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.asm(ir.FunctionType(ir.VoidType(), []), "pause", "", [], side_effect=True)
+        builder.asm(ir.FunctionType(ir.VoidType(), []), PAUSE, "", [], side_effect=True)
         place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.load_atomic(place, "acquire", 8)
 
@@ -85,10 +87,11 @@ def let_others_run(context: Any) -> Any:
 
 
 def _openmp() -> Any:
-    library = next(Path(torch.__file__).parent.glob("lib/libgomp*"), None)
-    if library is None:
-        raise OSError("torch brings no libgomp")
-    return ctypes.CDLL(str(library))
+    """Find the OpenMP that torch is linked with, wherever its wheel keeps it."""
+    library = ctypes.CDLL(torch._C.__file__)  # a name is looked up in what a library is linked with, too
+    if not hasattr(library, "GOMP_parallel"):
+        raise OSError("torch is not linked with libgomp")
+    return library
 
 
 openmp = _openmp()

@@ -1,0 +1,202 @@
+"""The model on one device with its keys and values in pages: prefill some columns, decode a step."""
+
+import functools
+import logging
+from collections.abc import Sequence as Ordered
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.engine.batch import ATTENTION
+from pipeline.engine.cpu.fused_model import FusedModel, can_fuse
+from pipeline.engine.forward import input_device, layer_windows
+from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.paged.graph import StepGraph
+from pipeline.engine.paged.pages import Pages, pages_for
+from pipeline.engine.paged.passes import DecodePass, PassModel, PrefillPass, Segment, upload
+from pipeline.engine.sampling import argmax
+
+log = logging.getLogger(__name__)
+
+AMPERE = (8, 0)  # compute capability from which Triton and FlashAttention-2 run
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
+
+
+class PagedForward:
+    """One flat row of tokens for all rows of a pass; a decode step is replayed from a graph, where it can be.
+
+    Raises:
+        NotImplementedError: the model lies on several devices, or has layers or rotary frequencies of
+            another kind.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config.get_text_config()
+        self.device = _only_device(model)
+        _check_rotary(self.config)
+        kernels, flash = _gpu_kernels(self.device)
+        self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
+        self._model = model
+        self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
+        self._captures = self.device.type == "cuda" and _can_capture(model)
+        self._graphs: list[StepGraph] = []
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
+        self.open(0, 0)
+        model.set_attn_implementation(ATTENTION)
+
+    def open(self, pages: int, slots: int) -> None:
+        """Begin with so many pages and slots, and nothing in them; what was there is gone."""
+        self.close()
+        self.pages = Pages(pages)
+        self._slots = slots
+        # The last slot is that of rows which only fill a graph up: they write to SCRATCH.
+        self.tokens = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)  # each slot's newest
+        self._table = torch.zeros(slots + 1, 1, dtype=torch.int32, device=self.device)
+
+    def close(self) -> None:
+        """Give pages and graphs back."""
+        self._forget_graphs()
+        self.pages = Pages(0)
+
+    def grow(self, pages: int) -> None:
+        """Add pages. Their addresses change, so graphs are recorded anew."""
+        self._forget_graphs()
+        self.pages.grow(pages)
+
+    def _forget_graphs(self) -> None:
+        self._graphs.clear()
+        self._memory = torch.cuda.graph_pool_handle() if self._captures else (0, 0)
+
+    def assign(self, slots: Ordered[int], pages: Ordered[Ordered[int]]) -> None:
+        """Tell the device which pages each of these slots has now."""
+        widest = max(map(len, pages))
+        if widest > self._table.shape[1]:
+            self._forget_graphs()
+            wider = self._table.new_zeros(len(self._table), 1 << (widest - 1).bit_length())
+            wider[:, : self._table.shape[1]] = self._table
+            self._table = wider
+        width = self._table.shape[1]
+        rows = [[slot, *own, *[0] * (width - len(own))] for slot, own in zip(slots, pages, strict=True)]
+        made = upload(rows, self.device, torch.int32)
+        self._table[made[:, 0].long()] = made[:, 1:]
+
+    def trial(self, rows: Ordered[Ordered[int]], next_token: int) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
+
+        Raises:
+            NotImplementedError: a layer keeps other state than keys and values.
+        """
+        needed = [pages_for(len(ids) + 1) for ids in rows]
+        self.open(sum(needed), len(rows))
+        pages = [self.pages.take(count) for count in needed]
+        self.assign(range(len(rows)), pages)
+        segments = [Segment(ids, own, 0, len(ids)) for ids, own in zip(rows, pages, strict=True)]
+        before = self.prefill(segments, range(len(rows)))
+        if len(self.pages.keys) != len(self._facts.windows):
+            raise NotImplementedError("layers that keep other state than keys and values")
+        self.tokens[: len(rows)] = next_token
+        after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)])
+        self.close()
+        return before, after
+
+    def prefill(self, segments: Ordered[Segment], keep: Ordered[int]) -> Tensor:
+        """Compute some rows' columns: logits [K, V] after the last of each segment in `keep`."""
+        batch = PrefillPass(segments, self.pages, self._facts)
+        kept = batch.last_tokens[upload(keep or [0], self.device)]
+        return self._run(batch.ids, batch.positions, kept, batch)
+
+    def decode(self, rows: Ordered[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Feed each row its slot's newest token, and make the most probable one after it the newest.
+
+        Args:
+            rows: of each its slot, and how many columns it holds.
+
+        Returns:
+            logits [B, V] and tokens [B] int64; overwritten by the next step.
+        """
+        count, columns = len(rows), 1 + max(held for _, held in rows)
+        graph = self._graph(count, columns) if self._captures else None
+        if graph is None:
+            return self._step(upload(rows, self.device, torch.int32), columns)
+        filled = [*rows, *[(self._slots, 0)] * (graph.rows - count)]
+        logits, tokens = graph.replay(upload(filled, self.device, torch.int32))
+        return logits[:count], tokens[:count]
+
+    def _graph(self, count: int, columns: int) -> StepGraph | None:
+        """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
+        little, and recording one anew takes as long as a dozen steps."""
+        fitting = [
+            g for g in self._graphs if count <= g.rows <= 2 * count and columns <= g.columns <= 4 * columns
+        ]
+        if fitting:
+            return min(fitting, key=lambda g: (g.rows, g.columns))
+        rows = next((r for r in GRAPH_ROWS if r >= count), count)
+        widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
+        empty = torch.tensor([(self._slots, 0)] * rows, dtype=torch.int32, device=self.device)
+        try:
+            graph = StepGraph(lambda control: self._step(control, widest), empty, widest, self._memory)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            log.warning("A decode step cannot be recorded, and is launched kernel by kernel: %s", error)
+            self._captures = False
+            return None
+        self._graphs.append(graph)
+        return graph
+
+    def _step(self, control: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """control [B, 2] → logits [B, V], tokens [B]."""
+        slots, positions = control.long().unbind(1)
+        batch = DecodePass(control, self._table, columns, self.pages, self._facts)
+        logits = self._run(self.tokens[slots], positions, 0, batch)
+        tokens = argmax(logits)
+        self.tokens[slots] = tokens
+        return logits, tokens
+
+    def _run(self, ids: Tensor, positions: Tensor, keep: Tensor | int, batch: Any) -> Tensor:
+        inputs = {
+            "input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": keep, "batch": batch,
+        }  # fmt: skip
+        if self._fused is not None:
+            return self._fused(**inputs)
+        # A mask of four dimensions is taken as it is: to make none, transformers would look at the positions.
+        logits: Tensor = self._model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+        return logits
+
+
+def _only_device(model: Any) -> torch.device:
+    """Raises NotImplementedError for layers on several devices."""
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or "meta" in {device.type for device in devices}:
+        raise NotImplementedError("layers on several devices")
+    return input_device(model)
+
+
+def _check_rotary(config: Any) -> None:
+    """Raises NotImplementedError for rotary frequencies that depend on the longest row so far."""
+    if "dynamic" in str(getattr(config, "rope_parameters", None)):
+        raise NotImplementedError("rotary frequencies that change with the length")
+
+
+def _can_capture(model: Any) -> bool:
+    """Whether a step can be recorded: LLM.int8 looks at each product's outliers, a mixture at its routing."""
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    config = model.config.get_text_config()
+    mixture = any(getattr(config, name, None) for name in experts)
+    return not mixture and not any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+
+
+@functools.cache
+def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
+    """Triton's kernels, and whether FlashAttention runs."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < AMPERE:
+        return None, False
+    try:
+        from pipeline.engine.paged import kernels
+    except ImportError as error:
+        log.info("Without Triton's kernels: %s", error)
+        return None, torch.version.hip is None
+    return kernels, torch.version.hip is None

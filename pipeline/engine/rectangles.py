@@ -1,0 +1,191 @@
+"""A running batch in rectangles: rows of similar length together, left-padded to one width.
+
+The way for CPUs, where a contiguous product is everything, and for a model that is split over several GPUs.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline.engine.forward import Forward, rope_switch
+from pipeline.engine.kv_cache import Rectangle, regroup
+from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.sampling import next_tokens
+from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix
+from pipeline.engine.stats import EngineStats
+from pipeline.request import GenerationParams, Request
+
+SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
+
+
+class RectangleBatch:
+    """Rows in flight, each in one of several rectangles.
+
+    Args:
+        accept: gives a row its next token, and says whether the row is done.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        prefill_tokens: int,
+        share_prefix: bool,
+        stats: EngineStats,
+        accept: Callable[[Sequence, int], bool],
+    ) -> None:
+        self._forward = forward
+        self._prefill_tokens = prefill_tokens
+        self._overhead = forward.limits.rectangle_overhead
+        self._share_prefix = share_prefix and forward.can_share_prefix
+        self._stats = stats
+        self._accept = accept
+        self._rope_switch = rope_switch(forward.config)
+        self._rectangles: list[Rectangle] = []
+        self._groups: list[list[Sequence]] = []  # admitted, not yet prefilled
+        self._prefix: tuple[tuple[int, ...], Rectangle] | None = None
+
+    @property
+    def live(self) -> list[Sequence]:
+        return [s for r in self._rectangles for s in r.rows] + [s for group in self._groups for s in group]
+
+    def tokens_of(self, sequence: Sequence) -> int:
+        return sequence.length
+
+    def begin(self, scheduler: Scheduler) -> None:
+        if self._share_prefix:
+            self._compute_prefix(shared_prefix(scheduler.waiting))
+
+    def step(self, scheduler: Scheduler) -> None:
+        if not self._groups:
+            self._admit(scheduler)
+        if self._groups:
+            self._prefill()
+        else:
+            self._decode_step(scheduler)
+
+    def drop(self) -> list[Sequence]:
+        rows = self.live
+        self._rectangles, self._groups, self._prefix = [], [], None
+        return rows
+
+    def _admit(self, scheduler: Scheduler) -> None:
+        live = self.live
+        admitted = scheduler.admit(len(live), sum(s.length for s in live))
+        prefixed = [s for s in admitted if self._has_prefix(s)]
+        rest = [s for s in admitted if not self._has_prefix(s)]
+        shared = len(self._prefix[0]) if self._prefix else 0
+        equal = self._forward.equal_lengths
+        self._groups = prefill_groups(prefixed, shared, self._prefill_tokens, equal)
+        for long in (True, False):
+            same = [s for s in rest if self._is_long(s) == long]
+            self._groups += prefill_groups(same, 0, self._prefill_tokens, equal)
+
+    def _prefill(self) -> None:
+        """Run one admitted group; it joins the batch as a rectangle of its own."""
+        started = time.perf_counter()
+        group = self._groups[0]
+        copies: dict[tuple[int, ...], list[Sequence]] = {}
+        for sequence in group:
+            copies.setdefault(sequence.all_token_ids, []).append(sequence)
+        prefix = self._prefix[1] if self._prefix and self._has_prefix(group[0]) else None
+        # Under longrope a pass's largest position decides for all of it: long rows are never cut.
+        budget = self._prefill_tokens if not self._is_long(group[0]) else 1 << 62
+        rectangle, logits = self._forward.prefill([c[0] for c in copies.values()], prefix, budget)
+        self._stats.count_prefill(rectangle, prefix)
+        if len(group) > len(copies):
+            rectangle.repeat(list(copies.values()))
+            logits = logits[[i for i, c in enumerate(copies.values()) for _ in c]]
+        tokens = next_tokens(logits, rectangle.rows)
+        del self._groups[0]
+        self._rectangles.append(rectangle)
+        self._stats.count_rectangles(self._rectangles)
+        self._extend([rectangle], tokens)
+        self._stats.prefill_sec += time.perf_counter() - started
+
+    def _decode_step(self, scheduler: Scheduler) -> None:
+        """One token for every row. Its second pass can fail when rows of the first have finished."""
+        started = time.perf_counter()
+        self._put_back_crossing(scheduler)
+        self._regroup()
+        for long in (True, False):
+            rectangles = [r for r in self._rectangles if self._is_long(r.rows[0]) == long]
+            if rectangles:
+                logits = self._forward.decode(rectangles)
+                tokens = next_tokens(logits, [s for r in rectangles for s in r.rows])
+                self._stats.count_step(rectangles)
+                for rectangle in rectangles:
+                    rectangle.head += 1
+                self._extend(rectangles, tokens)
+        self._stats.decode_sec += time.perf_counter() - started
+
+    def _extend(self, rectangles: list[Rectangle], tokens: list[int]) -> None:
+        """Give every row its token; retire the rows that are done."""
+        end = len(tokens)
+        for rectangle in reversed(rectangles):
+            end -= len(rectangle.rows)
+            for row in reversed(range(len(rectangle.rows))):  # a retired row is replaced by one seen before
+                if self._accept(rectangle.rows[row], tokens[end + row]):
+                    rectangle.retire(row)
+        self._rectangles = [r for r in self._rectangles if r.rows]
+
+    def _regroup(self) -> None:
+        """Copy rectangles that are full, and thin ones beside them, into the best partition of their rows."""
+        best = sum(len(self._partition(r)) for r in self._by_regime(self._rectangles))
+        if len(self._rectangles) > best + SPARE_RECTANGLES:
+            due = self._rectangles
+        elif any(r.full for r in self._rectangles):
+            due = [r for r in self._rectangles if r.full or r.columns < self._overhead]
+        else:
+            return
+        kept = [r for r in self._rectangles if r not in due]
+        for rectangles in self._by_regime(due):
+            kept += regroup(rectangles, self._partition(rectangles))
+        self._rectangles = kept
+        self._stats.count_rectangles(kept)
+
+    def _by_regime(self, rectangles: list[Rectangle]) -> list[list[Rectangle]]:
+        """Rows under long and short rotary factors never share a pass."""
+        parts = ([r for r in rectangles if self._is_long(r.rows[0]) == long] for long in (True, False))
+        return [part for part in parts if part]
+
+    def _partition(self, rectangles: list[Rectangle]) -> list[list[Sequence]]:
+        rows = sorted((s for r in rectangles for s in r.rows), key=lambda s: s.length, reverse=True)
+        if self._forward.equal_lengths:
+            lengths = sorted({s.length for s in rows})
+            return [[s for s in rows if s.length == length] for length in lengths]
+        return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
+
+    def _put_back_crossing(self, scheduler: Scheduler) -> None:
+        """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
+        if self._rope_switch is None:
+            return
+        for rectangle in self._rectangles:
+            for row in reversed(range(len(rectangle.rows))):
+                held = rectangle.head - rectangle.starts[row]
+                if held <= self._rope_switch < rectangle.rows[row].length:
+                    scheduler.put_back([rectangle.rows[row]])
+                    rectangle.retire(row)
+        self._rectangles = [r for r in self._rectangles if r.rows]
+
+    def _compute_prefix(self, ids: tuple[int, ...]) -> None:
+        self._prefix = None
+        if ids and not (self._rope_switch and len(ids) > self._rope_switch):
+            row = Sequence(Request("", ids, GenerationParams()), 0)
+            try:
+                rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return
+            self._stats.count_prefill(rectangle, None)
+            self._prefix = ids, rectangle
+
+    def _has_prefix(self, sequence: Sequence) -> bool:
+        if self._prefix is None or self._is_long(sequence):
+            return False
+        ids = self._prefix[0]
+        return sequence.length > len(ids) and sequence.request.prompt_token_ids[: len(ids)] == ids
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self._rope_switch is not None and sequence.length > self._rope_switch
