@@ -82,7 +82,7 @@ def test_a_prefill_goes_up_once_whatever_the_number_of_layers(name):
         traffic.count.clear()
         forward.prefill(sequences(9, 7), shared, 1 << 20)
         # Tokens and positions, places in the rectangle, the rows' last tokens.
-        assert dict(traffic.count) == {"up": 3}
+        assert dict(traffic.count) == {"up": 3, "masks": len(set(forward._windows))}
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_no_memory_to_begin_with_shrinks_the_batch_and_at_last_ends_the_job(tiny
             raise OUT_OF_MEMORY
 
     monkeypatch.setattr(RectangleBatch, "begin", begin)
-    engine = Engine(FlatForward(copy.deepcopy(tiny_model("llama"))), EOS, max_rows=12)
+    engine = Engine(FlatForward(copy.deepcopy(tiny_model("llama"))), EOS, max_rows=12, max_tokens=2048)
     requests = mixed_requests()[:4]
     if fits == 0:
         with pytest.raises(JobError, match=r"for a single row\. Use a smaller model"):
