@@ -25,9 +25,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count: Counter[str] = (
-            Counter()
-        )  # up, down, across two GPUs, and what makes the host wait besides
+        self.count: Counter[str] = Counter()  # up, down, across two GPUs; other waits; masks made
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -44,6 +42,8 @@ class Traffic(TorchDispatchMode):
             self._count(args[name == "copy_"].device, made.device)
         elif name in ("nonzero", "masked_select"):
             self.count["wait"] += args[0].device.type == "cuda"
+        elif name == "masked_fill_":
+            self.count["masks"] += 1
         return made
 
     def list(self, tensor: Tensor) -> Any:

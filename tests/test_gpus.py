@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from engine_runs import EOS, mixed_requests, run_engine
+from engine_runs import EOS, mixed_requests, run, run_engine
 from fake_gpus import fake_gpus, fake_model
+from transformers import masking_utils
 
 from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
@@ -63,6 +64,16 @@ def test_a_decode_step_is_one_upload_and_one_download(name, dtype):
         assert dict(traffic.count) == {"up": 1, "down": 1}
 
 
+def test_transformers_does_not_look_for_packed_sequences(each_tiny_model, monkeypatch):
+    """It would wait for the device in every pass; not where tensors are fake, so this pass is a real one."""
+    look = mock.Mock(return_value=None)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    run(FlatForward(copy.deepcopy(each_tiny_model)), mixed_requests()[:3])
+    assert not look.called
+    each_tiny_model(torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert look.called, "where it does, it is by this function"
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_prefill_goes_up_once_whatever_the_number_of_layers(name):
     with fake_gpus() as traffic:
@@ -71,7 +82,7 @@ def test_a_prefill_goes_up_once_whatever_the_number_of_layers(name):
         traffic.count.clear()
         forward.prefill(sequences(9, 7), shared, 1 << 20)
         # Tokens and positions, places in the rectangle, the rows' last tokens.
-        assert dict(traffic.count) == {"up": 3}
+        assert dict(traffic.count) == {"up": 3, "masks": len(set(forward._windows))}
 
 
 @pytest.mark.parametrize(

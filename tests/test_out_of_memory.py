@@ -14,7 +14,9 @@ from pipeline.engine import scheduler
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.kv_cache import Rectangle
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.rectangles import RectangleBatch
+from pipeline.engine.scheduler import Scheduler, Sequence
+from pipeline.errors import JobError
 from pipeline.request import GenerationParams, Request
 
 Full = Callable[[str, list[Sequence]], bool]  # ("prefill" or "decode", rows): whether memory runs out
@@ -206,3 +208,22 @@ def test_another_error_is_not_taken_for_a_full_memory(tiny_model):
     scarce = Scarce(tiny_model("llama"), on_calls(3), RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         run(scarce, mixed_requests())
+
+
+@pytest.mark.parametrize("fits", [0, 3])
+def test_no_memory_to_begin_with_shrinks_the_batch_and_at_last_ends_the_job(tiny_model, monkeypatch, fits):
+    def begin(batch: RectangleBatch, scheduler: Scheduler) -> None:
+        if scheduler.max_rows > fits:
+            raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(RectangleBatch, "begin", begin)
+    engine = Engine(FlatForward(copy.deepcopy(tiny_model("llama"))), EOS, max_rows=12, max_tokens=2048)
+    requests = mixed_requests()[:4]
+    if fits == 0:
+        with pytest.raises(JobError, match=r"for a single row\. Use a smaller model"):
+            run_engine(engine, requests)
+        return
+    assert tokens(run_engine(engine, requests)) == {
+        (r.id, 0): alone(tiny_model("llama"), r) for r in requests
+    }
+    assert engine.stats.out_of_memory == 2  # 12, 6, 3

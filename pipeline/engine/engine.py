@@ -15,6 +15,7 @@ from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles import RectangleBatch
 from pipeline.engine.scheduler import Scheduler, Sequence
 from pipeline.engine.stats import EngineStats
+from pipeline.errors import JobError
 from pipeline.request import Completion, FinishReason, Request
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,11 @@ class Engine:
 
     @torch.inference_mode()
     def steps(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """The same, step by step: yields after each prefill and each decode step, often an empty list."""
+        """The same, step by step: yields after each prefill and each decode step, often an empty list.
+
+        Raises:
+            JobError: there is no memory even for one row to begin.
+        """
         scheduler = self._scheduler = Scheduler(requests, *self._limits, tokens_of=self._batch.tokens_of)
         scheduler.read_ahead()
         begun = False
@@ -150,7 +155,13 @@ class Engine:
             why = "out of memory even alone; use a smaller model or quantization"
             self._finished += _completions(rows[0], None, why)
             return
-        scheduler.shrink(len(rows), sum(map(self._batch.tokens_of, rows)))
+        if not rows and scheduler.max_rows == scheduler.max_tokens == 1:
+            raise JobError(
+                "Not enough memory beside the model for a single row. Use a smaller model or quantization, "
+                "or end what else uses this memory"
+            )
+        tokens = sum(map(self._batch.tokens_of, rows))
+        scheduler.shrink(len(rows) or scheduler.max_rows, tokens or scheduler.max_tokens)
         log.warning("Out of memory with %d rows; going on with at most %d.", len(rows), scheduler.max_rows)
         scheduler.put_back(rows)
 

@@ -177,6 +177,9 @@ class _RectangleLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:  # the same, as transformers called it at first
+        return -1
+
 
 class _RectangleCache(Cache):
     def __init__(self, rectangle: Rectangle, columns: int) -> None:
