@@ -227,7 +227,7 @@ def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None
     assert "34 passed" in done.stdout
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86")
 def test_the_newest_instructions_compile_on_any_x86_cpu(tmp_path: Path) -> None:
     newest = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": "+avx512bf16,+amx-bf16"}
     env = {**os.environ, **newest, "NUMBA_CACHE_DIR": str(tmp_path)}  # from a cache, there is no text to see
