@@ -45,6 +45,10 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     Raises:
         ConfigError: as `read_config`.
     """
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in GROUPS and value.lstrip().startswith("["):  # Hydra would take it, even an empty one
+            raise ConfigError(f"{override}: {group} is one name and no list.")
     conf = prepare()
     GlobalHydra.instance().clear()
     try:
