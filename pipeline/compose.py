@@ -46,9 +46,10 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
         ConfigError: as `read_config`.
     """
     for override in overrides:
-        group, _, value = override.partition("=")
-        if group in GROUPS and value.lstrip().startswith("["):  # Hydra would take it, even an empty one
-            raise ConfigError(f"{override}: {group} is one name and no list.")
+        key, _, value = override.partition("=")
+        group = key.removeprefix("~")
+        if group in GROUPS and (key != group or value.lstrip().startswith("[")):  # Hydra takes none, and many
+            raise ConfigError(f"{override}: choose one {group}: {', '.join(options(group))}.")
     conf = prepare()
     GlobalHydra.instance().clear()
     try:
