@@ -45,6 +45,11 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     Raises:
         ConfigError: as `read_config`.
     """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group = key.removeprefix("~")
+        if group in GROUPS and (key != group or value.lstrip().startswith("[")):  # Hydra takes none, and many
+            raise ConfigError(f"{override}: choose one {group}: {', '.join(options(group))}.")
     conf = prepare()
     GlobalHydra.instance().clear()
     try:

@@ -95,6 +95,8 @@ def test_a_later_choice_wins_over_a_job_file():
         ("generation.temprature=1", ["generation.temprature", "generation.temperature?"]),
         ("promts=jokes.jsonl", ["promts", "prompts?"]),
         ("modle=smollm2", ["modle", "model?"]),
+        ("quant=[]", ["quant=[]", "choose one quant: bf16"]),
+        ("~quant", ["~quant", "choose one"]),
         ("model=smolm2", ["model=smolm2", "smollm2?"]),
         ("quant=nf5", ["quant=nf5", "nf4?"]),
         ("generation=gredy", ["generation=gredy", "greedy?"]),
