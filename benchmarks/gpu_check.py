@@ -335,7 +335,7 @@ def tune(check: Check) -> dict[str, float]:
     times: dict[tuple[int, tuple[int, int, int]], float] = {}
     call, _ = attention(check, torch.bfloat16, 32, 8, 128, None)
     for split in (256, 512):
-        for config in ((64, 4, 2), (64, 4, 3), (64, 2, 3), (128, 4, 2), (128, 8, 2), (32, 2, 3), (32, 4, 4)):
+        for config in ((64, 4, 2), (64, 4, 3), (64, 2, 3), (128, 4, 2), (32, 2, 3)):
             kernels.SPLIT, kernels.HALF = split, config
             try:
                 times[split, config] = check.replay_us(call)
@@ -344,7 +344,7 @@ def tune(check: Check) -> dict[str, float]:
     kernels.SPLIT, kernels.HALF = min(times, key=lambda key: times[key])
     wide: dict[tuple[int, int, int], float] = {}
     call, _ = attention(check, torch.float32, 32, 8, 128, None)
-    for config in ((32, 4, 1), (16, 4, 1), (32, 8, 1)):
+    for config in ((32, 4, 1), (16, 4, 1)):
         kernels.FLOAT32 = config
         wide[config] = check.replay_us(call, 3)
     kernels.FLOAT32 = min(wide, key=lambda key: wide[key])
@@ -359,7 +359,7 @@ def off(made: Tensor, wanted: Tensor) -> float:
 def stage_exact(check: Check) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, Any] = {}
-    count, most = (8, 40) if check.cuda else (3, 6)
+    count, most = (6, 40) if check.cuda else (3, 6)
     for kind, config in tiny_configs().items():
         model = check.random_model(config, torch.float32)
         wanted = requests(count, (5, 70), lambda d: d.randint(1, most), config.vocab_size)
@@ -474,7 +474,7 @@ def stage_speed(check: Check) -> dict[str, Any]:
     for way in ("pages", "rectangles"):
         forward, _ = choose_forward(model, way)
         run(check, forward, requests(8, check.prompt_tokens, 4, vocabulary), 8)  # warm up
-        for rows in check.rows:
+        for rows in check.rows if way == "pages" else check.rows[:1]:
             speed(
                 check,
                 found,
@@ -581,7 +581,7 @@ def stage_oom(check: Check) -> dict[str, Any]:
         return {"skipped": "needs a GPU"}
     model = check.random_model(llama("small"), torch.float32)
     forward, _ = choose_forward(model)
-    wanted = requests(192, (200, 900), lambda d: d.randint(20, 120), model.config.vocab_size)
+    wanted = requests(128, (200, 900), lambda d: d.randint(20, 120), model.config.vocab_size)
     check.free()
     torch.cuda.reset_peak_memory_stats()
     _, expected, _ = run(check, forward, wanted, 128)
