@@ -54,6 +54,7 @@ from pipeline.request import Completion, GenerationParams, Request
 SHAPES = {  # hidden, inner, layers, heads, key heads, vocabulary
     "tiny": (64, 192, 2, 4, 2, 49152),  # the vocabulary of the borrowed tokenizer
     "small": (128, 320, 16, 8, 8, 1024),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
 PREDICTED_MB = {  # what docs/gpu.md holds a card to: weights, quantization state
@@ -510,6 +511,11 @@ def stage_speed(check: Check) -> dict[str, Any]:
                 check.say(f"{name} {rows}: {json.dumps(found[f'{name} {rows}'])}")
                 model.set_attn_implementation(own)
                 check.free()
+    if check.cuda:
+        rows = check.rows[0]
+        forward, _ = choose_forward(check.random_model(llama("1b"), torch.bfloat16))
+        wanted = requests(rows, check.prompt_tokens, 2 * check.new_tokens, vocabulary)
+        speed(check, found, f"1b pages {rows}", forward, wanted, rows)
     return found
 
 
