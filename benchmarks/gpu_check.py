@@ -361,7 +361,8 @@ def stage_exact(check: Check) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, Any] = {}
     count, most = (6, 40) if check.cuda else (3, 6)
-    for kind, config in tiny_configs().items():
+    for kind in check.arguments.architectures or tiny_configs():
+        config = tiny_configs()[kind]
         model = check.random_model(config, torch.float32)
         wanted = requests(count, (5, 70), lambda d: d.randint(1, most), config.vocab_size)
         alone = {}
@@ -697,6 +698,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=400, help="no stage begins after so many seconds")
     parser.add_argument("--stages", nargs="*", default=[])
+    parser.add_argument("--architectures", nargs="*", choices=list(tiny_configs()), help="of the stage exact")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--tune", action="store_true", help="try other shapes of the attention kernel first")
     parser.add_argument(

@@ -166,7 +166,7 @@ class PagedBatch:
                 rows += [row, *row.copies]
                 keep += [len(segments) - 1] * (1 + len(row.copies))
                 self._queue.popleft()
-        logits = self._forward.prefill(segments, keep)
+        logits = self._forward.prefill(segments, keep, long)
         self._copy_pages(rows)
         self._stats.count_pages(len(self._rows), self._forward.pages)
         if rows:
@@ -189,7 +189,7 @@ class PagedBatch:
         for long in (True, False):
             rows = [row for row in self._rows if row.goes_on and (row.held >= self._switch) == long]
             if rows:
-                logits, tokens = self._forward.decode([(row.slot, row.held) for row in rows])
+                logits, tokens = self._forward.decode([(row.slot, row.held) for row in rows], long)
                 self._sample(rows, logits, tokens)
                 for row in rows:
                     row.held += 1

@@ -14,6 +14,7 @@ from pipeline.engine.cpu.fused_model import FusedModel, can_fuse
 from pipeline.engine.forward import input_device, layer_windows
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
+from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
 from pipeline.engine.paged.passes import DecodePass, PassModel, PrefillPass, Segment, upload
 from pipeline.engine.sampling import argmax
@@ -41,8 +42,9 @@ class PagedForward:
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
+        self._rope = LongRope(model)
         self._captures = self.device.type == "cuda" and torch.cuda.is_available() and _can_capture(model)
-        self._graphs: list[StepGraph] = []
+        self._graphs: tuple[list[StepGraph], list[StepGraph]] = [], []  # of short rows, and of long ones
         self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         self.open(0, 0)
         model.set_attn_implementation(ATTENTION)
@@ -71,7 +73,8 @@ class PagedForward:
         self.pages.grow(pages)
 
     def _forget_graphs(self) -> None:
-        self._graphs.clear()
+        for graphs in self._graphs:
+            graphs.clear()
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else (0, 0)
 
     def assign(self, slots: Ordered[int], pages: Ordered[Ordered[int]]) -> None:
@@ -106,66 +109,76 @@ class PagedForward:
         self.close()
         return before, after
 
-    def prefill(self, segments: Ordered[Segment], keep: Ordered[int]) -> Tensor:
-        """Compute some rows' columns: logits [K, V] after the last of each segment in `keep`."""
+    def prefill(self, segments: Ordered[Segment], keep: Ordered[int], long: bool = False) -> Tensor:
+        """Compute some rows' columns: logits [K, V] after the last of each segment in `keep`.
+
+        Args:
+            long: under longrope, whether these rows are beyond its switch.
+        """
         batch = PrefillPass(segments, self.pages, self._facts)
         kept = batch.last_tokens[upload(keep or [0], self.device)]
-        return self._run(batch.ids, batch.positions, kept, batch)
+        return self._run(batch.ids, batch.positions, kept, batch, long)
 
-    def decode(self, rows: Ordered[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Ordered[tuple[int, int]], long: bool = False) -> tuple[Tensor, Tensor]:
         """Feed each row its slot's newest token, and make the most probable one after it the newest.
 
         Args:
             rows: of each its slot, and how many columns it holds.
+            long: as for `prefill`.
 
         Returns:
             logits [B, V] and tokens [B] int64; overwritten by the next step.
         """
         count, columns = len(rows), 1 + max(held for _, held in rows)
-        graph = self._graph(count, columns) if self._captures else None
+        graph = self._graph(count, columns, long) if self._captures else None
         if graph is None:
-            return self._step(upload(rows, self.device, torch.int32), columns)
+            return self._step(upload(rows, self.device, torch.int32), columns, long)
         filled = [*rows, *[(self._slots, 0)] * (graph.rows - count)]
         logits, tokens = graph.replay(upload(filled, self.device, torch.int32))
         return logits[:count], tokens[:count]
 
-    def _graph(self, count: int, columns: int) -> StepGraph | None:
+    def _graph(self, count: int, columns: int, long: bool) -> StepGraph | None:
         """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
         little, and recording one anew takes as long as a dozen steps."""
         rows = next((r for r in GRAPH_ROWS if r >= count), count)
         widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
-        fits = [g for g in self._graphs if count <= g.rows <= 2 * rows and columns <= g.columns <= 4 * widest]
+        fits = [
+            g
+            for g in self._graphs[long]
+            if count <= g.rows <= 2 * rows and columns <= g.columns <= 4 * widest
+        ]
         if fits:
             return min(fits, key=lambda g: (g.rows, g.columns))
         empty = torch.tensor([(self._slots, 0)] * rows, dtype=torch.int32, device=self.device)
         try:
-            graph = StepGraph(lambda control: self._step(control, widest), empty, widest, self._memory)
+            graph = StepGraph(lambda control: self._step(control, widest, long), empty, widest, self._memory)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             log.warning("A decode step cannot be recorded, and is launched kernel by kernel: %s", error)
             self._captures = False
             return None
-        self._graphs.append(graph)
+        self._graphs[long].append(graph)
         return graph
 
-    def _step(self, control: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def _step(self, control: Tensor, columns: int, long: bool) -> tuple[Tensor, Tensor]:
         """control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
         batch = DecodePass(control, self._table, columns, self.pages, self._facts)
-        logits = self._run(self.tokens[slots], positions, 0, batch)
+        logits = self._run(self.tokens[slots], positions, 0, batch, long)
         tokens = argmax(logits)
         self.tokens[slots] = tokens
         return logits, tokens
 
-    def _run(self, ids: Tensor, positions: Tensor, keep: Tensor | int, batch: Any) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, keep: Tensor | int, batch: Any, long: bool) -> Tensor:
         inputs = {
             "input_ids": ids[None], "position_ids": positions[None], "logits_to_keep": keep, "batch": batch,
         }  # fmt: skip
         if self._fused is not None:
             return self._fused(**inputs)
         # A mask of four dimensions is taken as it is: to make none, transformers would look at the positions.
-        logits: Tensor = self._model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+        with self._rope.chosen(long):
+            logits: Tensor = self._model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
         return logits
 
 
