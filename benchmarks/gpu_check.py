@@ -297,8 +297,8 @@ def attention(
     check: Check, dtype: torch.dtype, heads: int, key_heads: int, size: int, window: int | None
 ) -> tuple[Callable[[], Tensor], Tensor]:
     """A call of the decode attention for 64 rows of up to 600 columns, and what it is to give, in float32."""
+    from pipeline.engine.limits import PAGE
     from pipeline.engine.paged import kernels
-    from pipeline.engine.paged.pages import PAGE
 
     rows, pages, on = 64, 32, check.device
     held = [(37 * i) % 600 for i in range(rows)]

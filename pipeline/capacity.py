@@ -11,11 +11,11 @@ from torch import nn
 from pipeline.accelerators import describe, free_bytes
 from pipeline.architecture import Architecture, architecture
 from pipeline.engine.forward import input_device
-from pipeline.engine.limits import limits
+from pipeline.engine.limits import CPU, Limits
 from pipeline.errors import ConfigError
 from pipeline.gpu import Gpu
 from pipeline.memory_peaks import activation_bytes, logits_bytes, scratch_bytes
-from pipeline.memory_plan import KV_CHUNK, Quant, kv_bytes_per_token, kv_cache_bytes
+from pipeline.memory_plan import Quant, kv_bytes_per_token, kv_cache_bytes
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def capacity(
     model: Any,
     quant: Quant,
     *,
+    limits: Limits,
     fraction: float,
     prefill_tokens: int,
     sampled: bool,
@@ -78,9 +79,10 @@ def capacity(
     """Rows and tokens in flight: as asked, else what the free memory holds beside the work of a pass.
 
     Args:
+        limits: of the way that keys and values are held.
         fraction: of the free memory, for keys and values and the work of a pass.
     """
-    rows = max_rows or limits(input_device(model).type).max_rows
+    rows = max_rows or limits.max_rows
     arch = kv_architecture(model.config.get_text_config().to_dict())
     if arch is None:
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)
@@ -89,7 +91,7 @@ def capacity(
         int(place.free_bytes * fraction) - work_bytes(arch, quant, place.gpus, prefill_tokens, rows, sampled)
         for place in found
     ]
-    tokens = tokens_on_all(arch, quant, found, budgets, rows)
+    tokens = tokens_on_all(arch, quant, found, budgets, rows, limits)
     return Capacity(rows, max_tokens or tokens, arch, quant, found, prefill_tokens)
 
 
@@ -134,36 +136,44 @@ def _device(layer: nn.Module) -> torch.device:
 
 
 def tokens_on_all(
-    arch: Architecture, quant: Quant, places: Sequence[Place], budgets_bytes: Sequence[int], rows: int
+    arch: Architecture,
+    quant: Quant,
+    places: Sequence[Place],
+    budgets_bytes: Sequence[int],
+    rows: int,
+    limits: Limits = CPU,
 ) -> int:
     """The most tokens of `rows` equal rows that every device holds: each has the keys of its own layers."""
     return min(
-        tokens_that_fit(place.part(arch), quant, budget, rows)
+        tokens_that_fit(place.part(arch), quant, budget, rows, limits)
         for place, budget in zip(places, budgets_bytes, strict=True)
     )
 
 
-def tokens_that_fit(arch: Architecture, quant: Quant, budget_bytes: int, rows: int) -> int:
+def tokens_that_fit(
+    arch: Architecture, quant: Quant, budget_bytes: int, rows: int, limits: Limits = CPU
+) -> int:
     """The most tokens of `rows` equal rows whose keys and values stay within the budget; at least 1.
 
-    Sliding layers count no more than their window, and each row has a chunk allocated ahead.
+    In rectangles, sliding layers count no more than their window; each row has a chunk allocated ahead.
     """
     per_token = sum(kv_bytes_per_token(arch, quant).values())
     low, high = 1, max(1, budget_bytes // per_token)
-    if any(arch.windows):  # a row can be longer than its full attention would let it
+    if limits.cuts_windows and any(arch.windows):  # a row can be longer than its full attention would let it
         high = max(high, rows * arch.max_position_embeddings)
     while low < high:
         middle = (low + high + 1) // 2
-        if kv_cache_bytes(arch, quant, [_equal(middle, rows)]) <= budget_bytes:
+        held = _equal(middle, rows, limits)
+        if kv_cache_bytes(arch, quant, [held], limits=limits) <= budget_bytes:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _equal(tokens: int, rows: int) -> tuple[int, int]:
+def _equal(tokens: int, rows: int, limits: Limits) -> tuple[int, int]:
     """So many tokens in equal rows: how many rows, and how long."""
-    rows = max(1, min(rows, tokens // KV_CHUNK))
+    rows = max(1, min(rows, tokens // limits.chunk))
     return rows, -(-tokens // rows)
 
 

@@ -10,6 +10,7 @@ from pipeline import memory_plan as memory
 from pipeline.architecture import Architecture
 from pipeline.config import QuantConfig
 from pipeline.devices import Device
+from pipeline.engine.limits import expected_limits
 from pipeline.gpu import Gpu, have_bf16
 from pipeline.memory_plan import Quant
 from pipeline.model_facts import Facts
@@ -157,11 +158,15 @@ def need(job: Job, quant: Quant, rows: int) -> Need:
     arch, settings = job.facts.architecture, job.settings
     prompt = max((tokens for tokens, _ in samples), default=0)
     lengths = Counter(sum(sample) for sample in samples)
-    kv_cache = memory.kv_cache_bytes(arch, quant, ((count, tokens) for tokens, count in lengths.items()))
+    ways = expected_limits(len(job.device.gpus))
+    groups = ((count, tokens) for tokens, count in lengths.items())
+    kv_cache = memory.kv_cache_bytes(arch, quant, groups, limits=ways)
+    if ways.cuts_windows:
+        kv_cache += _prefill_extra(arch, quant, prompt, len(samples), settings.prefill_tokens)
     peak = peaks.run_peak(
         arch,
         quant,
-        kv_cache=kv_cache + _prefill_extra(arch, quant, prompt, len(samples), settings.prefill_tokens),
+        kv_cache=kv_cache,
         rows=rows,
         prefill_tokens=min(settings.prefill_tokens, sum(tokens for tokens, _ in samples)),
         columns=prompt,

@@ -16,6 +16,7 @@ from pipeline.config import Config, QuantMethod
 from pipeline.energy import EnergyMeter, energy_stats
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
+from pipeline.engine.limits import Limits
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.errors import JobError, PromptError
 from pipeline.fingerprint import row_key
@@ -70,12 +71,12 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         dtypes = computed_in(loaded.model, loaded.quant)
         if done_before:
             _check_same_model(results, digest, dtypes)
-        setup = _setup(config, loaded, packed)
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
+        setup = _setup(config, loaded, packed, forward.limits)
         facts = {"model_digest": digest, "dtypes": dtypes, "attention": probe}
         written = manifest(Path(prompts), loaded.source, loaded.revision, setup.gpus, **facts)
         results.write_json(MANIFEST, written)
-        work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline)
+        work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline, forward.limits)
         interrupt.hold()
         with PeakSampler() as run, EnergyMeter(gpu_uuids(loaded.model)) as energy:
             started = time.perf_counter()
@@ -105,7 +106,7 @@ def _settle(model: Any, config: Config) -> bool:
     return packed > 0
 
 
-def _setup(config: Config, loaded: Loaded, packed: bool) -> Setup:
+def _setup(config: Config, loaded: Loaded, packed: bool, limits: Limits) -> Setup:
     """What decides the job's memory, beside its prompts."""
     model: Any = loaded.model
     gpus = model_gpus(model)
@@ -116,6 +117,7 @@ def _setup(config: Config, loaded: Loaded, packed: bool) -> Setup:
         packed=packed,
         prefill_tokens=config.engine.prefill_tokens,
         sampled=not config.generation.greedy,
+        limits=limits,
     )
 
 
@@ -147,6 +149,7 @@ class _Work:
         loaded: Loaded,
         interrupt: Interrupt,
         timeline: Timeline,
+        limits: Limits,
     ) -> None:
         assert loaded.model is not None
         self._config = config
@@ -164,6 +167,7 @@ class _Work:
         self._capacity = capacity(
             loaded.model,
             planned(loaded.quant, model_gpus(loaded.model)),
+            limits=limits,
             fraction=settings.memory_fraction,
             prefill_tokens=settings.prefill_tokens,
             sampled=not config.generation.greedy,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.architecture import Architecture, architecture
+from pipeline.engine.limits import Limits
 from pipeline.engine.stats import EngineStats
 from pipeline.errors import ConfigError
 from pipeline.gpu import Gpu
 from pipeline.memory_peaks import load_peak, run_peak
-from pipeline.memory_plan import KV_CHUNK, Quant, footprint_bytes, kv_cache_bytes, quant_state_bytes
+from pipeline.memory_plan import Quant, footprint_bytes, kv_cache_bytes, quant_state_bytes
 
 PARTS = ("footprint", "quantization_state", "kv_cache", "load_peak", "run_peak")
 
@@ -28,6 +29,7 @@ class Setup:
     packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
     prefill_tokens: int
     sampled: bool
+    limits: Limits  # of the way that keys and values are held
 
 
 def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
@@ -47,8 +49,8 @@ def predicted(setup: Setup, engine: EngineStats) -> dict[str, int | None]:
     if arch is None:
         return dict.fromkeys(PARTS)
     kv_cache = sum(
-        kv_cache_bytes(arch, quant, [(rows, width - KV_CHUNK)], prefilling=not regrouped)
-        for rows, width, regrouped in engine.peak_rectangles
+        kv_cache_bytes(arch, quant, [(rows, tokens)], limits=setup.limits, prefilling=not regrouped)
+        for rows, tokens, regrouped in engine.peak_rectangles
     )
     peak = run_peak(
         arch,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.architecture import Architecture
+from pipeline.engine.limits import CPU, Limits
 
-KV_CHUNK = 32  # columns a rectangle has allocated beyond its rows' tokens
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
 STATE_BLOCK = 256  # scales that share a scale of their own in double quantization
 
@@ -192,12 +192,18 @@ def kv_bytes_per_token(arch: Architecture, quant: Quant) -> dict[int | None, int
 
 
 def kv_cache_bytes(
-    arch: Architecture, quant: Quant, rectangles: Iterable[tuple[int, int]], *, prefilling: bool = False
+    arch: Architecture,
+    quant: Quant,
+    rectangles: Iterable[tuple[int, int]],
+    *,
+    limits: Limits = CPU,
+    prefilling: bool = False,
 ) -> int:
-    """The buffers of these rectangles.
+    """The buffers of these rectangles, or of rows in pages.
 
-    A rectangle has allocated KV_CHUNK columns beyond its longest row; a sliding layer keeps, of the
-    columns before these, only the window - 1 that the next token sees, once its prefill is over.
+    A rectangle has allocated a chunk of columns beyond its longest row; a sliding layer keeps, of the
+    columns before these, only the window - 1 that the next token sees, once its prefill is over. Pages keep
+    all; a row's last one is counted as if it were empty.
 
     Args:
         rectangles: of each its rows, and the tokens of its longest row when it was made.
@@ -208,8 +214,9 @@ def kv_cache_bytes(
     total = 0
     for rows, tokens in rectangles:
         for window, layers in kinds.items():
-            kept = tokens if window is None or prefilling else min(tokens, window - 1)
-            total += layer * layers * rows * (kept + KV_CHUNK)
+            whole = window is None or prefilling or not limits.cuts_windows
+            kept = tokens if whole or window is None else min(tokens, window - 1)
+            total += layer * layers * rows * (kept + limits.chunk)
     return total
 
 

@@ -12,9 +12,8 @@ from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
 from pipeline.engine.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.kv_cache import Rectangle, regroup
-from pipeline.engine.limits import CPU
+from pipeline.engine.limits import CPU, PAGE
 from pipeline.engine.paged.forward import PagedForward
-from pipeline.engine.paged.pages import PAGE
 from pipeline.request import GenerationParams, Request
 
 ROWS = [1, 2, 3, 7, 8, 64]

@@ -100,7 +100,7 @@ def test_a_model_split_over_gpus_mixes_none_of_them(name, gpus, head, monkeypatc
     monkeypatch.setattr(engine_module, "regroup", regrouped)
     with fake_gpus() as traffic:
         forward = FlatForward(fake_model(name, split(name, gpus, head)))
-        forward.limits = Limits(max_rows=128, chunk=8, rectangle_overhead=60)
+        forward.limits = Limits(max_rows=128, chunk=8, rectangle_overhead=60, cuts_windows=True)
         engine = Engine(forward, EOS, max_rows=7, prefill_tokens=64)
         done = []
         for finished in engine.steps(requests):

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.engine.engine import Engine
+from pipeline.engine.limits import PAGE
 from pipeline.engine.paged import forward as forward_module
 from pipeline.engine.paged.forward import PagedForward
-from pipeline.engine.paged.pages import PAGE, Pages, pages_for, places
+from pipeline.engine.paged.pages import Pages, pages_for, places
 from pipeline.engine.paged.passes import Segment
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import GenerationParams, Request

@@ -1,10 +1,7 @@
 """One forward pass over the running batch: its inputs, and the attention that reads the rectangles.
 
 The model sees one flat row of tokens, [1, N], with explicit position ids: its linear layers compute no
-padding at all. Only attention knows rectangles. It is registered with transformers under ATTENTION, and
-gets the pass it belongs to as the keyword argument `batch`, which models hand down to it. No mask function is
-registered beside it: so transformers makes no mask, and does not look for packed sequences, which would wait
-for the device.
+padding at all. Only attention knows rectangles (attention.py).
 
 What a pass needs on a device goes there once, whatever the number of layers.
 """
@@ -13,18 +10,15 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from pipeline.engine.kv_cache import Rectangle, aligned, by_products, new_layer, upload, write
 from pipeline.engine.scheduler import Sequence
 
-ATTENTION = "pipeline_rectangles"
 SEEN = 64  # columns: what lies beyond the head is not read, in steps that leave masks aligned
 
 # cuDNN's attention plans each new shape anew, and rectangles come in ever new ones; nor is it deterministic.
@@ -296,28 +290,3 @@ def prefill_batch(
     own = np.array(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
     rows, columns = np.nonzero(np.arange(first, last) >= own)
     return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, kernels)
-
-
-def rectangle_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    batch: PrefillBatch | DecodeBatch | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
-
-    Raises:
-        NotImplementedError: the model asks for something that this attention does not compute.
-    """
-    if batch is None or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("this model's attention is not plain scaled dot-product attention")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return batch.attend(layer, q, k, v, scaling or query.shape[-1] ** -0.5)[None], None
-
-
-AttentionInterface.register(ATTENTION, rectangle_attention)

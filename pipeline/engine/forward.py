@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pipeline.engine.batch import ATTENTION, DecodeBatch, prefill_batch
+from pipeline.engine.attention import ATTENTION
+from pipeline.engine.batch import DecodeBatch, prefill_batch
 from pipeline.engine.cpu.fused_model import FusedModel, can_fuse, load_kernels
 from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run

@@ -1,21 +1,30 @@
-"""What suits a kind of device: numbers that the engine and the memory plan share. Needs no torch."""
+"""What suits a kind of device, and how it holds keys and values. The engine and the memory plan share it; no torch."""
 
 from dataclasses import dataclass
+
+PAGE = 32  # columns of a page
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many rows a batch has, and how rectangles are cut and grow."""
+    """How many rows a batch has, and how its keys and values grow."""
 
     max_rows: int  # more make no step faster on any device measured so far
-    chunk: int  # columns that a rectangle has allocated ahead
+    chunk: int  # columns allocated beyond a row's tokens
     rectangle_overhead: int  # columns attended in the time of one more rectangle's kernel launches
+    cuts_windows: bool  # a sliding layer holds no more than its window
 
 
-CPU = Limits(max_rows=128, chunk=32, rectangle_overhead=512)
-GPU = Limits(max_rows=512, chunk=256, rectangle_overhead=16_384)
+CPU = Limits(max_rows=128, chunk=32, rectangle_overhead=512, cuts_windows=True)
+GPU = Limits(max_rows=512, chunk=256, rectangle_overhead=16_384, cuts_windows=True)
+PAGES = Limits(max_rows=512, chunk=PAGE, rectangle_overhead=0, cuts_windows=False)
 
 
 def limits(device_type: str) -> Limits:
-    """Those of `cpu`, or of any accelerator."""
+    """Those of rectangles on `cpu`, or on any accelerator."""
     return CPU if device_type == "cpu" else GPU
+
+
+def expected_limits(gpus: int) -> Limits:
+    """Those of a job on so many GPUs, before its model is loaded."""
+    return PAGES if gpus == 1 else limits("cpu" if gpus == 0 else "gpu")

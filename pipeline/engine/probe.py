@@ -132,7 +132,7 @@ def _difference(
         (logits[1].float() - wanted).abs().max() / wanted.std()
         for logits, wanted in zip(made, expected, strict=True)
     ]
-    return max(d.item() for d in differences)
+    return torch.stack(differences).max().item()  # NaN if one is, which Python's max would pass over
 
 
 def _trial(forward: Forward, long: tuple[int, ...], short: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from pipeline.engine.kv_cache import Rectangle
-from pipeline.engine.paged.pages import PAGE, Pages
+from pipeline.engine.limits import PAGE
+from pipeline.engine.paged.pages import Pages
 
 
 @dataclass
@@ -40,8 +41,11 @@ class EngineStats:
         held = sum(r.nbytes for r in rectangles)
         if held > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = held
-            # Of each: the rows it was made with, its width, and whether sliding layers are cut to their window.
-            self.peak_rectangles = [(len(r.keys[0]), r.width, bool(r.first_columns)) for r in rectangles]
+            # Of each: the rows it was made with, its columns without the chunk, and whether sliding layers are
+            # cut to their window.
+            self.peak_rectangles = [
+                (len(r.keys[0]), r.width - r.limits.chunk, bool(r.first_columns)) for r in rectangles
+            ]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 
     def count_step(self, rectangles: Ordered[Rectangle]) -> None:
@@ -62,7 +66,9 @@ class EngineStats:
     def count_pages(self, rows: int, pages: Pages) -> None:
         if pages.nbytes > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = pages.nbytes
-            self.peak_rectangles = [(1, (pages.count + 1) * PAGE, False)]  # the memory of one row of them all
+            self.peak_rectangles = [
+                (1, pages.count * PAGE, False)
+            ]  # one row of them all, and the scratch page
         self.peak_rows = max(self.peak_rows, rows)
 
     def count_launch(self, held: Ordered[int]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.batch import ATTENTION
+from pipeline.engine.attention import ATTENTION
 from pipeline.engine.cpu.fused_model import FusedModel, can_fuse
 from pipeline.engine.forward import input_device, layer_windows
+from pipeline.engine.limits import PAGES
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
@@ -34,6 +35,8 @@ class PagedForward:
             another kind.
     """
 
+    limits = PAGES
+
     def __init__(self, model: Any) -> None:
         self.config = model.config.get_text_config()
         self.device = _only_device(model)
@@ -45,7 +48,6 @@ class PagedForward:
         self._rope = LongRope(model)
         self._captures = self.device.type == "cuda" and torch.cuda.is_available() and _can_capture(model)
         self._graphs: tuple[list[StepGraph], list[StepGraph]] = [], []  # of short rows, and of long ones
-        self._no_mask = torch.zeros(1, 1, 1, 1, device=self.device)
         self.open(0, 0)
         model.set_attn_implementation(ATTENTION)
 
@@ -176,9 +178,8 @@ class PagedForward:
         }  # fmt: skip
         if self._fused is not None:
             return self._fused(**inputs)
-        # A mask of four dimensions is taken as it is: to make none, transformers would look at the positions.
         with self._rope.chosen(long):
-            logits: Tensor = self._model(**inputs, attention_mask=self._no_mask, use_cache=False).logits[0]
+            logits: Tensor = self._model(**inputs, use_cache=False).logits[0]
         return logits
 
 

@@ -124,19 +124,16 @@ def attend(
 ) -> Tensor:
     """One token of each row: rotate it, store its key and value, and attend to all that the row holds.
 
-    Flash decoding (Dao et al. 2023): each SPLIT columns are attended to apart, then merged.
+    Flash decoding (Dao et al. 2023): each SPLIT columns are attended to apart, then merged. → [B, H, D].
 
     Args:
         query: [B, H, D]; key, value: [B, H_kv, D].
-        rotation: to be applied to query and key, or None.
+        rotation: of query and key, or None.
         keys, values: the layer's pages, [P, PAGE, H_kv, D].
         control: [B, ≥ 2] int32, each row's slot, and how many columns it holds.
         table: [slots, T] int32, the pages of each slot.
         columns: no row holds more, the new one included.
         window: columns that a token sees, itself included; None is all.
-
-    Returns:
-        [B, H, D].
     """
     rows, heads, size = query.shape
     kv_heads = key.shape[1]

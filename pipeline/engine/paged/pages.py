@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 32  # columns
+from pipeline.engine.limits import PAGE
+
 SCRATCH = 0  # the page of rows that only fill a graph up
 
 

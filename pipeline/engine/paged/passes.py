@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.engine.paged.pages import PAGE, Pages, places
+from pipeline.engine.limits import PAGE
+from pipeline.engine.paged.pages import Pages, places
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -104,9 +105,7 @@ class PrefillPass:
             seen = columns <= own
             if window is not None:
                 seen &= columns > own - window
-            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)
-            outs.append(out[0].transpose(0, 1))
+            outs.append(_attend(q[None], k[None], v[None], seen[None], scaling)[0])
         return torch.cat(outs)
 
 
@@ -162,11 +161,26 @@ class DecodePass:
         seen = columns <= held[:, None]
         if window is not None:
             seen &= columns > held[:, None] - window
-        k, v = (t[table].flatten(1, 2).transpose(1, 2) for t in (keys, values))
-        mask = seen[:, None, None]
-        return F.scaled_dot_product_attention(
-            query[:, :, None], k, v, attn_mask=mask, scale=scaling, enable_gqa=True
-        )[:, :, 0]
+        k, v = (t[table].flatten(1, 2) for t in (keys, values))
+        return _attend(query[:, None], k, v, seen[:, None], scaling)[:, 0]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float) -> Tensor:
+    """query [R, T, H, D]; keys, values [R, W, H_kv, D]; seen [R, T, W] bool → [R, T, H, D].
+
+    Query heads that share a key head are queries of their own: of the kernels that take a mask, none knows
+    groups.
+    """
+    rows, tokens, heads, _ = query.shape
+    kv_heads = keys.shape[2]
+    groups = heads // kv_heads
+    folded = query.view(rows, tokens, kv_heads, groups, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = seen[:, None].expand(-1, groups, -1, -1).flatten(1, 2)[:, None]
+    made = F.scaled_dot_product_attention(
+        folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scaling
+    )
+    made = made.view(rows, kv_heads, groups, tokens, -1).permute(0, 3, 1, 2, 4)
+    return made.reshape(rows, tokens, heads, -1)
 
 
 @dataclass(frozen=True, slots=True)
