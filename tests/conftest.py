@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if shutil.which("nvidia-smi") is None:  # decided once, where Triton is first imported: by one of those below
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hypothesis as hypothesis  # before trio, or its import at the end of a run warns
 import pytest
 import torch

