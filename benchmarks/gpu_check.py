@@ -692,7 +692,8 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main() -> int:
+    """Run the stages. Returns 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--out", type=Path, required=True)
@@ -719,7 +720,8 @@ def main() -> None:
         check.stage(name, lambda stage=stage: stage(check))
     first.kill()
     print("\n".join(table(check.results)))
+    return int(any(isinstance(found, str) and found != "no time left" for found in check.results.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
