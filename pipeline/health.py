@@ -17,7 +17,7 @@ from packaging.version import Version
 
 from pipeline.accelerators import KINDS, describe, free_bytes, visible_devices
 from pipeline.devices import visible_gpus
-from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.engine.cpu import load_kernels
 from pipeline.gpu import Gpu
 from pipeline.gpu_tools import hides_all
 

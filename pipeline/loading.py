@@ -26,7 +26,7 @@ from pipeline.accelerators import usable_gpus
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
-from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.engine.cpu import load_kernels
 from pipeline.errors import LoadError
 from pipeline.gpu import Gpu, have_bf16
 from pipeline.memory_plan import settled_dtype

@@ -16,7 +16,7 @@ import torch
 from conftest import ARCHITECTURES, build_tiny
 from torch.nn import functional as F
 
-from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.engine.cpu import load_kernels
 
 kernels = load_kernels()
 if kernels is None:

@@ -13,7 +13,7 @@ from machines import H100, MI300, MIG_SLICE, T4, UNREADABLE
 from pipeline import health
 from pipeline.compose import read_config
 from pipeline.doctor import main
-from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.engine.cpu import load_kernels
 from pipeline.health import State, check_bitsandbytes, check_gpu, check_kernels, check_version
 from pipeline.model_health import check_access, check_room, check_tokenizer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from pipeline.engine.cpu.fused_model import FusedModel
+from pipeline.engine.fused_model import FusedModel
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged import forward as forward_module
 from pipeline.engine.paged.forward import PagedForward

@@ -16,9 +16,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.batch import DecodeBatch, prefill_batch
-from pipeline.engine.cpu.fused_model import FusedModel, can_fuse, load_kernels
+from pipeline.engine.cpu import load_kernels
 from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
+from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.kv_cache import Rectangle, allocate, new_layer, upload
 from pipeline.engine.limits import Limits, limits
 from pipeline.engine.scheduler import Sequence

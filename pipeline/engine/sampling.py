@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.engine.cpu.fused_model import load_kernels
+from pipeline.engine.cpu import load_kernels
 from pipeline.engine.scheduler import Sequence
 from pipeline.request import TokenLogprob
 

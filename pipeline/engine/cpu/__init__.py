@@ -1,1 +1,18 @@
 """What makes the engine fast on a CPU in bf16. Without it everything runs, slower; no GPU uses it."""
+
+import functools
+import logging
+from types import ModuleType
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load_kernels() -> ModuleType | None:
+    """The module `kernels`, or None where numba or the threads it needs are not to be had."""
+    try:
+        from pipeline.engine.cpu import kernels
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
+        log.info("Without the CPU's kernels: %s", error)
+        return None
+    return kernels

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.cpu.fused_model import FusedModel, can_fuse
 from pipeline.engine.forward import input_device, layer_windows
+from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph

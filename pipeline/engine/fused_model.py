@@ -1,32 +1,18 @@
-"""Models of the Llama kind on a CPU in bf16: eight calls a layer instead of seventy.
+"""Models of the Llama kind in half precision: a dozen calls a layer instead of seventy.
 
-The products stay the model's own modules; what lies between them goes through kernels.py.
+The products stay the model's own modules; what lies between them goes through kernels, those of a CPU or of a
+GPU: cpu/kernels.py and paged/kernels.py have the same functions.
 """
 
-import functools
-import logging
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
-
 # Known line by line: embedding, layers, norm, head; and in a layer norm, attention with rotary embedding,
 # norm, gated MLP, two residuals, and no more.
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-
-@functools.cache
-def load_kernels() -> ModuleType | None:
-    """The module `kernels`, or None where numba or the threads it needs are not to be had."""
-    try:
-        from pipeline.engine.cpu import kernels
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
-        log.info("Without the CPU's kernels: %s", error)
-        return None
-    return kernels
 
 
 def can_fuse(model: Any, device_type: str = "cpu") -> bool:
