@@ -15,8 +15,8 @@ FLOORS = {
           watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
     2: """accelerators chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
-          engine.attention engine.sampling engine.stats engine.forward engine.probe engine.cpu engine.paged
-          engine.rectangles engine.out_of_memory survey""",
+          engine.attention engine.fused_model engine.sampling engine.stats engine.forward engine.probe engine.cpu
+          engine.paged engine.rectangles engine.out_of_memory survey""",
     3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
           model_health""",
     4: "generate progress job_stats report",
