@@ -12,6 +12,7 @@ from pipeline import display
 from pipeline.accelerators import model_gpus
 from pipeline.capacity import Capacity, capacity, context_tokens
 from pipeline.chat import Chat, decode, eos_token_ids, prepare_chat, render
+from pipeline.checkpoint_format import label
 from pipeline.config import Config, QuantMethod
 from pipeline.energy import EnergyMeter, energy_stats
 from pipeline.engine.cpu.packing import pack_weights
@@ -65,7 +66,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
     with PeakSampler() as load:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = measure_weights(loaded.model)
-        packed = _settle(loaded.model, config)
+        packed = _settle(loaded, config)
     try:
         digest = model_digest(Path(loaded.source), loaded.revision)
         dtypes = computed_in(loaded.model, loaded.quant)
@@ -74,6 +75,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         forward, probe = choose_forward(loaded.model, config.engine.attention.value)
         setup = _setup(config, loaded, packed, forward.limits)
         facts = {"model_digest": digest, "dtypes": dtypes, "attention": probe}
+        facts["quantization"] = label(loaded.format) if loaded.format else loaded.quant.method.value
         written = manifest(Path(prompts), loaded.source, loaded.revision, setup.gpus, **facts)
         results.write_json(MANIFEST, written)
         work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline, forward.limits)
@@ -95,13 +97,14 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         release(loaded)
 
 
-def _settle(model: Any, config: Config) -> bool:
+def _settle(loaded: Loaded, config: Config) -> bool:
     """Pack the weights, and give back what loading leaves; whether layers were packed."""
+    model: Any = loaded.model
     packed = pack_weights(model) if config.engine.pack_weights else 0
     log.info("%d linear layers packed", packed)
     release_files(model)
     trim()
-    if config.quant.method is not QuantMethod.int8:
+    if loaded.quant.method is not QuantMethod.int8:
         return_large_blocks(GLIBC_BYTES)
     return packed > 0
 
@@ -111,7 +114,7 @@ def _setup(config: Config, loaded: Loaded, packed: bool, limits: Limits) -> Setu
     model: Any = loaded.model
     gpus = model_gpus(model)
     return Setup(
-        known_architecture(model.config.to_dict()),
+        None if loaded.format else known_architecture(model.config.to_dict()),
         planned(loaded.quant, gpus),
         gpus,
         packed=packed,

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import logging
+import re
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,11 +21,13 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline import display
 from pipeline.accelerators import usable_gpus
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
+from pipeline.checkpoint_format import as_quant, checkpoint_format, label
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.engine.cpu import load_kernels
 from pipeline.errors import LoadError
@@ -47,6 +50,7 @@ class Loaded:
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
     bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
 
 
 def quiet_transformers() -> None:
@@ -83,13 +87,15 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     _check_device(model.device_map)
     checkpoint = locate(model, models_dir, weights=True)
     _check_architecture(checkpoint, model, quant)
+    stored = check_format(checkpoint, model, quant)
     tokenizer = _read_tokenizer(checkpoint, model)
+    quant = as_quant(read_config(checkpoint), quant)
     quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes()
-    network = _read_weights(checkpoint, model, quant)
+    network = _read_weights(checkpoint, model, quant, stored)
     load_sec = time.perf_counter() - start
-    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare)
+    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, stored)
 
 
 def release(loaded: Loaded) -> None:
@@ -122,12 +128,15 @@ def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantCo
         MODEL_FOR_CAUSAL_LM_MAPPING[kind]
 
 
-def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> PreTrainedModel:
+def _read_weights(
+    checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig, stored: str | None
+) -> PreTrainedModel:
+    # A quantization_config that is given, even as None, takes the place of the checkpoint's own.
+    quantized = {} if stored else {"quantization_config": quantization(quant)}
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
-            quantization_config=quantization(quant),
             device_map=model.device_map,
             max_memory=_max_memory(model.max_memory),
             offload_folder=model.offload_dir,
@@ -135,9 +144,10 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
             use_safetensors=True if model.safetensors_only else None,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
     except Exception as error:
-        raise LoadError(_message(error, checkpoint, quant)) from error
+        raise LoadError(_message(error, checkpoint, quant, stored)) from error
     network, report = pair
     # transformers fills weights that the files lack with random numbers, and only warns.
     if missing := sorted(report["missing_keys"]):
@@ -145,6 +155,10 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
             f"{checkpoint.source}: its files lack {len(missing)} of the model's weights, as {missing[0]}. "
             "config.json and the weights do not belong together: copy or download the folder again"
         )
+    _check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
+    if stored and not getattr(network, "is_quantized", True):
+        dtype = str(network.dtype).removeprefix("torch.")
+        display.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
     if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
         raise LoadError(
             f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory. "
@@ -153,6 +167,50 @@ def _read_weights(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
+
+
+def _check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None:
+    """Refuse weights of the files that a layer or a stack of layers should have had, and name all others.
+
+    transformers has left out those that it knows a model to do without, and has only warned of the rest.
+    """
+    aside: set[str] = set()
+    for name in names:
+        owner, part = _owner(network, name)
+        if isinstance(owner, PreTrainedModel):  # a part of its own: another head, a vision tower
+            aside.add(part)
+        elif not _HARMLESS.search(name) and not _predicts_ahead(network, name):
+            raise LoadError(
+                f"{checkpoint.source}: its files have weights that the model does not use, as {name}. config.json "
+                "and the weights do not belong together, or this transformers does not read their format: "
+                "copy or download the folder again, or choose another copy of the model"
+            )
+    if aside:
+        display.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
+
+
+# Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
+_HARMLESS = re.compile(r"(inv_freq|masked_bias|\battn\.bias|attention\.bias|position_ids|[kv]_scale)$")
+
+
+def _owner(network: Any, name: str) -> tuple[Any, str]:
+    """The innermost module of the model that a weight's name leads to, and the first part that it lacks."""
+    owner, path = network, list[str]()
+    for part in name.split("."):
+        path.append(part)
+        child = getattr(owner, "_modules", {}).get(part)
+        if child is None:
+            break
+        owner = child
+    return owner, ".".join(path)
+
+
+def _predicts_ahead(network: Any, name: str) -> bool:
+    """Whether it is of a layer behind the last, for tokens further ahead."""
+    config = network.config.get_text_config()
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    extra = getattr(config, "num_nextn_predict_layers", None) or 0
+    return found is not None and 0 <= int(found[1]) - config.num_hidden_layers < extra
 
 
 def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
@@ -248,13 +306,44 @@ def _check_architecture(checkpoint: Checkpoint, model: ModelConfig, quant: Quant
             f"{checkpoint.source}: this transformers does not know the architecture {kind!r}. "
             "Upgrade it (pip install -U transformers), or choose another model"
         )
-    if config.get("quantization_config") and quant.method is not QuantMethod.none:
-        raise LoadError(f"{checkpoint.source}: its weights are quantized already. Use quant=none")
 
 
-def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig) -> str:
+def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> str | None:
+    """The format that the weights are quantized in already; None for plain ones.
+
+    Raises:
+        LoadError: it cannot be read here, or is to be quantized again.
+    """
+    config: dict[str, Any] = read_config(checkpoint)
+    found = checkpoint_format(config)
+    if found is None:
+        return None
+    try:
+        quantizer = AutoHfQuantizer.from_config(config["quantization_config"], pre_quantized=True)
+        quantizer.validate_environment(device_map=model.device_map)
+    except Exception as error:
+        raise LoadError(_unreadable(error, checkpoint, found)) from error
+    if quant.method is not QuantMethod.none:
+        raise LoadError(
+            f"{checkpoint.source}: its weights are quantized already, {label(found)}. Use quant=none, or for "
+            f"quant={quant.method.value} the model's plain weights"
+        )
+    return found
+
+
+def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> str:
+    fix = "Install the package that this names, or choose" if isinstance(error, ImportError) else "Choose"
+    return (
+        f"{checkpoint.source}: its weights are quantized already, {label(found)}, and cannot be read here: "
+        f"{_first_line(error)} {fix} a copy of the model with plain weights"
+    )
+
+
+def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig, stored: str | None) -> str:
     """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
     text = str(error)
+    if stored and "allocate memory" not in text.lower() and not isinstance(error, torch.OutOfMemoryError):
+        return _unreadable(error, checkpoint, stored)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text.lower():
         return f"{checkpoint.source}: not enough memory to load it. {SMALLER}"
     if "ignore_mismatched_sizes" in text:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.architecture import Architecture, architecture, differences
+from pipeline.checkpoint_format import checkpoint_format, label
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError
 
@@ -43,11 +44,17 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
         return Facts(model.name, known, "conf/model")
     path = folder / "config.json"
     try:
-        found = architecture(json.loads(path.read_text(encoding="utf-8")))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = architecture(config)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: not a model's config ({error}). Copy or download it again.") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if (stored := checkpoint_format(config)) is not None:
+        raise ConfigError(
+            f"{path}: its weights are quantized already, {label(stored)}, and the memory plan does not know what "
+            "they take. Load the model and read stats.json for its memory."
+        )
     return Facts(model.name, found, str(path), tuple(differences(known, found)) if known else ())
 
 

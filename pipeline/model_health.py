@@ -16,14 +16,16 @@ from huggingface_hub.errors import (
 )
 
 from pipeline.chat import eos_token_ids, prepare_chat
-from pipeline.checkpoint import NetworkError, find_model, locate
+from pipeline.checkpoint import Checkpoint, NetworkError, find_model, locate
+from pipeline.checkpoint_format import label
 from pipeline.config import Config, ModelConfig, QuantMethod
 from pipeline.devices import find_device
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, LoadError, PipelineError
 from pipeline.health import Check, State
 from pipeline.inside.architecture_view import ArchitectureView, architecture_view
 from pipeline.inside.chat_view import chat_view
-from pipeline.loading import load_tokenizer
+from pipeline.loading import check_format, load_tokenizer
+from pipeline.model_facts import model_folder
 from pipeline.request import GenerationParams, PromptRow
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -94,6 +96,13 @@ def check_tokenizer(config: Config) -> list[Check]:
 
 def check_room(config: Config) -> list[Check]:
     """Memory for the weights, disk for weights that are still to come, and for outputs."""
+    if (folder := model_folder(config.model, config.models_dir, "config.json")) is not None:
+        try:
+            stored = check_format(Checkpoint(str(folder), folder, None), config.model, config.quant)
+        except LoadError as error:
+            return [_from_error("quantization", error), _check_outputs(config)]
+        if stored is not None:
+            return [*_of_format(label(stored)), _check_outputs(config)]
     try:
         view = architecture_view(config.model, config.quant, config.models_dir)
     except PipelineError as error:
@@ -224,6 +233,15 @@ def _check_memory(view: ArchitectureView) -> Check:
             f"Try {smaller}. {more}",
         )
     return Check("memory", State.red, f"{words}, {where}: does not fit", f"Try {smaller}. {more}")
+
+
+def _of_format(stored: str) -> list[Check]:
+    """Of a checkpoint that is quantized already."""
+    fix = "Run a few rows with limit=4 and read stats.json."
+    return [
+        Check("quantization", State.green, stored),
+        Check("memory", State.yellow, f"{stored}: what its weights take is known once they are loaded", fix),
+    ]
 
 
 def _check_download(config: Config, parameters: int) -> Check:

@@ -266,10 +266,6 @@ class TestWhatAUserReads:
         assert "model.trust_remote_code=true" in refused(tiny_dir)
         assert not (tmp_path / "ran").exists()
 
-    def test_weights_that_are_quantized_already(self, tiny_dir):
-        edit_config(tiny_dir, quantization_config={"quant_method": "gptq", "bits": 4})
-        assert "quant=none" in refused(tiny_dir, QuantConfig(QuantMethod.nf4))
-
     def test_more_than_the_memory_allowed(self, tiny_dir):
         message = refused(tiny_dir, max_memory={"cpu": "250KB"})
         assert "does not fit" in message

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.architecture import Architecture, architecture
 from pipeline.checkpoint import find_model, locate
+from pipeline.checkpoint_format import checkpoint_format, label
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.errors import ConfigError, LoadError
 from pipeline.loading import quantization, quiet_transformers
@@ -66,6 +67,11 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
     """
     quiet_transformers()
     config, source = model_config(model, models_dir)
+    if (stored := checkpoint_format(config.to_dict())) is not None:
+        raise ConfigError(
+            f"{source}: the weights are quantized already, {label(stored)}. What they take is known once they are "
+            "loaded: read stats.json"
+        )
     network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
     tree = _tree("", network, str(quant.method.value), set())
     arch, plan_quant = _known(config), _plan_quant(quant)

@@ -93,19 +93,21 @@ def read_job(folder: Path) -> Job:
     hydra = _yaml(settings / ".hydra" / "hydra.yaml")
     choices = _choices(hydra) or _choices_of_name(folder.name)
     overrides = hydra.get("hydra", {}).get("overrides", {}).get("task", [])
+    manifest = read_json(first / MANIFEST) or {}
+    stored = str(manifest.get("quantization", ""))
     stats = [read_json(path / STATS) or {} for path in (shards if first is not folder else [folder])]
     for each in stats if shards else []:
         each.pop("timeline", None)  # of several machines, which have no common time
     return Job(
         folder=folder,
         model=choices["model"],
-        quant=choices["quant"],
+        quant=stored if stored.endswith("(checkpoint)") else choices["quant"],
         generation=choices["generation"],
         prompt_set=str(config.get("prompt_set") or folder.resolve().parent.name),
         config=config,
         overrides=[str(o) for o in overrides],
         stats=stats[0] if len(stats) == 1 else _together(stats),
-        manifest=read_json(first / MANIFEST) or {},
+        manifest=manifest,
         scores=read_json(folder / SCORES) or {},
         problem=_problem(first / "pipeline.log"),
         shards=shards if first is not folder else [],
@@ -116,6 +118,8 @@ def precision(job: Job) -> float:
     """How near to exact a job's arithmetic is: bits of its weights, more of a mantissa first."""
     quant = job.config.get("quant", {})
     method, dtype = quant.get("method", job.quant), quant.get("dtype", job.quant)
+    if job.quant.endswith("(checkpoint)"):
+        return 8.0 if "8" in job.quant else 4.0
     if method in ("int8", "nf4", "fp4", "nf4_single", "fp4_double"):
         return (
             8.0
