@@ -172,3 +172,22 @@ def test_a_shape_that_the_fast_path_cannot_take_leaves_the_other_path(tiny_model
     model.load_state_dict(tiny_model("llama").state_dict())
     _, report = choose_forward(model)
     assert report["path"] == "padded"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("attention", ["pages", "rectangles", "plain"])
+def test_a_model_whose_logits_are_not_finite_is_refused(value, attention, tiny_model):
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = value
+    with pytest.raises(LoadError, match=r"its logits in float32 are not finite numbers"):
+        choose_forward(model, attention)
+
+
+def test_a_model_that_exceeds_float16_is_refused_in_it_and_runs_in_float32(tiny_model):
+    model = copy.deepcopy(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+    assert choose_forward(copy.deepcopy(model))[1]["path"] == "rectangles"
+    with pytest.raises(LoadError, match=r"in float16 are not finite.*quant=fp32"):
+        choose_forward(model.half())

@@ -34,7 +34,8 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[AnyForward, dic
         standard deviation.
 
     Raises:
-        LoadError: the model keeps other state than keys and values, or its first passes fail.
+        LoadError: the model keeps other state than keys and values, its first passes fail, or its logits are
+            not finite.
     """
     try:
         return _choose(model, attention)
@@ -58,6 +59,15 @@ def _message(error: Exception, model: Any) -> str:
     return f"{name}: its first pass failed: {said}. {fix}, or another model. The log has the traceback"
 
 
+def _not_finite(model: Any) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"{type(model).__name__}: its logits in {dtype} are not finite numbers (NaN or infinite), so it cannot choose "
+        "a token. Its weights are damaged, or exceed what this dtype can hold: try quant=fp32, or copy or download "
+        "the model again"
+    )
+
+
 @torch.inference_mode()
 def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
     own_attention = model.config._attn_implementation
@@ -67,6 +77,8 @@ def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
         model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
         for ids in (short, (*short, short[0]))
     ]
+    if not all(logits.isfinite().all() for logits in expected):
+        raise LoadError(_not_finite(model))
     # An 8-bit product depends on the rows beside it, padding or not: what a neighbour of equal length does
     # is not held against a path.
     beside = model(torch.tensor([short, long[: len(short)]], device=device), use_cache=False).logits[0, -1]
