@@ -17,22 +17,26 @@ class _Family:
     fused: bool = False  # one matrix for q, k, v and one for gate, up
     tied: bool = False  # the default of tie_word_embeddings
     head_dim: int | None = None  # the default; None is hidden_size / heads
-    window_every: int | None = None  # every n-th layer is full attention; None: no layer or all layers slide
+    sliding: str | None = (
+        None  # what of the config makes a layer slide: "all" layers, by "layer_types"; None: nothing
+    )
+    window_every: int | None = None  # by default every n-th layer is full attention; None: no layer is
     embed_scale: bool = False  # a scalar buffer beside the embedding
     rope_by_layer_kind: bool = False  # one set of rotary buffers for each kind of layer
 
 
 _FAMILIES = {
     "llama": _Family(),
-    "mistral": _Family(),
-    "phi3": _Family(fused=True),
-    "qwen2": _Family(qkv_bias=True),
-    "qwen3": _Family(qk_norm=True, head_dim=128),
+    "mistral": _Family(sliding="all"),
+    "phi3": _Family(fused=True, sliding="all"),
+    "qwen2": _Family(qkv_bias=True, sliding="layer_types"),
+    "qwen3": _Family(qk_norm=True, head_dim=128, sliding="layer_types"),
     "gemma3_text": _Family(
         qk_norm=True,
         norms=4,
         tied=True,
         head_dim=256,
+        sliding="layer_types",
         window_every=6,
         embed_scale=True,
         rope_by_layer_kind=True,
@@ -134,14 +138,16 @@ def _windows(config: Mapping[str, Any], family: _Family) -> tuple[int | None, ..
     """Each layer's sliding window. One that is as wide as the context slides over nothing: None."""
     layers = _size(config, "num_hidden_layers")
     window = config.get("sliding_window")
-    kinds = config.get("layer_types")
-    if config.get("model_type") in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+    by_switch = config.get("model_type") in ("qwen2", "qwen3")
+    if family.sliding is None or (by_switch and not config.get("use_sliding_window")):
         window = None
     if window is None or window >= _size(config, "max_position_embeddings"):
         return (None,) * layers
-    if kinds is None:
-        every = config.get("sliding_window_pattern") or family.window_every
-        first = config.get("max_window_layers", 0) if config.get("use_sliding_window") else 0
+    if family.sliding == "all":
+        return (window,) * layers
+    if (kinds := config.get("layer_types")) is None:
+        every = family.window_every and config.get("sliding_window_pattern", family.window_every)
+        first = config.get("max_window_layers", 0) if by_switch else 0
         kinds = [
             "full_attention" if i < first or (every and (i + 1) % every == 0) else "sliding_attention"
             for i in range(layers)

@@ -9,7 +9,8 @@ import torch
 import transformers
 from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
-from pipeline.engine.forward import FlatForward, PaddedForward
+from pipeline.architecture import architecture
+from pipeline.engine.forward import FlatForward, PaddedForward, layer_windows
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import LoadError
 
@@ -191,3 +192,36 @@ def test_a_model_that_exceeds_float16_is_refused_in_it_and_runs_in_float32(tiny_
     assert choose_forward(copy.deepcopy(model))[1]["path"] == "rectangles"
     with pytest.raises(LoadError, match=r"in float16 are not finite.*quant=fp32"):
         choose_forward(model.half())
+
+
+NOT_READ: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {"sliding_window": 16},
+    "Olmo2Config": {"sliding_window": 16},
+    "GraniteConfig": {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    "MistralConfig": {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    "Phi3Config": {"sliding_window": 16, "layer_types": ["full_attention", "full_attention"]},
+    "Qwen2Config": {"sliding_window": 16, "max_window_layers": 0},  # use_sliding_window is not set
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_a_key_that_the_architecture_does_not_read_is_not_obeyed(name):
+    """The window is that of the model's own masks. transformers' cache is no reference here: it obeys the key,
+    keeps 16 tokens for a model that attends to all, and `generate` makes other text with it than without.
+    """
+    values = {**SMALL, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16, **NOT_READ[name]}
+    config = getattr(transformers, name)(**values)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.generation_config.use_cache = False
+    windows = layer_windows(config)
+    assert windows == ((16, 16) if name in ("MistralConfig", "Phi3Config") else (None, None))
+    if name.startswith(("Llama", "Mistral", "Phi3", "Qwen2")):
+        assert architecture(config.to_dict()).windows == windows
+    forward, report = choose_forward(copy.deepcopy(model))
+    assert report["path"] == "rectangles"
+    requests = mixed_requests()
+    done = tokens(run(forward, shuffled(requests, 1), max_rows=4))
+    for request in requests:
+        assert done[request.id, 0] == alone(model, request), request.id

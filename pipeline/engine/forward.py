@@ -5,13 +5,16 @@ is the plain path for models whose attention is not transformers' own interface:
 padded, with a mask, through the model's own attention.
 """
 
+import inspect
 import logging
+import sys
 from collections.abc import Sequence as Ordered
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
@@ -215,16 +218,31 @@ def input_device(model: Any) -> torch.device:
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window in tokens, itself included; None is full attention.
 
+    A config may carry keys that its architecture does not read: what counts is the masks that the model's own
+    code makes.
+
     Raises:
         NotImplementedError: a layer is neither.
     """
     kinds = getattr(config, "layer_types", None)
-    window: int | None = getattr(config, "sliding_window", None)
-    if kinds is None:
-        return (window,) * int(config.num_hidden_layers)
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of type {sorted(unknown)}")
+    layers = int(config.num_hidden_layers)
+    code = _model_code(config)
+    if code is not None and "create_sliding_window_causal_mask" not in code:
+        return (None,) * layers
+    window: int | None = getattr(config, "sliding_window", None)
+    if kinds is None or (code is not None and "layer_types" not in code):
+        return (window,) * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _model_code(config: Any) -> str | None:
+    """The source of the architecture, in transformers; None for code that comes with a model."""
+    try:
+        return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+    except (KeyError, OSError, TypeError):
+        return None
 
 
 def rope_switch(config: Any) -> int | None:
