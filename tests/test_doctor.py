@@ -136,6 +136,14 @@ def test_missing_weights_are_red(config, tiny_dir):
     assert states(check_access(config.model, config.models_dir)) == {"model files": State.red}
 
 
+def test_a_config_without_a_layer_is_red(config, tiny_dir):
+    path = tiny_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": -1}))
+    found = {check.name: check for check in check_room(config)}["model config"]
+    assert found.state is State.red
+    assert "num_hidden_layers=-1" in found.found
+
+
 def test_a_second_bos_is_red_and_a_base_model_yellow(config):
     config.model.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
     assert states(check_tokenizer(config))["BOS"] is State.red

@@ -104,9 +104,15 @@ def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig,
         folder = str(locate(model, models_dir, weights=False).folder)
     path = Path(folder) / "config.json"
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code), str(path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise LoadError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise LoadError(
+            f"{path}: num_hidden_layers={layers!r}. A model's config needs a positive whole number here"
+        )
+    return config, str(path)
 
 
 def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
