@@ -342,10 +342,10 @@ def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> str:
 def _message(error: Exception, checkpoint: Checkpoint, quant: QuantConfig, stored: str | None) -> str:
     """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
     text = str(error)
-    if stored and "allocate memory" not in text.lower() and not isinstance(error, torch.OutOfMemoryError):
-        return _unreadable(error, checkpoint, stored)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text.lower():
-        return f"{checkpoint.source}: not enough memory to load it. {SMALLER}"
+        return f"{checkpoint.source}: not enough memory to load it. {SMALLER if not stored else 'Try a smaller model'}"
+    if stored:
+        return _unreadable(error, checkpoint, stored)
     if "ignore_mismatched_sizes" in text:
         return (
             f"{checkpoint.source}: its weights have another shape than its config.json says. "

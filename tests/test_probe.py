@@ -225,3 +225,15 @@ def test_a_key_that_the_architecture_does_not_read_is_not_obeyed(name):
     done = tokens(run(forward, shuffled(requests, 1), max_rows=4))
     for request in requests:
         assert done[request.id, 0] == alone(model, request), request.id
+
+
+def test_a_checkpoint_that_came_quantized_is_not_told_to_be_quantized_otherwise(tiny_folder, tmp_path):
+    eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    own = load(tiny_folder, quantization_config=eight)
+    own.save_pretrained(tmp_path)
+    for model, advised in ((own, True), (load(tmp_path), False)):
+        model.model.norm.weight.data = torch.ones(3)  # no pass gets past it
+        with pytest.raises(LoadError, match="its first pass failed") as caught:
+            choose_forward(model)
+        assert ("quant=none" in str(caught.value)) == advised

@@ -48,13 +48,16 @@ def choose_forward(model: Any, attention: str = "auto") -> tuple[AnyForward, dic
 
 def _message(error: Exception, model: Any) -> str:
     name = type(model).__name__
+    # A checkpoint that came quantized cannot be quantized otherwise.
+    fixed = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
     if is_out_of_memory(error):
+        smaller = "a smaller model" if fixed else "a smaller quantization (quant=nf4) or a smaller model"
         return (
             f"{name}: not enough memory for a first pass of {sum(PROBE_TOKENS)} tokens beside the weights. "
-            "Try a smaller quantization (quant=nf4) or a smaller model, or end what else uses this memory"
+            f"Try {smaller}, or end what else uses this memory"
         )
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    quantized = getattr(model, "is_quantized", False)
+    quantized = getattr(model, "is_quantized", False) and not fixed
     fix = "Use quant=none or another quantization" if quantized else "Use another version of transformers"
     return f"{name}: its first pass failed: {said}. {fix}, or another model. The log has the traceback"
 
