@@ -24,7 +24,8 @@ from pipeline.errors import ConfigError, LoadError, PipelineError
 from pipeline.health import Check, State
 from pipeline.inside.architecture_view import ArchitectureView, architecture_view
 from pipeline.inside.chat_view import chat_view
-from pipeline.loading import check_format, load_tokenizer
+from pipeline.loading import load_tokenizer
+from pipeline.loading_checks import check_format
 from pipeline.model_facts import model_folder
 from pipeline.request import GenerationParams, PromptRow
 

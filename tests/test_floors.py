@@ -11,14 +11,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
     0: """energy errors request interrupt intervals merge_stats memory_limits gpu gpu_tools allocator
           engine.limits""",
-    1: """config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display ledger
-          watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
+    1: """checkpoint_format config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display
+          ledger watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
     2: """accelerators chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
           engine.attention engine.fused_model engine.sampling engine.stats engine.forward engine.probe engine.cpu
           engine.paged engine.rectangles engine.out_of_memory survey""",
-    3: """engine.engine loading memory_check memory_stats timeline gguf rows manifest scoring inside health
-          model_health""",
+    3: """engine.engine loading loading_checks memory_check memory_stats timeline gguf rows manifest scoring inside
+          health model_health""",
     4: "generate progress job_stats report",
     5: """__main__ compose help multirun plan plan_tables inspect submit sweep_cells status doctor score
           import_gguf notebook runner""",
