@@ -24,6 +24,10 @@ class Ledger:
         self._sorted: tuple[array[int], array[int]] | None = None  # keys, and their rows
 
     @property
+    def rows(self) -> int:
+        return len(self._keys)
+
+    @property
     def total(self) -> int:
         """Samples of all rows."""
         return len(self._state)

@@ -18,6 +18,7 @@ from pipeline.errors import OutputError
 log = logging.getLogger(__name__)
 
 ROWS, STATS, MANIFEST, REPLACED = "outputs.jsonl", "stats.json", "manifest.json", "replaced.jsonl"
+TODO = "todo.json"  # see pipeline/todo.py
 FSYNC_ROWS, FSYNC_SEC = 256, 5.0  # what a power cut can cost at most
 KEEP, DROP = -1, -2  # verdicts on a line; any other number is the row's new index
 
@@ -66,7 +67,9 @@ class JobFolder:
 
     def set_aside(self) -> None:
         """Move an earlier run's results into a folder of their own, run-1, run-2 …"""
-        old = [self.path / name for name in (ROWS, STATS, MANIFEST, REPLACED) if (self.path / name).exists()]
+        # todo.json first: without it nothing counts as complete, wherever the process dies in between.
+        names = (TODO, ROWS, STATS, MANIFEST, REPLACED)
+        old = [self.path / name for name in names if (self.path / name).exists()]
         if not old:
             return
         taken = [int(p.name[4:]) for p in self.path.glob("run-*") if p.name[4:].isdigit()]
@@ -153,6 +156,11 @@ class JobFolder:
                 _sync(file)
             fresh.replace(target)
             _sync_folder(self.path)
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with reported(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
 
     def save(self, name: str, stream: Any) -> Path:
         """Keep a stream of bytes as a file of this folder."""

@@ -9,14 +9,12 @@ from typing import Any
 from pipeline import display
 from pipeline.config import Config, OnError, root
 from pipeline.errors import PromptError
-from pipeline.fingerprint import fingerprint, row_key
+from pipeline.fingerprint import row_key
 from pipeline.ledger import Ledger
 from pipeline.prompts import find_prompts, read_prompts
 from pipeline.request import BadRow, GenerationParams, PromptRow
-from pipeline.results import DROP, KEEP, REPLACED, ROWS, JobFolder, read_json
-
-FINISHED = ".finished"  # what a job that lacked nothing looked like: then it need not be read again
-FORMAT = 1  # of row keys
+from pipeline.results import DROP, KEEP, REPLACED, ROWS, TODO, JobFolder
+from pipeline.todo import PromptState, Todo
 
 
 def locate_prompts(config: Config, results: JobFolder) -> str:
@@ -76,6 +74,7 @@ def survey(config: Config, prompts: str, results: JobFolder) -> Ledger:
         index = ledger.index(row)
         return KEEP if line["index"] == index else index
 
+    results.remove(TODO)  # from here on the lines are those of the new prompt file, and the note of the old
     dropped = results.sift(judge)
     if dropped:
         _say_dropped(results.path, found, damaged)
@@ -104,33 +103,11 @@ def _say_dropped(folder: Path, found: Counter[str], damaged: list[int]) -> None:
     )
 
 
-def remember_finished(config: Config, prompts: str, results: JobFolder, ledger: Ledger) -> None:
-    """Note what prompt file and results look like, now that nothing is missing."""
-    looks = _looks(config, prompts, results.path)
-    if looks is not None:
-        results.write_json(FINISHED, {**looks, "total": ledger.total, "errors": ledger.errors})
-
-
-def finished_before(config: Config, prompts: str, results: JobFolder) -> tuple[int, int] | None:
-    """Rows and errors of a job that lacked nothing and has not been touched since; else None."""
-    noted = read_json(results.path / FINISHED)
-    if noted is None:
+def finished_before(config: Config, prompts: PromptState, results: JobFolder) -> Todo | None:
+    """Find that the job lacked nothing when it was last surveyed, and has not been touched since; else None."""
+    todo = Todo.read(results.path)
+    if todo is None or todo.done < todo.total or not todo.untouched(prompts, config.limit, results.path):
         return None
-    total, errors = noted.pop("total", None), noted.pop("errors", None)
-    if noted != _looks(config, prompts, results.path):
+    if todo.errors and (config.retry_errors or config.on_error is OnError.fail):
         return None
-    if errors and (config.retry_errors or config.on_error is OnError.fail):
-        return None
-    return total, errors
-
-
-def _looks(config: Config, prompts: str, folder: Path) -> dict[str, Any] | None:
-    try:
-        of_prompts, of_rows = Path(prompts).stat(), (folder / ROWS).stat()
-    except OSError:
-        return None
-    return {
-        "prompts": [prompts, of_prompts.st_size, of_prompts.st_mtime_ns],
-        "rows": [of_rows.st_size, of_rows.st_mtime_ns],
-        "settings": fingerprint([FORMAT, config.limit]),
-    }
+    return todo
