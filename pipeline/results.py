@@ -79,12 +79,17 @@ class JobFolder:
             for path in old:
                 path.rename(aside / path.name)
 
-    def sift(self, judge: Callable[[dict[str, Any] | None, int], int]) -> int:
+    def sift(
+        self,
+        judge: Callable[[dict[str, Any] | None, int], int],
+        corrected: Callable[[int], dict[str, Any]] = lambda index: {},
+    ) -> int:
         """Ask about every line of outputs.jsonl; the file is written again only if that changes it.
 
         Args:
             judge: gets a row (None where the line is torn or damaged) and its line number from 1. Returns
                 KEEP, DROP (the line goes to replaced.jsonl), or the index that the row now has.
+            corrected: gets that index, once all lines are judged. Returns what else of the row is new.
 
         Returns:
             How many lines were dropped.
@@ -95,18 +100,22 @@ class JobFolder:
         with reported(rows), rows.open("rb") as file:
             verdicts = array("q", (judge(parse_row(line), n) for n, line in enumerate(file, 1)))
         if any(verdict != KEEP for verdict in verdicts):
-            self._rewrite(rows, verdicts)
+            self._rewrite(rows, verdicts, corrected)
         return verdicts.count(DROP)
 
-    def _rewrite(self, rows: Path, verdicts: "array[int]") -> None:
+    def _rewrite(
+        self, rows: Path, verdicts: "array[int]", corrected: Callable[[int], dict[str, Any]]
+    ) -> None:
         fresh, replaced = rows.with_suffix(".new"), self.path / REPLACED
         with reported(rows), _removed_on_error(fresh):
             with rows.open("rb") as old, fresh.open("wb") as new, replaced.open("ab") as dropped:
                 for line, verdict in zip(old, verdicts, strict=True):
                     if verdict == DROP:
                         dropped.write(line if line.endswith(b"\n") else line + b"\n")
+                    elif verdict == KEEP:
+                        new.write(line)
                     else:
-                        new.write(line if verdict == KEEP else _line({**json.loads(line), "index": verdict}))
+                        new.write(_line({**json.loads(line), "index": verdict, **corrected(verdict)}))
                 _sync(dropped)  # first: a line may be in both files, but never in none
                 _sync(new)
             fresh.replace(rows)
