@@ -121,7 +121,9 @@ def _state(
 
 
 def _complete(standing: Standing) -> str:
-    return f"complete, {standing.errors} failed rows" if standing.errors else "complete"
+    failed = f", {standing.errors} failed rows" if standing.errors else ""
+    since = standing.todo is not None and standing.todo.prompts_written_since
+    return f"complete{failed}" + ("; the prompt file was written since" if since else "")
 
 
 def _how_it_ended(record: EndedTask, events: Events) -> tuple[str, str]:

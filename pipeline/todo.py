@@ -68,6 +68,11 @@ class Todo(PromptState):
         now = prompts.prompts, prompts.prompts_bytes, prompts.prompts_mtime_ns, FORMAT, limit
         return own == now and (self.rows_bytes, self.rows_mtime_ns) == _looks(folder / ROWS)
 
+    @property
+    def prompts_written_since(self) -> bool:
+        """Say whether somebody wrote the prompt file after the job read it; one that is gone asks for no more."""
+        return _looks(Path(self.prompts)) not in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns))
+
     def covers(self, limit: int | None) -> bool:
         """Say whether the rows that a limit leaves are among these."""
         return self.limit is None or (limit is not None and limit <= self.limit)

@@ -215,9 +215,11 @@ def test_an_edit_of_one_shards_rows_does_not_block_the_merge(job: Line, write: A
 def test_a_removed_row_leaves_the_job_complete(job: Line, write: Any) -> None:
     write(numbered(4))
     assert run_job(job()) == 0
+    assert "written since" not in tool("status", job_folder(job()))[1]
     write(numbered(3))
+    assert "complete; the prompt file was written since" in tool("status", job_folder(job()))[1]
     assert not in_submit(job())
     assert run_job(job()) == 0
     status, said = tool("status", job_folder(job()))
-    assert (status, "3/3" in said) == (0, True), said
+    assert (status, "3/3" in said, "written since" in said) == (0, True, False), said
     assert in_submit(job())
