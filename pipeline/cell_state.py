@@ -18,10 +18,11 @@ import psutil
 from pipeline.cluster import EndedTask, QueuedTask, ended, queued
 from pipeline.display import say
 from pipeline.errors import JobError
-from pipeline.results import MANIFEST, ROWS, STATS
+from pipeline.results import MANIFEST, ROWS, STATS, TODO
 from pipeline.standing import EVENTS, Events, Standing, read_events, read_standing, tokens_per_row
 
-MARKS = (EVENTS, ROWS, STATS, MANIFEST)  # a folder with one of these is a job's
+# A folder with one of these is a job's; the log is there from a job's first moment.
+MARKS = (EVENTS, ROWS, STATS, MANIFEST, TODO, "pipeline.log")
 TAIL_BYTES = 16384
 STATUSES = {1: "some rows failed", 2: "bad configuration", 3: "failed", 75: "stopped by a signal"}
 
@@ -120,7 +121,9 @@ def _state(
 
 
 def _complete(standing: Standing) -> str:
-    return f"complete, {standing.errors} failed rows" if standing.errors else "complete"
+    failed = f", {standing.errors} failed rows" if standing.errors else ""
+    since = standing.todo is not None and standing.todo.prompts_written_since
+    return f"complete{failed}" + ("; the prompt file was written since" if since else "")
 
 
 def _how_it_ended(record: EndedTask, events: Events) -> tuple[str, str]:
@@ -192,12 +195,12 @@ def _speed(folder: Path, standing: Standing, events: Events) -> tuple[float | No
 
 
 def _holder(folder: Path) -> str | None:
-    """The process of this machine that holds the folder, if it lives."""
+    """Name the process of this machine that holds the folder, if it lives."""
     try:
         text = (folder / ".holder").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.fullmatch(r"process (\d+) on (\S+)", text.strip())
+    found = re.match(r"process (\d+) on (\S+)", text)
     if not found or found[2] != os.uname().nodename:
         return None
     try:

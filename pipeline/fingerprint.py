@@ -49,6 +49,12 @@ def row_key(row: PromptRow | BadRow) -> str:
     return fingerprint([row.id, row.prompt, row.messages, row.system, params], 16)
 
 
+def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:
+    """Hash what a row, or a line of outputs.jsonl, carries along: it decides no text, but may be corrected."""
+    metadata = row.get("metadata") if isinstance(row, dict) else getattr(row, "metadata", None)
+    return int(fingerprint(metadata, 16), 16) if metadata else 0
+
+
 def _template(template: str | None) -> str | None:
     """A template file counts by what is in it."""
     try:

@@ -52,7 +52,14 @@ class Pending:
     missing: list[int]  # the samples that are not written by an earlier run
 
 
-def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, interrupt: Interrupt) -> None:
+def generate(
+    config: Config,
+    prompts: str,
+    prompts_sha256: str | None,
+    results: JobFolder,
+    ledger: Ledger,
+    interrupt: Interrupt,
+) -> None:
     """Make what the ledger says is missing; returns early, between two steps, after a signal.
 
     Raises:
@@ -76,7 +83,7 @@ def generate(config: Config, prompts: str, results: JobFolder, ledger: Ledger, i
         setup = _setup(config, loaded, packed, forward.limits)
         facts = {"model_digest": digest, "dtypes": dtypes, "attention": probe}
         facts["quantization"] = label(loaded.format) if loaded.format else loaded.quant.method.value
-        written = manifest(Path(prompts), loaded.source, loaded.revision, setup.gpus, **facts)
+        written = manifest(prompts, prompts_sha256, loaded.source, loaded.revision, setup.gpus, **facts)
         results.write_json(MANIFEST, written)
         work = _Work(config, prompts, results, ledger, loaded, interrupt, timeline, forward.limits)
         interrupt.hold()
@@ -213,6 +220,8 @@ class _Work:
     def _requests(self, chat: Chat) -> Iterator[Request]:
         """Render the rows that are missing; a row that cannot be run is written at once."""
         for number, row in enumerate(rows_of(self._config, self._prompts)):
+            if number == self._ledger.rows:
+                return  # the file has grown since the survey: what is new is for the next run
             missing = self._ledger.missing_samples(number, row_key(row))
             if missing is None:
                 raise PromptError(

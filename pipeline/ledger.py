@@ -1,4 +1,4 @@
-"""Which samples of which rows are written. 25 bytes a row: a million rows are as good as none."""
+"""Which samples of which rows are written. 33 bytes a row: a million rows are as good as none."""
 
 from array import array
 from bisect import bisect_left
@@ -19,9 +19,14 @@ class Ledger:
         self.done = 0
         self._keys = array("Q")
         self._indices = array("Q")  # each row's place in the file
+        self._metadata = array("Q")  # hashes
         self._firsts = array("Q", [0])  # [rows + 1] its first sample's place in _state
         self._state = bytearray()
         self._sorted: tuple[array[int], array[int]] | None = None  # keys, and their rows
+
+    @property
+    def rows(self) -> int:
+        return len(self._keys)
 
     @property
     def total(self) -> int:
@@ -32,10 +37,11 @@ class Ledger:
     def missing(self) -> int:
         return self.total - self.done
 
-    def add(self, key: str, index: int, samples: int) -> None:
+    def add(self, key: str, index: int, samples: int, metadata: int = 0) -> None:
         """The next row of the prompt file; nothing of it is written yet."""
         self._keys.append(int(key, 16))
         self._indices.append(index)
+        self._metadata.append(metadata)
         self._state.extend(bytes(samples))
         self._firsts.append(len(self._state))
 
@@ -52,6 +58,9 @@ class Ledger:
 
     def index(self, row: int) -> int:
         return self._indices[row]
+
+    def metadata(self, row: int) -> int:
+        return self._metadata[row]
 
     def mark(self, row: int, sample: int, *, failed: bool) -> bool:
         """Note that a sample is written; False if it was before, or the row has no such sample."""

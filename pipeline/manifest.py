@@ -1,7 +1,6 @@
 """What a job ran on: versions, device, revision, prompt file, commit, command, time."""
 
 import datetime
-import gzip
 import hashlib
 import platform
 import subprocess
@@ -23,11 +22,17 @@ PACKAGES = (
 
 
 def manifest(
-    prompts: Path, source: str, revision: str | None, gpus: Iterable[Gpu], **more: Any
+    prompts: str,
+    prompts_sha256: str | None,
+    source: str,
+    revision: str | None,
+    gpus: Iterable[Gpu],
+    **more: Any,
 ) -> dict[str, Any]:
     """Plain data for manifest.json.
 
     Args:
+        prompts_sha256: of the prompt file as the job read it.
         source: the model's folder or hub name; revision: its commit, None for a folder.
         gpus: those that the model lies on.
         more: further entries.
@@ -37,8 +42,8 @@ def manifest(
         "command": ["python", "-m", "pipeline", *sys.argv[1:]],
         "model": source,
         "revision": revision,
-        "prompts": str(prompts),
-        "prompts_sha256": _sha256(prompts),
+        "prompts": prompts,
+        "prompts_sha256": prompts_sha256,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -66,18 +71,6 @@ def gpu_uuids(model: Any) -> list[str]:
     """Name the cards that hold a model as the driver does; torch's numbers follow CUDA_VISIBLE_DEVICES."""
     cards = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     return sorted(f"GPU-{torch.cuda.get_device_properties(card).uuid}" for card in cards)
-
-
-def _sha256(path: Path) -> str | None:
-    """Of the prompt lines as they are read, so that compressing a file does not change it."""
-    digest = hashlib.sha256()
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    except (OSError, EOFError):
-        return None
 
 
 def _git_commit() -> str | None:

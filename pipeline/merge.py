@@ -19,13 +19,16 @@ from typing import Any, BinaryIO
 from pipeline.display import say
 from pipeline.errors import ConfigError, OutputError, PipelineError, PromptError
 from pipeline.merge_stats import merge_stats
+from pipeline.prompt_count import prompts_sha256
 from pipeline.prompts import read_prompts
 from pipeline.request import GenerationParams
 from pipeline.results import MANIFEST, ROWS, STATS, JobFolder, read_json
 from pipeline.standing import read_standing
+from pipeline.todo import Todo
 
 SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
-SAME = ("model", "revision", "prompts_sha256")  # what shards of one job must agree on
+SAME = ("model", "revision", "prompts_sha256", "limit")  # what shards of one job must agree on
+AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
 NAMED = 10  # rows that an error names
 HELP = """\
 Merge the shards of a job: FOLDER/shard-I-of-N into FOLDER/outputs.jsonl, in the order of the prompt file.
@@ -67,27 +70,42 @@ def merge(folder: Path) -> int:
 
     Raises:
         OutputError: a shard is missing or not complete, rows are missing or there twice, the shards
-            are not of one job, or the folder holds results of its own. Then nothing has changed.
+            are not of one job or of one prompt file as it is now, or the folder holds results of its own.
+            Then nothing has changed.
     """
     folders = _find_shards(folder)
-    manifests = [read_json(shard / MANIFEST) or {} for shard in folders]
+    todos = [_read_todo(shard) for shard in folders]
+    manifests = [
+        {**(read_json(shard / MANIFEST) or {}), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
+        for shard, todo in zip(folders, todos, strict=True)
+    ]
     _check_alike(folders, manifests)
-    _check_complete(folders)
+    _check_prompts(todos[0])
     before = read_json(folder / MANIFEST) or {}
     if (folder / ROWS).exists() and "merged_from" not in before:
         raise OutputError(
             f"{folder / ROWS}: holds the results of a job that was run without shards. Move it away to merge."
         )
-    shards = [_read_shard(shard) for shard in folders]
-    _check_rows(shards, manifests[0])
+    shards = [_read_shard(shard, todo.limit) for shard, todo in zip(folders, todos, strict=True)]
+    _check_rows(shards, todos)
+    errors = sum(read_standing(shard).errors for shard in folders)
     with JobFolder(folder) as results:
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         merged_from = [shard.folder.name for shard in shards]
         # First, so that what is merged can be told from a job's own results at any moment.
         results.write_json(MANIFEST, {**manifests[0], "when": when, "merged_from": merged_from})
         lines = _write(shards, folder / ROWS)
-        results.write_json(STATS, merge_stats([read_json(shard / STATS) or {} for shard in folders]))
+        stats = merge_stats([read_json(shard / STATS) or {} for shard in folders])
+        stats["rows"] = {**(stats.get("rows") or {}), "total": lines, "done": lines, "errors": errors}
+        results.write_json(STATS, stats)
     return lines
+
+
+def _read_todo(shard: Path) -> Todo:
+    todo = Todo.read(shard)
+    if todo is None:
+        raise OutputError(f"{shard}: does not say which rows it has to do. {AGAIN}")
+    return todo
 
 
 def _find_shards(folder: Path) -> list[Path]:
@@ -114,27 +132,27 @@ def _check_alike(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
             if manifest.get(key) != manifests[0].get(key):
                 raise OutputError(
                     f"{shard}: its {key} is {manifest.get(key)}, and that of {folders[0].name} is "
-                    f"{manifests[0].get(key)}. Submit or run all shards again: just what changed is redone."
+                    f"{manifests[0].get(key)}. {AGAIN}"
                 )
 
 
-def _check_complete(folders: list[Path]) -> None:
-    for shard in folders:
-        standing = read_standing(shard)
-        if not standing.complete:
-            rows = f"{standing.done} of {'?' if standing.total is None else standing.total} rows"
-            raise OutputError(f"{shard}: {rows} done. Submit or run the same command again to finish it.")
+def _check_prompts(todo: Todo) -> None:
+    """Rows that were edited or added since are missing; a file that is gone can ask for no more."""
+    sha256 = prompts_sha256(todo.prompts)
+    if sha256 is not None and sha256 != todo.prompts_sha256:
+        raise OutputError(f"{todo.prompts}: has changed since the shards read it. {AGAIN}")
 
 
-def _read_shard(folder: Path) -> Shard:
-    """Where each line begins; what it says is not kept."""
+def _read_shard(folder: Path, limit: int | None) -> Shard:
+    """Where each line begins; what it says is not kept. Rows that a larger limit made are left out."""
     keys: list[tuple[int, int, int]] = []
     offset = 0
     with _open(folder) as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                keys.append((row["index"], row.get("sample", 0), offset))
+                if limit is None or row["index"] < limit:
+                    keys.append((row["index"], row.get("sample", 0), offset))
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputError(
                     f"{folder / ROWS}:{number}: a damaged line. Run the shard again: it will be mended."
@@ -145,25 +163,25 @@ def _read_shard(folder: Path) -> Shard:
     return Shard(folder, *(array("q", column) for column in columns))
 
 
-def _check_rows(shards: list[Shard], manifest: dict[str, Any]) -> None:
-    """Every row from the first to the last is there, in the shard that it belongs to, and once."""
-    last = max((shard.rows[-1] for shard in shards if shard.rows), default=-1)
+def _check_rows(shards: list[Shard], todos: list[Todo]) -> None:
+    """Every row that the prompt file gives a shard is there, with all its samples, each of them once."""
     parts = len(shards)
-    for part, shard in enumerate(shards):
+    for part, (shard, todo) in enumerate(zip(shards, todos, strict=True)):
         keys = zip(shard.rows, shard.samples, strict=True)
         twice = [a[0] for a, b in pairwise(keys) if a == b]
         if twice:
             raise OutputError(
-                f"{shard.folder}: {_ids(twice, manifest)} are there twice. Move {ROWS} away and run the shard again."
+                f"{shard.folder}: {_ids(twice, todo)} are there twice. Move {ROWS} away and run the shard again."
             )
-        expected = range(part, last + 1, parts)
+        expected = range(part, part + todo.rows * parts, parts)
         there = set(shard.rows)
         if strange := sorted(there.difference(expected)):
-            raise OutputError(f"{shard.folder}: {_ids(strange, manifest)} belong to another shard.")
+            raise OutputError(f"{shard.folder}: {_ids(strange, todo)} belong to another shard.")
+        done = f"{shard.folder}: {len(shard.rows)} of {todo.total} rows done"
         if gaps := [row for row in expected if row not in there]:
-            raise OutputError(
-                f"{shard.folder}: {_ids(gaps, manifest)} are missing. Run all shards with the same limit=."
-            )
+            raise OutputError(f"{done}; {_ids(gaps, todo)} are missing. {AGAIN}")
+        if len(shard.rows) < todo.total:
+            raise OutputError(f"{done}; samples of some are missing. {AGAIN}")
 
 
 def _write(shards: list[Shard], target: Path) -> int:
@@ -209,11 +227,11 @@ def _open(folder: Path) -> BinaryIO:
         raise OutputError(f"{folder / ROWS}: {error.strerror}. Run the shard again.") from error
 
 
-def _ids(rows: list[int], manifest: dict[str, Any]) -> str:
+def _ids(rows: list[int], todo: Todo) -> str:
     """The ids of some rows, as the prompt file gives them; their numbers where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
     try:
-        for row in read_prompts(str(manifest.get("prompts")), GenerationParams(), limit=max(named) + 1):
+        for row in read_prompts(todo.prompts, GenerationParams(), limit=max(named) + 1):
             if row.index in named:
                 named[row.index] = row.id
     except PromptError:

@@ -20,8 +20,8 @@ def merge_stats(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ]
     merged = _objects(others, weights, peak=False)
     merged["energy"] = merge_energy(shards)
-    run_sec = merged.get("run_sec")
-    merged["tokens_per_sec"] = merged["completion_tokens"] / run_sec if run_sec else None
+    tokens, run_sec = merged.get("completion_tokens"), merged.get("run_sec")
+    merged["tokens_per_sec"] = tokens / run_sec if tokens is not None and run_sec else None
     return merged
 
 

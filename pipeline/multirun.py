@@ -12,6 +12,7 @@ from pipeline.compose import compose_config, job_folder, read_config, sweep_cell
 from pipeline.errors import ConfigError
 from pipeline.interrupt import Interrupt
 from pipeline.results import STATS, read_json
+from pipeline.standing import read_standing
 
 RESUME_ME = 75  # exit status
 MEANINGS = {
@@ -82,14 +83,15 @@ def _line(cell: list[str], status: int) -> tuple[Any, ...]:
     folder = job_folder(cell)
     stats: dict[str, Any] = read_json(folder / STATS) or {}
     state = MEANINGS.get(status, f"killed by signal {-status}" if status < 0 else f"exit status {status}")
-    rows, memory = stats.get("rows", {}), stats.get("memory", {})
-    if not rows:
-        return (folder.name, state, *["-"] * 6)
+    standing, memory = read_standing(folder), stats.get("memory", {})
+    rows = f"{standing.done}/{'?' if standing.total is None else standing.total}"
+    if not stats:
+        return (folder.name, state, rows, *["-"] * 5)
     return (
         folder.name,
         state,
-        f"{rows['done']}/{rows['total']}",
-        rows["errors"],
+        rows,
+        standing.errors,
         f"{stats['tokens_per_sec']:,.1f}",
         f"{stats['load_sec']:.1f} s",
         display.megabytes(memory["footprint_bytes"]),

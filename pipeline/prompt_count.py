@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,18 @@ def count_prompts(
         for row in read_prompts(path, params, prompt_field=prompt_field, limit=limit):
             totals[row.index % shards] += 1 if isinstance(row, BadRow) else row.params.n
     return PromptCount(tuple(totals), digest.hexdigest())
+
+
+def prompts_sha256(path: str) -> str | None:
+    """Hash the lines as they are read, as `count_prompts` does; None if they cannot be read to the end."""
+    digest = hashlib.sha256()
+    try:
+        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except (OSError, EOFError, zlib.error):
+        return None
+    return digest.hexdigest()
 
 
 def _lines(path: str) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from pipeline.errors import OutputError
 log = logging.getLogger(__name__)
 
 ROWS, STATS, MANIFEST, REPLACED = "outputs.jsonl", "stats.json", "manifest.json", "replaced.jsonl"
+TODO = "todo.json"  # see pipeline/todo.py
 FSYNC_ROWS, FSYNC_SEC = 256, 5.0  # what a power cut can cost at most
 KEEP, DROP = -1, -2  # verdicts on a line; any other number is the row's new index
 
@@ -66,7 +67,9 @@ class JobFolder:
 
     def set_aside(self) -> None:
         """Move an earlier run's results into a folder of their own, run-1, run-2 …"""
-        old = [self.path / name for name in (ROWS, STATS, MANIFEST, REPLACED) if (self.path / name).exists()]
+        # todo.json first: without it nothing counts as complete, wherever the process dies in between.
+        names = (TODO, ROWS, STATS, MANIFEST, REPLACED)
+        old = [self.path / name for name in names if (self.path / name).exists()]
         if not old:
             return
         taken = [int(p.name[4:]) for p in self.path.glob("run-*") if p.name[4:].isdigit()]
@@ -76,12 +79,17 @@ class JobFolder:
             for path in old:
                 path.rename(aside / path.name)
 
-    def sift(self, judge: Callable[[dict[str, Any] | None, int], int]) -> int:
+    def sift(
+        self,
+        judge: Callable[[dict[str, Any] | None, int], int],
+        corrected: Callable[[int], dict[str, Any]] = lambda index: {},
+    ) -> int:
         """Ask about every line of outputs.jsonl; the file is written again only if that changes it.
 
         Args:
             judge: gets a row (None where the line is torn or damaged) and its line number from 1. Returns
                 KEEP, DROP (the line goes to replaced.jsonl), or the index that the row now has.
+            corrected: gets that index, once all lines are judged. Returns what else of the row is new.
 
         Returns:
             How many lines were dropped.
@@ -92,18 +100,22 @@ class JobFolder:
         with reported(rows), rows.open("rb") as file:
             verdicts = array("q", (judge(parse_row(line), n) for n, line in enumerate(file, 1)))
         if any(verdict != KEEP for verdict in verdicts):
-            self._rewrite(rows, verdicts)
+            self._rewrite(rows, verdicts, corrected)
         return verdicts.count(DROP)
 
-    def _rewrite(self, rows: Path, verdicts: "array[int]") -> None:
+    def _rewrite(
+        self, rows: Path, verdicts: "array[int]", corrected: Callable[[int], dict[str, Any]]
+    ) -> None:
         fresh, replaced = rows.with_suffix(".new"), self.path / REPLACED
         with reported(rows), _removed_on_error(fresh):
             with rows.open("rb") as old, fresh.open("wb") as new, replaced.open("ab") as dropped:
                 for line, verdict in zip(old, verdicts, strict=True):
                     if verdict == DROP:
                         dropped.write(line if line.endswith(b"\n") else line + b"\n")
+                    elif verdict == KEEP:
+                        new.write(line)
                     else:
-                        new.write(line if verdict == KEEP else _line({**json.loads(line), "index": verdict}))
+                        new.write(_line({**json.loads(line), "index": verdict, **corrected(verdict)}))
                 _sync(dropped)  # first: a line may be in both files, but never in none
                 _sync(new)
             fresh.replace(rows)
@@ -153,6 +165,11 @@ class JobFolder:
                 _sync(file)
             fresh.replace(target)
             _sync_folder(self.path)
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with reported(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
 
     def save(self, name: str, stream: Any) -> Path:
         """Keep a stream of bytes as a file of this folder."""

@@ -11,8 +11,10 @@ from pipeline.errors import JobError, PipelineError
 from pipeline.interrupt import Interrupt, Stopped
 from pipeline.ledger import Ledger
 from pipeline.memory_check import check_memory
-from pipeline.results import JobFolder
-from pipeline.survey import finished_before, locate_prompts, remember_finished, survey
+from pipeline.prompt_count import prompts_sha256
+from pipeline.results import MANIFEST, JobFolder, read_json
+from pipeline.survey import finished_before, locate_prompts, survey
+from pipeline.todo import PromptState, Todo
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +60,16 @@ class Job:
         if self.config.resume is Resume.never:
             results.set_aside()
         prompts = locate_prompts(self.config, results)
-        finished = finished_before(self.config, prompts, results)
+        state = PromptState.look(prompts)  # before it is read: what changes later is for the next run
+        finished = finished_before(self.config, state, results)
         if finished is not None:
-            return self._nothing_to_do(*finished)
+            return self._nothing_to_do(finished)
+        sha256 = prompts_sha256(prompts)
         ledger = survey(self.config, prompts, results)
+        todo = Todo.note(results, state, sha256, self.config.limit, ledger)
         if not ledger.missing:
-            remember_finished(self.config, prompts, results, ledger)
-            return self._nothing_to_do(ledger.total, ledger.errors)
+            _renew_manifest(results, todo)
+            return self._nothing_to_do(todo)
         check_memory(self.config)
         for cache in (
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
@@ -76,13 +81,19 @@ class Job:
 
         gc.freeze()  # nothing of this is ever garbage: later collections need not look at it
         gc.enable()
-        generate(self.config, prompts, results, ledger, interrupt)
+        generate(self.config, prompts, sha256, results, ledger, interrupt)
         if ledger.missing:
             return self._stopped(interrupt, _progress(ledger))
-        remember_finished(self.config, prompts, results, ledger)
+        Todo.note(results, state, sha256, self.config.limit, ledger)
+        if state != PromptState.look(prompts):
+            display.say(
+                f"{prompts}: has changed since it was read. The same command does what is new.",
+                style="yellow",
+            )
         return SOME_FAILED if ledger.errors else ALL_DONE
 
-    def _nothing_to_do(self, total: int, errors: int) -> int:
+    def _nothing_to_do(self, todo: Todo) -> int:
+        total, errors = todo.total, todo.errors
         failed = f", {errors} of them with errors (retry_errors=true does those again)" if errors else ""
         display.say(f"Nothing to do: all {total} rows are in {self.folder}{failed}")
         return SOME_FAILED if errors else ALL_DONE
@@ -94,6 +105,13 @@ class Job:
         name = interrupt.signal.name if interrupt.signal else "request"
         display.say(f"Stopped by {name} {where}. {again}", style="yellow")
         return RESUME_ME
+
+
+def _renew_manifest(results: JobFolder, todo: Todo) -> None:
+    """Let manifest.json name the prompt file that the rows answer now; nothing else of it has changed."""
+    manifest = read_json(results.path / MANIFEST)
+    if manifest is not None and manifest.get("prompts_sha256") != todo.prompts_sha256:
+        results.write_json(MANIFEST, {**manifest, "prompts_sha256": todo.prompts_sha256})
 
 
 def _progress(ledger: Ledger) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 import jsonlines
 
-from pipeline.results import ROWS, STATS, read_json
+from pipeline.results import ROWS, STATS, TODO, read_json
+from pipeline.todo import Todo
 
 EVENTS = "slurm.jsonl"  # one line for each time a cell was submitted, started or ended
 COUNTED_BYTES = 64 * 1024**2  # larger files are not counted but estimated, from a piece of each end
@@ -31,10 +32,11 @@ class Standing:
     exact: bool  # else `done` and `errors` are estimates
     run_sec: float | None  # of the last run that ended by itself
     tokens_per_sec: float | None
+    todo: Todo | None  # the job's own note; None where there is none that still holds
 
     @property
     def complete(self) -> bool:
-        return self.exact and self.total is not None and self.done >= self.total
+        return self.exact and self.todo is not None and self.done >= self.todo.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,21 @@ class Events:
 
 
 def read_standing(folder: Path) -> Standing:
-    """Count what is written; stats.json is believed if nothing was written after it."""
-    rows, stats = folder / ROWS, read_json(folder / STATS) or {}
-    counted = stats.get("rows", {})
-    total = _last_total(folder, counted.get("total"))
+    """Take what todo.json says, and count the lines written since: each is a completion that was missing."""
+    rows, stats, todo = folder / ROWS, read_json(folder / STATS) or {}, Todo.read(folder)
+    size = rows.stat().st_size if rows.exists() else 0
+    # A file that is shorter than it was is not what was surveyed: no more than its lines can be told.
+    whole = todo is not None and todo.rows_bytes <= size
+    start, done, errors = (todo.rows_bytes, todo.done, todo.errors) if todo and whole else (0, 0, 0)
+    exact = size - start <= COUNTED_BYTES
+    if size > start:
+        more = _count(rows, start) if exact else _estimate(rows, start)
+        done, errors = done + more[0], errors + more[1]
+    submitted, total = read_events(folder).submitted, todo.total if todo else None
+    if submitted and _is_news(submitted[-1], todo, folder):
+        total, whole = int(submitted[-1]["total"]), False
     speed = stats.get("run_sec"), stats.get("tokens_per_sec")
-    if counted and _modified(folder / STATS) >= _modified(rows):
-        return Standing(counted["done"], counted["errors"], total, True, *speed)
-    if not rows.exists():
-        return Standing(0, 0, total, True, *speed)
-    if rows.stat().st_size <= COUNTED_BYTES:
-        done, errors = _count(rows.open("rb"))
-        return Standing(done, errors, total, True, *speed)
-    done, errors = _estimate(rows)
-    return Standing(done, errors, total, False, *speed)
+    return Standing(done, errors, total, exact, *speed, todo if whole else None)
 
 
 def read_events(folder: Path) -> Events:
@@ -99,17 +102,20 @@ def tokens_per_row(folder: Path) -> float | None:
     return sum(counts) / len(counts) if counts else None
 
 
-def _last_total(folder: Path, counted: int | None) -> int | None:
-    """Of the last submission, if it came after the last run, else of that run."""
-    submitted = read_events(folder).submitted
-    if submitted and (counted is None or submitted[-1]["time"] > _modified(folder / STATS)):
-        return int(submitted[-1]["total"])
-    return counted
+def _is_news(submission: dict[str, Any], todo: Todo | None, folder: Path) -> bool:
+    """Say whether a submission asks for rows that the folder's note does not know of, and came after it."""
+    if todo is None:
+        return True
+    known = submission.get("prompts_sha256", "") == todo.prompts_sha256 and todo.covers(
+        submission.get("limit")
+    )
+    return not known and float(submission["time"]) > _modified(folder / TODO)
 
 
-def _count(lines: Any) -> tuple[int, int]:
+def _count(rows: Path, start: int) -> tuple[int, int]:
     done = errors = 0
-    with lines:
+    with rows.open("rb") as lines:
+        lines.seek(start)
         for line in lines:
             if line.endswith(b"\n"):
                 done += 1
@@ -125,12 +131,13 @@ def _is_error(line: bytes) -> bool:
         return False
 
 
-def _estimate(rows: Path) -> tuple[int, int]:
+def _estimate(rows: Path, start: int) -> tuple[int, int]:
     """From the lines in a piece of each end."""
-    size = rows.stat().st_size
     with rows.open("rb") as file:
+        size = file.seek(0, 2) - start
+        file.seek(start)
         piece = file.read(PIECE_BYTES)
-        file.seek(size - PIECE_BYTES)
+        file.seek(start + size - PIECE_BYTES)
         piece = piece[: piece.rfind(b"\n") + 1] + file.read(PIECE_BYTES).partition(b"\n")[2]
     lines = piece.splitlines(keepends=True)
     scale = size / len(piece)

@@ -114,7 +114,8 @@ def _name(folder: Path, top: Path) -> str:
 
 def _summary(states: list[CellState]) -> str:
     kinds = Counter(state.kind for state in states)
-    done, total = sum(s.standing.done for s in states), sum(s.standing.total or 0 for s in states)
+    done, totals = sum(s.standing.done for s in states), [s.standing.total for s in states]
+    total = "?" if None in totals else sum(t for t in totals if t is not None)
     words = [", ".join(f"{n} {kind}" for kind, n in kinds.items()), f"{done} of {total} rows"]
     running = [s for s in states if s.kind == "running"]
     if speed := sum(s.tokens_per_sec or 0 for s in running):

@@ -83,10 +83,9 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
         script.write_text(text, encoding="utf-8")
         job = cluster.sbatch(script)
         for index, i in enumerate(part):
-            log = str(home / f"{job}_{index}.log")
-            append_event(
-                missing[i].folder, "submitted", job=f"{job}_{index}", total=missing[i].total, log=log
-            )
+            cell, log = missing[i], str(home / f"{job}_{index}.log")
+            asked = {"total": cell.total, "prompts_sha256": cell.prompts_sha256, "limit": cell.config.limit}
+            append_event(cell.folder, "submitted", job=f"{job}_{index}", log=log, **asked)
         display.say(f"Submitted job {job}: {len(part)} cells.", style="green")
         print(job)
     common = os.path.commonpath([cell.folder for cell in missing])
@@ -175,7 +174,8 @@ def _state(cell: Cell) -> str:
         return f"complete, {cell.standing.errors} failed rows" if cell.standing.errors else "complete"
     if not cell.standing.done:
         return "to do"
-    return "to go on" if cell.same_prompts else "to go on: the prompt file changed"
+    changed = cell.standing.todo is not None and not cell.same_prompts
+    return "to go on: the prompt file changed" if changed else "to go on"
 
 
 HELP = """\

@@ -3,20 +3,19 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import display
 from pipeline.config import Config, OnError, root
 from pipeline.errors import PromptError
-from pipeline.fingerprint import fingerprint, row_key
+from pipeline.fingerprint import metadata_key, row_key
 from pipeline.ledger import Ledger
 from pipeline.prompts import find_prompts, read_prompts
 from pipeline.request import BadRow, GenerationParams, PromptRow
-from pipeline.results import DROP, KEEP, REPLACED, ROWS, JobFolder, read_json
-
-FINISHED = ".finished"  # what a job that lacked nothing looked like: then it need not be read again
-FORMAT = 1  # of row keys
+from pipeline.results import DROP, KEEP, REPLACED, ROWS, TODO, JobFolder
+from pipeline.todo import PromptState, Todo
 
 
 def locate_prompts(config: Config, results: JobFolder) -> str:
@@ -48,13 +47,10 @@ def survey(config: Config, prompts: str, results: JobFolder) -> Ledger:
         PromptError: the prompt file cannot be read, or has a bad row and on_error=fail.
         OutputError: the folder cannot be read or written.
     """
-    ledger = Ledger()
-    for row in rows_of(config, prompts):
-        if isinstance(row, BadRow) and config.on_error is OnError.fail:
-            raise PromptError(row.error)
-        ledger.add(row_key(row), row.index, row.params.n if isinstance(row, PromptRow) else 1)
+    ledger = _read(config, prompts)
     found: Counter[str] = Counter()
     damaged: list[int] = []
+    stale: set[int] = set()  # indices of rows whose lines have other metadata
 
     def judge(line: dict[str, Any] | None, number: int) -> int:
         if line is None:
@@ -74,14 +70,41 @@ def survey(config: Config, prompts: str, results: JobFolder) -> Ledger:
             found["repeated"] += 1
             return DROP
         index = ledger.index(row)
+        if metadata_key(line) != ledger.metadata(row):
+            stale.add(index)
+            return index
         return KEEP if line["index"] == index else index
 
-    dropped = results.sift(judge)
+    @cache
+    def metadata() -> dict[int, dict[str, Any]]:  # read when every line is judged, and only if one asks
+        return _metadata(config, prompts, stale)
+
+    results.remove(TODO)  # from here on the lines are those of the new prompt file, and the note of the old
+    dropped = results.sift(judge, lambda index: metadata().get(index, {}))
+    if stale:
+        display.say(f"{len(stale)} rows have other metadata than before: their lines are brought up to date.")
     if dropped:
         _say_dropped(results.path, found, damaged)
     if ledger.done:
         display.say(f"Going on: {ledger.done} of {ledger.total} rows were done before.")
     return ledger
+
+
+def _read(config: Config, prompts: str) -> Ledger:
+    """Read the prompt file's rows; nothing is known yet of what is written."""
+    ledger = Ledger()
+    for row in rows_of(config, prompts):
+        if isinstance(row, BadRow) and config.on_error is OnError.fail:
+            raise PromptError(row.error)
+        samples = row.params.n if isinstance(row, PromptRow) else 1
+        ledger.add(row_key(row), row.index, samples, metadata_key(row))
+    return ledger
+
+
+def _metadata(config: Config, prompts: str, stale: set[int]) -> dict[int, dict[str, Any]]:
+    """Read again what some rows carry along, and hold it until their lines are written."""
+    rows = (row for row in rows_of(config, prompts) if row.index in stale) if stale else ()
+    return {row.index: {"metadata": row.metadata if isinstance(row, PromptRow) else {}} for row in rows}
 
 
 def _say_dropped(folder: Path, found: Counter[str], damaged: list[int]) -> None:
@@ -104,33 +127,11 @@ def _say_dropped(folder: Path, found: Counter[str], damaged: list[int]) -> None:
     )
 
 
-def remember_finished(config: Config, prompts: str, results: JobFolder, ledger: Ledger) -> None:
-    """Note what prompt file and results look like, now that nothing is missing."""
-    looks = _looks(config, prompts, results.path)
-    if looks is not None:
-        results.write_json(FINISHED, {**looks, "total": ledger.total, "errors": ledger.errors})
-
-
-def finished_before(config: Config, prompts: str, results: JobFolder) -> tuple[int, int] | None:
-    """Rows and errors of a job that lacked nothing and has not been touched since; else None."""
-    noted = read_json(results.path / FINISHED)
-    if noted is None:
+def finished_before(config: Config, prompts: PromptState, results: JobFolder) -> Todo | None:
+    """Find that the job lacked nothing when it was last surveyed, and has not been touched since; else None."""
+    todo = Todo.read(results.path)
+    if todo is None or todo.done < todo.total or not todo.untouched(prompts, config.limit, results.path):
         return None
-    total, errors = noted.pop("total", None), noted.pop("errors", None)
-    if noted != _looks(config, prompts, results.path):
+    if todo.errors and (config.retry_errors or config.on_error is OnError.fail):
         return None
-    if errors and (config.retry_errors or config.on_error is OnError.fail):
-        return None
-    return total, errors
-
-
-def _looks(config: Config, prompts: str, folder: Path) -> dict[str, Any] | None:
-    try:
-        of_prompts, of_rows = Path(prompts).stat(), (folder / ROWS).stat()
-    except OSError:
-        return None
-    return {
-        "prompts": [prompts, of_prompts.st_size, of_prompts.st_mtime_ns],
-        "rows": [of_rows.st_size, of_rows.st_mtime_ns],
-        "settings": fingerprint([FORMAT, config.limit]),
-    }
+    return todo

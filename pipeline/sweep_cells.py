@@ -19,7 +19,6 @@ from pipeline.memory_plan import kv_bytes_per_token
 from pipeline.prompt_count import count_prompts
 from pipeline.prompts import find_prompts, parse_shard
 from pipeline.request import GenerationParams
-from pipeline.results import MANIFEST, read_json
 from pipeline.standing import Standing, read_events, read_standing
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # Slurm's; without a letter it means M
@@ -35,15 +34,21 @@ class Cell:
     config: Config
     total: int  # completions to make
     standing: Standing
-    same_prompts: bool  # what is written answers the prompt file as it is now
+    prompts_sha256: str  # of the prompt file as it is now
     task: str | None  # the Slurm task that has it in hand now, as 12_3
 
     @property
+    def same_prompts(self) -> bool:
+        """Say whether what is written answers the prompt file as it is now."""
+        todo = self.standing.todo
+        return todo is not None and todo.prompts_sha256 == self.prompts_sha256
+
+    @property
     def complete(self) -> bool:
+        todo = self.standing.todo
         retry = self.config.retry_errors and self.standing.errors > 0
-        # Completions that an earlier, larger limit made are not in the way.
-        counted = self.standing.done >= self.total and self.standing.exact
-        return counted and self.same_prompts and not retry
+        asked = self.same_prompts and todo is not None and todo.covers(self.config.limit)
+        return asked and self.standing.complete and not retry
 
 
 def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
@@ -123,14 +128,13 @@ def _cell(
     if shard:
         folder = folder / f"shard-{part}-of-{parts}"
     job = read_events(folder).job
-    written = read_json(folder / MANIFEST) or {}
     return Cell(
         overrides=[*base, f"shard={shard}"] if shard else base,
         folder=folder,
         config=config,
         total=totals[part],
         standing=read_standing(folder),
-        same_prompts=written.get("prompts_sha256") == sha256,
+        prompts_sha256=sha256,
         task=job if job in queue else None,
     )
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compose import job_folder, read_config
+from pipeline.ledger import Ledger
+from pipeline.results import JobFolder
 from pipeline.runner import Job
+from pipeline.todo import PromptState, Todo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +97,27 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     ]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
+
+
+def note_todo(
+    folder: Path,
+    samples: list[int],
+    done: int,
+    *,
+    errors: int = 0,
+    prompts: Path = Path("p.jsonl"),
+    sha256: str | None = None,
+    limit: int | None = None,
+) -> None:
+    """Note in a folder, as a run does, how many samples its rows have, and how many are written."""
+    ledger = Ledger()
+    for row, count in enumerate(samples):
+        ledger.add(f"{row:016x}", row, count)
+    places = [(row, sample) for row, count in enumerate(samples) for sample in range(count)]
+    for row, sample in places[:done]:
+        ledger.mark(row, sample, failed=ledger.errors < errors)
+    with JobFolder(folder) as results:
+        Todo.note(results, PromptState.look(str(prompts)), sha256, limit, ledger)
 
 
 def outputs(overrides: list[str]) -> list[dict[str, Any]]:

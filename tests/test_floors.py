@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
 FLOORS = {
     0: """energy errors request interrupt intervals merge_stats memory_limits gpu gpu_tools allocator
           engine.limits""",
-    1: """checkpoint_format config prompts prompt_row prompt_count prompt_lengths results standing fingerprint display
-          ledger watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
+    1: """checkpoint_format config prompts prompt_row prompt_count prompt_lengths results todo standing fingerprint
+          display ledger watchdog devices architecture memory_plan memory_peaks cluster batch_script merge cell_state
           engine.scheduler""",
     2: """accelerators chat checkpoint capacity host_memory memory_compare model_facts fit engine.kv_cache engine.batch
           engine.attention engine.fused_model engine.sampling engine.stats engine.forward engine.probe engine.cpu

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_helper import note_todo
 
 from pipeline.errors import OutputError
 from pipeline.merge import merge
 from pipeline.merge_stats import merge_stats
+from pipeline.prompt_count import prompts_sha256
 
 
 @pytest.fixture
@@ -32,14 +35,24 @@ def row(index: int, sample: int = 0) -> dict[str, Any]:
 
 
 def write_shard(
-    job: Path, part: int, parts: int, rows: list[dict[str, Any]], prompts: Path, **more: Any
+    job: Path,
+    part: int,
+    parts: int,
+    rows: list[dict[str, Any]],
+    prompts: Path,
+    *,
+    samples: list[int] | None = None,
+    **more: Any,
 ) -> Path:
-    """A finished shard, with its rows in the order given."""
+    """A shard, with its rows in the order given, of those that `samples` says it has: else of these alone."""
     folder = job / f"shard-{part}-of-{parts}"
     folder.mkdir(parents=True)
     (folder / "outputs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    manifest = {"model": "m", "revision": None, "prompts": str(prompts), "prompts_sha256": "s", **more}
+    manifest = {"model": "m", "revision": None, "prompts": str(prompts), **more}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    sha256 = more.get("prompts_sha256", prompts_sha256(str(prompts)))
+    samples = samples or list(Counter(r["index"] for r in rows).values())
+    note_todo(folder, samples, len(rows), prompts=prompts, sha256=sha256, limit=more.get("limit"))
     stats = {
         "rows": {"total": len(rows), "done": len(rows), "errors": 0, "done_before": 0},
         "completion_tokens": 10 * len(rows),
@@ -85,9 +98,11 @@ def test_samples_of_a_row_stay_together_in_their_order(tmp_path: Path, prompts: 
 
 def test_a_gap_is_refused_with_the_ids_of_the_rows(tmp_path: Path, prompts: Path) -> None:
     job = tmp_path / "job"
-    write_shard(job, 0, 2, [row(0), row(6)], prompts)
+    write_shard(job, 0, 2, [row(0), row(6)], prompts, samples=[1] * 4)
     write_shard(job, 1, 2, [row(1), row(3), row(5)], prompts)
-    with pytest.raises(OutputError, match=r"shard-0-of-2: rows 2 \(r2\), 4 \(r4\) are missing"):
+    with pytest.raises(
+        OutputError, match=r"shard-0-of-2: 2 of 4 rows done; rows 2 \(r2\), 4 \(r4\) are missing"
+    ):
         merge(job)
     assert not (job / "outputs.jsonl").exists()
 
@@ -114,23 +129,43 @@ def test_a_missing_shard_is_named(tmp_path: Path, prompts: Path) -> None:
         merge(tmp_path / "job")
 
 
-def test_a_shard_that_is_not_complete_is_refused(tmp_path: Path, prompts: Path) -> None:
-    _, second = two_shards(tmp_path / "job", prompts)
-    stats = json.loads((second / "stats.json").read_text())
-    stats["rows"]["done"] = 2
-    (second / "stats.json").write_text(json.dumps(stats))
-    with pytest.raises(OutputError, match="shard-1-of-2: 2 of 3 rows done"):
-        merge(tmp_path / "job")
+def test_a_shard_that_is_not_complete_is_refused_with_what_is_missing(tmp_path: Path, prompts: Path) -> None:
+    job = tmp_path / "job"
+    write_shard(job, 0, 2, [row(4), row(0), row(6), row(2)], prompts)
+    write_shard(job, 1, 2, [row(3), row(1)], prompts, samples=[1] * 3)
+    with pytest.raises(OutputError, match=r"shard-1-of-2: 2 of 3 rows done; rows 5 \(r5\) are missing"):
+        merge(job)
 
 
-@pytest.mark.parametrize("key", ["model", "revision", "prompts_sha256"])
+def test_a_missing_sample_is_refused(tmp_path: Path, prompts: Path) -> None:
+    job = tmp_path / "job"
+    write_shard(job, 0, 2, [row(0, 0), row(0, 2)], prompts, samples=[3])
+    write_shard(job, 1, 2, [row(1)], prompts)
+    with pytest.raises(OutputError, match="shard-0-of-2: 2 of 3 rows done; samples of some are missing"):
+        merge(job)
+
+
+def test_a_prompt_file_that_changed_since_is_refused_and_one_that_is_gone_is_not(
+    tmp_path: Path, prompts: Path
+) -> None:
+    job = tmp_path / "job"
+    two_shards(job, prompts)
+    with prompts.open("a") as file:
+        file.write('{"id": "r7", "prompt": "Say 7"}\n')
+    with pytest.raises(OutputError, match=r"p\.jsonl: has changed since the shards read it"):
+        merge(job)
+    prompts.unlink()
+    assert merge(job) == 7
+
+
+@pytest.mark.parametrize("key", ["model", "revision", "prompts_sha256", "limit"])
 def test_shards_that_differ_in_what_decides_the_text_are_refused(
     tmp_path: Path, prompts: Path, key: str
 ) -> None:
     job = tmp_path / "job"
     write_shard(job, 0, 2, [row(0)], prompts)
-    write_shard(job, 1, 2, [row(1)], prompts, **{key: "other"})
-    with pytest.raises(OutputError, match=f"its {key} is other"):
+    write_shard(job, 1, 2, [row(1)], prompts, **{key: 9 if key == "limit" else "other"})
+    with pytest.raises(OutputError, match=f"its {key} is (other|9)"):
         merge(job)
 
 

@@ -117,6 +117,30 @@ def test_a_reordered_file_redoes_nothing_and_gets_its_new_indices(job, prompts, 
     assert {row["id"]: row["index"] for row in outputs(job())} == {f"r{i}": 4 - i for i in range(5)}
 
 
+def test_corrected_metadata_arrive_in_the_rows_that_are_written(job, prompts, capsys):
+    sampled = job("generation=sample", "generation.n=2")
+    rows = [{**row, "reference": "cat", "tags": [i]} for i, row in enumerate(numbered(4))]
+    bad = {"id": "bad", "reference": "of a row without a prompt"}
+    prompts([*rows, bad])
+    assert run_job(sampled) == 1
+    before = outputs(sampled)
+    rows[1]["reference"], rows[2]["tags"] = "dog", []
+    prompts([rows[3], *rows[:3], bad])
+    capsys.readouterr()
+    assert run_job(sampled) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 rows have other metadata" in said
+    assert "Nothing to do" in said
+    moved = {"r3": 0, "r0": 1, "r1": 2, "r2": 3, "bad": 4}
+    corrected = {"r1": {"reference": "dog", "tags": [1]}, "r2": {"reference": "cat", "tags": []}}
+    expected = [
+        {**row, "index": moved[row["id"]], "metadata": corrected.get(row["id"], row["metadata"])}
+        for row in before
+    ]
+    assert outputs(sampled) == expected
+    assert not (job_folder(sampled) / "replaced.jsonl").read_text()
+
+
 def test_a_removed_row_leaves_the_results(job, prompts):
     prompts(numbered(3))
     run_job(job())

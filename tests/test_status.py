@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job_helper import note_todo
 
 from pipeline import standing
 from pipeline.cell_state import cell_states, find_folders
@@ -24,11 +25,16 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
 
-def write_job(folder: Path, rows: list[dict[str, Any]], stats: dict[str, int] | None = None) -> Path:
+def write_job(folder: Path, rows: list[dict[str, Any]], total: int | None = None, **noted: int) -> Path:
+    """A folder with rows, and where a total is given the note of a job that wrote `done` of them, or all."""
     folder.mkdir(parents=True)
-    (folder / "outputs.jsonl").write_text("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows))
-    if stats:
-        (folder / "stats.json").write_text(json.dumps({"rows": stats, "tokens_per_sec": 7.5, "run_sec": 2}))
+    text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows)
+    (folder / "stats.json").write_text(json.dumps({"tokens_per_sec": 7.5, "run_sec": 2}))
+    if total is not None:
+        done = noted.pop("done", len(rows))
+        (folder / "outputs.jsonl").write_text("".join(text.splitlines(keepends=True)[:done]))
+        note_todo(folder, [1] * total, done, **noted)
+    (folder / "outputs.jsonl").write_text(text)
     return folder
 
 
@@ -38,14 +44,13 @@ def state(folder: Path) -> tuple[str, str]:
 
 
 def test_a_finished_job_is_complete_and_says_how_many_rows_failed(tmp_path: Path) -> None:
-    job = write_job(tmp_path / "a", [GOOD, BAD], {"total": 2, "done": 2, "errors": 1})
+    job = write_job(tmp_path / "a", [GOOD, BAD], 2, errors=1)
     assert state(job) == ("complete", "complete, 1 failed rows")
     assert read_standing(job).tokens_per_sec == 7.5
 
 
-def test_rows_written_after_the_stats_are_counted(tmp_path: Path) -> None:
-    job = write_job(tmp_path / "a", [GOOD, BAD, GOOD], {"total": 9, "done": 1, "errors": 0})
-    os.utime(job / "stats.json", (1, 1))
+def test_rows_written_after_the_note_are_counted(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD, BAD, GOOD], 9, done=1)
     found = read_standing(job)
     assert (found.done, found.errors, found.total, found.complete) == (3, 1, 9, False)
     assert state(job) == ("stopped", "stopped")
@@ -80,8 +85,8 @@ def test_a_large_file_is_estimated_and_never_called_complete(
 
 
 def test_the_last_submission_says_how_many_rows_there_are(tmp_path: Path) -> None:
-    job = write_job(tmp_path / "a", [GOOD], {"total": 1, "done": 1, "errors": 0})
-    os.utime(job / "stats.json", (1, 1))
+    job = write_job(tmp_path / "a", [GOOD], 1)
+    os.utime(job / "todo.json", (1, 1))
     append_event(job, "submitted", job="1_0", total=5, log="none")
     assert not read_standing(job).complete
 
@@ -125,11 +130,14 @@ def test_what_slurm_alone_could_know_is_not_guessed(tmp_path: Path) -> None:
 
 
 def test_a_process_that_holds_the_folder_is_running(tmp_path: Path) -> None:
-    job = write_job(tmp_path / "a", [GOOD], {"total": 4, "done": 1, "errors": 0})
+    job = write_job(tmp_path / "a", [GOOD], 4)
     command = [sys.executable, "-c", "input()", "pipeline"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        (job / ".holder").write_text(f"process {process.pid} on {os.uname().nodename}")
-        assert state(job) == ("running", f"running (process {process.pid} on {os.uname().nodename})")
+        (job / ".holder").write_text(f"process {process.pid} on {os.uname().nodename} (since now)")
+        assert state(job) == (
+            "running",
+            f"running (process {process.pid} on {os.uname().nodename} (since now))",
+        )
     assert state(job) == ("stopped", "stopped")
 
 
@@ -140,8 +148,8 @@ def test_folders_are_found_in_the_order_that_people_count(tmp_path: Path) -> Non
 
 
 def test_exit_status_says_whether_all_is_done(tmp_path: Path) -> None:
-    done = write_job(tmp_path / "a", [GOOD], {"total": 1, "done": 1, "errors": 0})
-    half = write_job(tmp_path / "b", [GOOD], {"total": 2, "done": 1, "errors": 0})
+    done = write_job(tmp_path / "a", [GOOD], 1)
+    half = write_job(tmp_path / "b", [GOOD], 2)
     assert exit_status(list(cell_states([done]))) == 0
     assert exit_status(list(cell_states([done, half]))) == 1
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from job_helper import note_todo
 
 from pipeline.batch_script import batch_script, cell_line
 from pipeline.config import SubmitConfig
@@ -40,7 +41,7 @@ def finish(folder: Path, total: int, sha256: str, errors: int = 0) -> None:
     """Write what a finished job leaves."""
     folder.mkdir(parents=True)
     (folder / "outputs.jsonl").write_text('{"completion":"x"}\n' * total)
-    (folder / "manifest.json").write_text(json.dumps({"prompts_sha256": sha256}))
+    note_todo(folder, [1] * 10, total, errors=errors, sha256=sha256)
     (folder / "stats.json").write_text(
         json.dumps({"rows": {"total": total, "done": total, "errors": errors}})
     )
