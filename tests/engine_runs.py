@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import Forward
+from pipeline.engine.forward import Forward, rope_switch
 from pipeline.request import Completion, GenerationParams, Request
 
 EOS = frozenset({2, *range(40, 46)})  # enough of a tiny model's 300 tokens that some rows meet one
@@ -54,6 +54,8 @@ def _alone(model: Any, prompt: tuple[int, ...], new_tokens: int, eos: tuple[int,
         max_new_tokens=new_tokens,
         eos_token_id=ends,
         pad_token_id=0,
+        # Past longrope's switch, transformers before 5.20 drops the cache and feeds the last token alone.
+        use_cache=rope_switch(model.config) is None,
     )[0, ids.shape[1] :].tolist()
     return tuple(made[:-1] if made[-1] in ends else made)
 

@@ -211,6 +211,22 @@ def test_a_row_longer_than_all_others_before_it_gets_its_pages(tiny_model):
     assert done == {(r.id, 0): alone(tiny_model("llama"), r) for r in requests}
 
 
+def test_no_row_is_lost_when_there_is_no_memory_for_more_pages(tiny_model):
+    class Full(PagedForward):
+        asked = 0
+
+        def grow(self, pages: int) -> None:
+            self.asked += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    requests = [Request("short", tuple(range(60, 70)), GenerationParams(max_new_tokens=9))]
+    requests.append(Request("long", tuple(range(60, 280)), GenerationParams(max_new_tokens=100)))
+    forward = Full(copy.deepcopy(tiny_model("llama")))
+    done = tokens(run(forward, requests, window=1))
+    assert forward.asked == 1
+    assert done == {(r.id, 0): alone(tiny_model("llama"), r) for r in requests}
+
+
 def test_copies_share_whole_pages_and_retire_in_any_order(tiny_model):
     prompt = mixed_requests(prefix_tokens=40)[4].prompt_token_ids
     params = GenerationParams(max_new_tokens=70, n=6, temperature=1.0)  # some meet an end early

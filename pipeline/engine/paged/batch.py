@@ -49,6 +49,7 @@ class PagedBatch:
         self._accept = accept
         self._switch = rope_switch(forward.config) or 1 << 62
         self._rows: list[Row] = []
+        self._admitted: list[Sequence] = []  # those without pages yet
         self._queue: deque[Row] = deque()  # those not yet prefilled to their end, without copies
         self._launches: deque[Launch] = deque()
         self._slots: list[int] = []  # free
@@ -57,7 +58,7 @@ class PagedBatch:
 
     @property
     def live(self) -> list[Sequence]:
-        return [row.sequence for row in self._rows]
+        return [row.sequence for row in self._rows] + self._admitted
 
     def tokens_of(self, sequence: Sequence) -> int:
         """Columns of the pages that it takes at its longest; its last token is never fed."""
@@ -93,7 +94,7 @@ class PagedBatch:
         """Read what is under way, then give all memory back; what was in flight, with its tokens."""
         self._read(ahead=0)
         rows = self.live
-        self._rows, self._seen, self._prefix = [], None, ((), [])
+        self._rows, self._admitted, self._seen, self._prefix = [], [], None, ((), [])
         self._queue.clear()
         self._forward.close()
         return rows
@@ -112,15 +113,15 @@ class PagedBatch:
 
     def _admit(self, scheduler: Scheduler) -> None:
         """Give each admitted sequence a slot, and pages for its whole length."""
-        admitted = scheduler.admit(len(self._rows), sum(map(self.tokens_of, self.live)))
+        self._admitted = scheduler.admit(len(self._rows), sum(map(self.tokens_of, self.live)))
         pages = self._forward.pages
-        if (missing := sum(map(self.tokens_of, admitted)) // PAGE - pages.free) > 0:
+        if (missing := sum(map(self.tokens_of, self._admitted)) // PAGE - pages.free) > 0:
             self._forward.grow(
                 max(missing, min(pages.count // 2, scheduler.max_tokens // PAGE - pages.count))
             )
         made: list[Row] = []
         leader: Row | None = None
-        for sequence in admitted:
+        for sequence in self._admitted:
             same = leader is not None and leader.sequence.all_token_ids == sequence.all_token_ids
             row = self._row(sequence, leader if same else None)
             made.append(row)
@@ -131,7 +132,7 @@ class PagedBatch:
                 self._queue.append(row)
         if made:
             self._forward.assign([row.slot for row in made], [row.pages for row in made])
-            self._rows += made
+            self._rows, self._admitted = self._rows + made, []
 
     def _row(self, sequence: Sequence, leader: Row | None) -> Row:
         """A row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
