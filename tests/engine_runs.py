@@ -55,7 +55,7 @@ def _alone(model: Any, prompt: tuple[int, ...], new_tokens: int, eos: tuple[int,
         eos_token_id=ends,
         pad_token_id=0,
         # Past longrope's switch, transformers before 5.20 drops the cache and feeds the last token alone.
-        use_cache=rope_switch(model.config) is None,
+        **({} if rope_switch(model.config) is None else {"use_cache": False}),
     )[0, ids.shape[1] :].tolist()
     return tuple(made[:-1] if made[-1] in ends else made)
 

@@ -5,6 +5,8 @@ In float32 and float16: the interpreter does not round to bfloat16 as a GPU does
 
 import copy
 import os
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -81,7 +83,7 @@ HELD = [0, 1, PAGE - 1, PAGE, 255, 256, 600]  # around the ends of pages and of 
 @pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "size", "window"),
-    [(4, 2, 16, None), (6, 2, 24, 40), (2, 2, 16, 300), (9, 3, 64, 1)],
+    [(4, 2, 16, None), (6, 2, 24, 40), (2, 2, 16, 300), (9, 3, 64, 1), (2, 1, 256, None)],
 )
 def test_a_step_attends_to_what_a_row_holds_and_stores_its_own(
     kernels, heads, key_heads, size, window, rotates, dtype
@@ -125,6 +127,36 @@ def test_a_rows_bits_do_not_depend_on_how_far_others_reach(kernels):
         return made[0]
 
     assert torch.equal(attend(1, 256), attend(2, 640))
+
+
+COMPILE = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from pipeline.engine.paged import kernels
+
+size = int(sys.argv[1])
+block, warps, stages = kernels.tiling(torch.bfloat16, size)
+fixed = {"ROTATES": True, "MERGES": True, "KV_HEADS": 4, "GROUP": 2, "GROUP_PADDED": 16, "PADDED": size}
+fixed |= {"PAGE": 32, "SPLIT": kernels.SPLIT, "BLOCK": block}
+kinds = dict.fromkeys(("query", "key", "value", "cos", "sin", "keys", "values"), "*bf16")
+kinds |= {"control": "*i32", "table": "*i32", "parts": "*fp32", "sums": "*fp32", "scaling": "fp32"}
+kinds |= dict.fromkeys(fixed, "constexpr")
+names = kernels._attend_kernel.arg_names
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
+source = ASTSource(kernels._attend_kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
+made = compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": warps, "num_stages": stages})
+print(made.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_large_heads_fit_the_shared_memory_of_small_cards(kernels, size):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, str(size)]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert 16 * 1024 < int(made.stdout) <= 99 * 1024, "what a block has with compute capability 8.6"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])

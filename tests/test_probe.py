@@ -11,6 +11,7 @@ from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
 from pipeline.architecture import architecture
 from pipeline.engine.forward import FlatForward, PaddedForward, layer_windows
+from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.probe import choose_forward
 from pipeline.errors import LoadError
 
@@ -119,6 +120,17 @@ def test_a_model_that_ignores_the_mask_runs_in_batches_of_equal_length(tiny_mode
     requests = mixed_requests()
     done = tokens(run(forward, shuffled(requests, 2), max_rows=8))
     assert done == {(r.id, 0): alone(tiny_model("llama"), r, EOS) for r in requests}
+
+
+def test_a_way_that_fails_with_an_error_of_its_own_kind_is_not_taken(tiny_model, monkeypatch):
+    class TooLarge(Exception):
+        """As Triton's errors, of no common kind."""
+
+    def decode(*arguments: Any) -> Any:
+        raise TooLarge("out of resource: shared memory")
+
+    monkeypatch.setattr(PagedForward, "decode", decode)
+    assert choose_forward(copy.deepcopy(tiny_model("llama")), "pages")[1]["path"] == "rectangles"
 
 
 class Failing(transformers.LlamaForCausalLM):

@@ -99,7 +99,7 @@ def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
         try:
             forward = ways[name](model)
             difference = _difference(forward, short, long, expected)
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        except Exception as error:  # Triton's own are of no common kind
             if is_out_of_memory(error):
                 raise
             log.info("Attention %s: not for this model (%s)", name, error)

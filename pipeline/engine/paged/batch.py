@@ -113,6 +113,8 @@ class PagedBatch:
 
     def _admit(self, scheduler: Scheduler) -> None:
         """Give each admitted sequence a slot, and pages for its whole length."""
+        if not scheduler.waiting or len(self._rows) >= scheduler.max_rows:
+            return  # as in most steps, whose time on a fast card is short
         self._admitted = scheduler.admit(len(self._rows), sum(map(self.tokens_of, self.live)))
         pages = self._forward.pages
         if (missing := sum(map(self.tokens_of, self._admitted)) // PAGE - pages.free) > 0:

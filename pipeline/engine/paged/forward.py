@@ -40,6 +40,8 @@ class PagedForward:
     def __init__(self, model: Any) -> None:
         self.config = model.config.get_text_config()
         self.device = _only_device(model)
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(self.device)  # where Triton launches, and graphs are recorded
         _check_rotary(self.config)
         kernels, flash = _gpu_kernels(self.device)
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
@@ -75,6 +77,10 @@ class PagedForward:
         self.pages.grow(pages)
 
     def _forget_graphs(self) -> None:
+        if (
+            any(self._graphs) and torch.cuda.is_available()
+        ):  # their memory can be unmapped while the newest runs
+            torch.cuda.synchronize(self.device)
         for graphs in self._graphs:
             graphs.clear()
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else (0, 0)

@@ -16,6 +16,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two ha
 
 SPLIT = 256  # columns that one program attends to; the same whatever the batch, and so a row's bits
 HALF, FLOAT32 = (64, 4, 2), (32, 4, 1)  # columns in one product, warps and stages of Triton
+TILE = 8192  # numbers of keys in one product: more of 256 a head than this is too much for smaller cards
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -144,7 +145,7 @@ def attend(
     parts = query.new_empty(rows, heads, splits, size, dtype=torch.float32) if splits > 1 else output
     sums = query.new_empty(rows, heads, splits, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(size))
-    block, warps, stages = FLOAT32 if query.dtype == torch.float32 else HALF
+    block, warps, stages = tiling(query.dtype, padded)
     _attend_kernel[(rows, kv_heads, splits)](
         query, key, value, cos, sin, keys, values, control, table, parts, sums,
         control.stride(0), table.stride(0), window or 0, scaling, size, splits,
@@ -157,6 +158,12 @@ def attend(
             parts, sums, output, splits, size, SPLITS_PADDED=triton.next_power_of_2(splits), PADDED=padded, num_warps=1
         )  # fmt: skip
     return output
+
+
+def tiling(dtype: torch.dtype, padded: int) -> tuple[int, int, int]:
+    """Columns in one product, warps and stages, for heads of this size; it must be no less than 16 columns."""
+    block, warps, stages = FLOAT32 if dtype == torch.float32 else HALF
+    return max(16, min(block, TILE // padded)), warps, stages
 
 
 @triton.jit
