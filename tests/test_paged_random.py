@@ -101,7 +101,7 @@ LIMITS = st.fixed_dictionaries(
     asked=st.lists(st.tuples(PROMPTS, PARAMS), min_size=1, max_size=8),
     limits=LIMITS,
     abandoned=st.integers(0, 9),
-    full=st.one_of(st.just(frozenset()), st.frozensets(st.integers(2, 60), max_size=4)),
+    full=st.frozensets(st.integers(1, 25), max_size=4),
     late=st.booleans(),
 )
 def test_random_jobs_in_pages(ways, name, asked, limits, abandoned, full, late):
