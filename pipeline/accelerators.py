@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.devices import host_free_bytes
 from pipeline.gpu import Gpu
+from pipeline.memory_limits import host_free_bytes
 
 KINDS = ("cuda", "xpu")  # torch.cuda, which is ROCm too, and torch.xpu have the same functions
 

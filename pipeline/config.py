@@ -25,6 +25,13 @@ class Dtype(Enum):
     bfloat16 = "bfloat16"
 
 
+def settled_dtype(asked: str, own: str, *, bf16: bool) -> str:
+    """What `auto` means: its own choice, or float16 for the bfloat16 that a device would emulate."""
+    if asked != "auto":
+        return asked
+    return "float16" if own == "bfloat16" and not bf16 else own
+
+
 class QuantMethod(Enum):
     none = "none"
     int8 = "int8"

@@ -14,7 +14,7 @@ import psutil
 from pipeline.errors import ConfigError
 from pipeline.gpu import Gpu
 from pipeline.gpu_tools import backends, find_gpus
-from pipeline.memory_limits import control_group_rests, resource_rests
+from pipeline.memory_limits import host_free_bytes
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -98,9 +98,3 @@ def parse_bytes(size: str) -> int:
     if not match or match[2].lower() not in units or float(match[1]) == 0:
         raise ConfigError(f"memory={size}: not a size. Write it as 24GB or 24GiB.")
     return int(float(match[1]) * units[match[2].lower()])
-
-
-def host_free_bytes() -> int:
-    """What the system can give without swapping, or the rest of this process's limits if that is less."""
-    free: int = psutil.virtual_memory().available
-    return max(0, min([free, *control_group_rests(), *resource_rests()]))

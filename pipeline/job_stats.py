@@ -8,12 +8,12 @@ from pipeline import display
 from pipeline.engine.stats import EngineStats
 from pipeline.gpu import Gpu
 from pipeline.memory_compare import Setup, compared, predicted
+from pipeline.memory_limits import resident_bytes
 from pipeline.memory_stats import (
     Peaks,
     devices,
     footprint_bytes,
     quantization_state_bytes,
-    resident_bytes,
     weight_bytes,
 )
 

@@ -25,7 +25,7 @@ from pipeline.accelerators import usable_gpus
 from pipeline.checkpoint import Checkpoint, locate, read_config
 from pipeline.checkpoint import find_model as find_model
 from pipeline.checkpoint_format import as_quant
-from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
+from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod, settled_dtype
 from pipeline.engine.cpu import load_kernels
 from pipeline.errors import LoadError
 from pipeline.gpu import Gpu, have_bf16
@@ -38,8 +38,7 @@ from pipeline.loading_checks import (
     explained,
     first_line,
 )
-from pipeline.memory_plan import settled_dtype
-from pipeline.memory_stats import resident_bytes
+from pipeline.memory_limits import resident_bytes
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from pipeline import display
 from pipeline.config import Config, MemoryCheck
-from pipeline.devices import Device, host_free_bytes, visible_gpus
+from pipeline.devices import Device, visible_gpus
 from pipeline.errors import ConfigError, LoadError
 from pipeline.fit import Job, Settings, best_choice, need, planned
+from pipeline.memory_limits import host_free_bytes
 from pipeline.memory_peaks import load_peak
 from pipeline.memory_plan import Quant
 from pipeline.model_facts import Facts, find_facts

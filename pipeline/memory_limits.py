@@ -64,3 +64,14 @@ def _statistic(file: Path, name: str) -> int:
         return int(fields[name])
     except (OSError, ValueError, KeyError):
         return 0
+
+
+def host_free_bytes() -> int:
+    """What the system can give without swapping, or the rest of this process's limits if that is less."""
+    free: int = psutil.virtual_memory().available
+    return max(0, min([free, *control_group_rests(), *resource_rests()]))
+
+
+def resident_bytes() -> int:
+    """This process's resident set now."""
+    return int(psutil.Process().memory_info().rss)

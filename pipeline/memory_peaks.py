@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.architecture import Architecture
+from pipeline.config import settled_dtype
 from pipeline.gpu import Gpu
 from pipeline.memory_plan import (
     BLOCK,
@@ -16,7 +17,6 @@ from pipeline.memory_plan import (
     footprint_bytes,
     plain_dtype,
     quant_state_bytes,
-    settled_dtype,
     weights,
 )
 

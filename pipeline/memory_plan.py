@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.architecture import Architecture
+from pipeline.config import settled_dtype
 from pipeline.engine.limits import CPU, Limits
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
@@ -112,13 +113,6 @@ def parameters(arch: Architecture) -> int:
 def plain_dtype(arch: Architecture, quant: Quant) -> str:
     """The dtype of what is not quantized, of activations and of the KV cache."""
     return settled_dtype(quant.dtype, arch.dtype, bf16=quant.bf16)
-
-
-def settled_dtype(asked: str, own: str, *, bf16: bool) -> str:
-    """What `auto` means: its own choice, or float16 for the bfloat16 that a device would emulate."""
-    if asked != "auto":
-        return asked
-    return "float16" if own == "bfloat16" and not bf16 else own
 
 
 def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.accelerators import used_indices
+from pipeline.memory_limits import resident_bytes
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other", "buffers")
 SAMPLE_SEC = 0.05  # a peak shorter than this can be missed, where the kernel keeps none
@@ -83,11 +83,6 @@ def quantization_state_bytes(model: PreTrainedModel) -> int:
 def devices() -> list[DeviceMemory]:
     """Every GPU that this process has had tensors on since its peaks were reset; empty without one."""
     return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]
-
-
-def resident_bytes() -> int:
-    """This process's resident set now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int | None:

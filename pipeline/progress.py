@@ -7,7 +7,7 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.display import console, megabytes, say, visible
-from pipeline.memory_stats import resident_bytes
+from pipeline.memory_limits import resident_bytes
 
 LINE_SEC = 30.0  # between two lines where no terminal watches
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from pipeline.memory_stats import resident_bytes
+from pipeline.memory_limits import resident_bytes
 
 MAX_POINTS = 400
 

@@ -172,7 +172,7 @@ def test_version_1_control_groups_count_too(tmp_path):
 
 
 def test_a_limit_of_the_address_space_is_free_memory():
-    script = "from pipeline.devices import host_free_bytes; print(host_free_bytes())"
+    script = "from pipeline.memory_limits import host_free_bytes; print(host_free_bytes())"
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))

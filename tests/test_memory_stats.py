@@ -15,13 +15,13 @@ from pipeline import memory_stats
 from pipeline.accelerators import used_indices
 from pipeline.config import Dtype, ModelConfig, QuantConfig, QuantMethod
 from pipeline.loading import load_model
+from pipeline.memory_limits import resident_bytes
 from pipeline.memory_stats import (
     PeakSampler,
     devices,
     footprint_bytes,
     peak_resident_bytes,
     quantization_state_bytes,
-    resident_bytes,
     weight_bytes,
 )
 
@@ -188,9 +188,10 @@ def run(script: str) -> Any:
     head = """if True:
             import json, time, torch
             from pipeline import memory_stats
+            from pipeline.memory_limits import resident_bytes
             from pipeline.memory_stats import PeakSampler
             torch.ones(1)
-            before = memory_stats.resident_bytes()
+            before = resident_bytes()
     """
     done = subprocess.run([sys.executable, "-c", head + script], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
