@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.allocator import set_allocator
+from pipeline.engine.allocator import set_allocator
 
 set_allocator()  # as a job's process does, before torch is there
 
@@ -47,9 +47,9 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.common.request import Completion, GenerationParams, Request
 from pipeline.engine.engine import Engine
 from pipeline.engine.probe import choose_forward
-from pipeline.request import Completion, GenerationParams, Request
 
 SHAPES = {  # hidden, inner, layers, heads, key heads, vocabulary
     "tiny": (64, 192, 2, 4, 2, 49152),  # the vocabulary of the borrowed tokenizer
@@ -248,7 +248,7 @@ def stage_env(check: Check) -> dict[str, Any]:
 
 def begin_first() -> Any:
     """What a job does before anything has touched CUDA; it runs beside the next stage."""
-    code = "from pipeline.memory_stats import PeakSampler\nwith PeakSampler() as s: pass\nprint(len(s.peaks().devices))"
+    code = "from pipeline.memory.measured import PeakSampler as P\nwith P() as s: pass\nprint(len(s.peaks().devices))"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=Path(__file__).resolve().parent.parent,

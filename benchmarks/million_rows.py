@@ -89,9 +89,9 @@ def timed(work: Any, *arguments: Any) -> float:
 
 def read_all(prompts: Path) -> None:
     """Every line parsed, checked and keyed."""
-    from pipeline.fingerprint import row_key
-    from pipeline.prompts import read_prompts
-    from pipeline.request import GenerationParams
+    from pipeline.common.fingerprint import row_key
+    from pipeline.common.request import GenerationParams
+    from pipeline.prompts.reader import read_prompts
 
     for row in read_prompts(prompts, GenerationParams()):
         row_key(row)
@@ -99,7 +99,7 @@ def read_all(prompts: Path) -> None:
 
 def write_all(folder: Path, count: int) -> None:
     """A row of a usual size each, in a file that is brought to the disk as in a job."""
-    from pipeline.results import JobFolder
+    from pipeline.job.folder import JobFolder
 
     row = {
         "id": "r", "index": 0, "prompt": "Tell me joke number 0.", "sample": 0, "completion": "word " * 60,

@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.commands.notebook import load_model, read_prompts
     from pipeline.engine.engine import Engine
-    from pipeline.notebook import load_model, read_prompts
 
 __all__ = ["Engine", "load_model", "read_prompts"]
 
 _HOMES = {
     "Engine": "pipeline.engine.engine",
-    "load_model": "pipeline.notebook",
-    "read_prompts": "pipeline.notebook",
+    "load_model": "pipeline.commands.notebook",
+    "read_prompts": "pipeline.commands.notebook",
 }
 
 

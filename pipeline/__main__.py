@@ -5,10 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.allocator import set_allocator
-from pipeline.display import say
-from pipeline.errors import PipelineError
-from pipeline.interrupt import Interrupt, Stopped
+from pipeline.common.errors import PipelineError
+from pipeline.common.signals import Interrupt, Stopped
+from pipeline.common.terminal import say
+from pipeline.engine.allocator import set_allocator
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def _run(arguments: list[str]) -> int:
             return _one_job(overrides)
         if any(o.startswith("hydra/launcher=") for o in overrides):
             return _hydra()
-        from pipeline.multirun import run_sweep
+        from pipeline.job.sweep import run_sweep
 
         return run_sweep(overrides)
     except PipelineError as error:
@@ -63,14 +63,14 @@ def _run(arguments: list[str]) -> int:
 
 
 def _help() -> int:
-    from pipeline.help import show_help
+    from pipeline.commands.help import show_help
 
     show_help()
     return 0
 
 
 def _one_job(overrides: list[str]) -> int:
-    from pipeline.compose import read_config
+    from pipeline.config.compose import read_config
 
     read_config(overrides)  # so that an error comes before anything is written
     return _hydra()
@@ -82,13 +82,13 @@ def _hydra() -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from pipeline.compose import prepare, to_config
+    from pipeline.config.compose import prepare, to_config
 
     status = 0
 
     def run(composed: DictConfig) -> int:
         nonlocal status
-        from pipeline.runner import Job
+        from pipeline.job.runner import Job
 
         folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
         status = Job(to_config(composed), folder).run()

@@ -16,7 +16,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.loading import quiet_transformers
+from pipeline.models.loading import quiet_transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 quiet_transformers()

@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.compose import job_folder, read_config
-from pipeline.ledger import Ledger
-from pipeline.results import JobFolder
-from pipeline.runner import Job
-from pipeline.todo import PromptState, Todo
+from pipeline.config.compose import job_folder, read_config
+from pipeline.job.folder import JobFolder
+from pipeline.job.ledger import Ledger
+from pipeline.job.runner import Job
+from pipeline.job.todo import PromptState, Todo
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Imports once what takes long, then forks a process for each job: a killed job starts again at once.
 SERVER = """
 import os, sys
-import pipeline.generate
+import pipeline.job.generate
 from pipeline.__main__ import main
 print("ready", flush=True)
 for line in sys.stdin:

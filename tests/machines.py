@@ -1,6 +1,6 @@
-"""Made-up machines: GPUs as `pipeline.accelerators` or the drivers' tools would describe them."""
+"""Made-up machines: GPUs as `pipeline.engine.accelerators` or the drivers' tools would describe them."""
 
-from pipeline.gpu import Gpu
+from pipeline.common.gpu import Gpu
 
 GB = 10**9
 

@@ -14,9 +14,9 @@ from llvmlite import ir
 from numba import carray, cfunc, types
 
 from pipeline.engine.cpu import loops, tiles
-from pipeline.engine.cpu.loops import inner, wide
-from pipeline.engine.cpu.threads import openmp
-from pipeline.engine.cpu.vectors import floats, halves, longs
+from pipeline.engine.cpu.kernels.loops import inner, wide
+from pipeline.engine.cpu.kernels.threads import openmp
+from pipeline.engine.cpu.kernels.vectors import floats, halves, longs
 
 THREADS, TILES, ROWS, ROW_BYTES = 256, 8, 16, 64
 REGISTERS = np.full((THREADS, TILES, ROWS, ROW_BYTES), 0xFF, np.uint8)  # NaN, as bf16 and as float32
@@ -35,7 +35,7 @@ def linear_tiles() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_call", _call)
         patch.setattr(loops, "threaded", uncached(types.void(types.CPointer(number))))  # addresses change
-        return importlib.import_module("pipeline.engine.cpu.linear_tiles")
+        return importlib.import_module("pipeline.engine.cpu.kernels.linear_tiles")
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:

@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_its_configs_and_its_jobs_and_nothing_else(w
 
 
 def test_the_installed_package_is_the_wheels(python, tmp_path):
-    done = run(python, "-c", "import pipeline.config as c; print(c.__file__, c.root())", cwd=tmp_path)
+    done = run(python, "-c", "import pipeline.config.schema as c; print(c.__file__, c.root())", cwd=tmp_path)
     file, root = map(Path, done.stdout.split())
     assert python.parent.parent in file.parents
     assert root == file.parent

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from pipeline.common.errors import JobError
+from pipeline.common.request import Completion, FinishReason, Request
 from pipeline.engine.forward import Forward
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.batch import PagedBatch
@@ -15,8 +17,6 @@ from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles import RectangleBatch
 from pipeline.engine.scheduler import Scheduler, Sequence
 from pipeline.engine.stats import EngineStats
-from pipeline.errors import JobError
-from pipeline.request import Completion, FinishReason, Request
 
 log = logging.getLogger(__name__)
 

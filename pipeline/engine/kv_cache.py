@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.engine.host_memory import return_heap
 from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.scheduler import Sequence
-from pipeline.host_memory import return_heap
 
 # Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
 LAYERS = 4

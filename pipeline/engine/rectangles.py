@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.forward import Forward, rope_switch
 from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.sampling import next_tokens
 from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix
 from pipeline.engine.stats import EngineStats
-from pipeline.request import GenerationParams, Request
 
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.common.request import TokenLogprob
 from pipeline.engine.cpu import load_kernels
 from pipeline.engine.scheduler import Sequence
-from pipeline.request import TokenLogprob
 
 HEAD = 1024  # the most probable tokens, sorted first: nearly always all that the filters keep
 

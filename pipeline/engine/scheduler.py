@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from dataclasses import astuple, dataclass, field
 
-from pipeline.request import Request, TokenLogprob
+from pipeline.common.request import Request, TokenLogprob
 
 CALM_STEPS = 64  # without running out of memory, before the first try to hold more again
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.energy import merge_energy
-from pipeline.errors import OutputError
-from pipeline.results import MANIFEST, ROWS, STATS, read_json, read_rows
+from pipeline.common.errors import OutputError
+from pipeline.job.energy import merge_energy
+from pipeline.job.folder import MANIFEST, ROWS, STATS, read_json, read_rows
 
 SCORES = "scores.json"
 MARKS = (ROWS, STATS, MANIFEST, ".hydra", "pipeline.log")  # a folder with one of them is a job's

@@ -18,7 +18,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from pipeline import display
+from pipeline.common import terminal
 from pipeline.report.prompts import Answer, Prompt
 from pipeline.report.summary import Record
 from pipeline.report.table import columns, lines, notes
@@ -49,7 +49,7 @@ def write_page(
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["visible"] = lambda value: display.visible(str(value))
+    environment.filters["visible"] = lambda value: terminal.visible(str(value))
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     size = max(1, CHUNK_ANSWERS // len(records))
     stream = environment.get_template("page.html.j2").stream(

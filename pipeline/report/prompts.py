@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.fingerprint import fingerprint
+from pipeline.common.fingerprint import fingerprint
 from pipeline.report.jobs import Job
 
 

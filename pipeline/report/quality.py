@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import OutputError
-from pipeline.intervals import proportion, share_over_rows
+from pipeline.common.errors import OutputError
+from pipeline.common.intervals import proportion, share_over_rows
 from pipeline.report.jobs import Job, precision
 from pipeline.report.prompts import Answer, Prompt
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.energy import merge_energy
+from pipeline.job.energy import merge_energy
 from pipeline.report.jobs import Job
 from pipeline.report.prompts import Prompt
 from pipeline.report.quality import against_references, baselines, compare_jobs

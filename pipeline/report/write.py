@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import display
-from pipeline.errors import OutputError
+from pipeline.common import terminal
+from pipeline.common.errors import OutputError
 from pipeline.report.jobs import find_jobs
 from pipeline.report.page import write_page
 from pipeline.report.prompts import align
@@ -61,7 +61,7 @@ def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, str]]
 
         from pipeline.report.plots import PLOTS, draw, save, svg
     except ImportError:
-        display.say(
+        terminal.say(
             "No plots: matplotlib is not installed. pip install 'llm-job-pipeline[report]'", style="yellow"
         )
         return [], []
@@ -102,9 +102,9 @@ def _markdown(title: str, records: Sequence[Record], plots: Sequence[dict[str, s
         yield f"\n## {plot['title']}\n\n![{plot['title']}](plots/{plot['name']}.png)\n\n{plot['caption']}"
     yield "\n## To repeat it\n"
     for record in records:
-        yield f"    {display.visible(shlex.join(record['setup']['command'])).replace(chr(10), ' ')}"
+        yield f"    {terminal.visible(shlex.join(record['setup']['command'])).replace(chr(10), ' ')}"
 
 
 def _inline(text: Any) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(display.visible(str(text)).split()))
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(terminal.visible(str(text)).split()))

@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_kernels() -> ModuleType | None:
-    """The module `kernels`, or None where numba or the threads it needs are not to be had."""
+    """The module `calls` of the kernels, or None where numba or the threads it needs are not to be had."""
     try:
-        from pipeline.engine.cpu import kernels
+        from pipeline.engine.cpu.kernels import calls
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
         log.info("Without the CPU's kernels: %s", error)
         return None
-    return kernels
+    return calls

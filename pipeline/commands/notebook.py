@@ -1,0 +1,127 @@
+"""Python's way in, for notebooks and scripts: a model by its short name, prompts as a list or a file."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common.request import BadRow, GenerationParams, PromptRow, Request
+from pipeline.config.compose import options, read_config
+from pipeline.config.schema import Config, root
+from pipeline.engine.probe import AnyForward, choose_forward
+from pipeline.memory.capacity import context_tokens
+from pipeline.models.loading import load_model as load
+from pipeline.prompts.chat import Chat, decode, eos_token_ids, prepare_chat, render
+from pipeline.prompts.reader import find_prompts
+from pipeline.prompts.reader import read_prompts as read_file
+from pipeline.prompts.row import BadLine, to_row
+
+Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model and all that turns prompts into requests and ids back into text.
+
+    Its attention is the engine's from now on: `network.generate` no longer works on it.
+    """
+
+    network: Any  # transformers' model
+    tokenizer: Any
+    forward: AnyForward
+    chat: Chat
+    config: Config
+    eos_token_ids: frozenset[int]
+
+    @property
+    def engine_parts(self) -> tuple[AnyForward, frozenset[int], Callable[[Sequence[int]], str]]:
+        """What an Engine is made of: `Engine(*model.engine_parts)`."""
+        return self.forward, self.eos_token_ids, self.decode
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion's ids."""
+        return decode(self.tokenizer, token_ids)
+
+
+def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> Model:
+    """A model, ready for the engine.
+
+    Args:
+        name: as after model= (smollm2, qwen …), ORG/NAME on the hub, or a local folder.
+        quant: as after quant= (none, bf16, int8, nf4 …).
+        overrides: more of a job's arguments, as "system=Be brief." or "model.device_map=cpu".
+
+    Raises:
+        ConfigError: no such quantization or key.
+        LoadError: the model cannot be found, read or fitted in memory.
+    """
+    chosen = f"model={name}" if name in options("model") else f'model.name="{name}"'
+    config = read_config([chosen, f"quant={quant}", *overrides])
+    loaded = load(config.model, config.quant, config.models_dir)
+    forward, _ = choose_forward(loaded.model, config.engine.attention.value)
+    chat = prepare_chat(
+        loaded.tokenizer,
+        system=config.system,
+        template=config.model.chat_template,
+        template_kwargs=config.model.chat_template_kwargs,
+    )
+    assert loaded.model is not None
+    ends = eos_token_ids(loaded.model.generation_config, loaded.tokenizer)
+    return Model(loaded.model, loaded.tokenizer, forward, chat, config, ends)
+
+
+def read_prompts(
+    prompts: str | PathLike[str] | Iterable[Prompt], model: Model, **generation: Any
+) -> list[Request]:
+    """Requests for the engine, through the model's chat template.
+
+    Args:
+        prompts: a prompt file (or its name in jobs/), or a list of texts and rows.
+        generation: max_new_tokens, temperature, top_p, top_k, seed, stop … for all of them; a row's own win.
+
+    Raises:
+        ConfigError: no such generation key, or a value outside its range.
+        PromptError: a row that cannot be run; the message says which.
+    """
+    params = _params(model.config, generation)
+    if isinstance(prompts, str | PathLike):
+        rows = read_file(find_prompts(str(prompts), root() / "jobs"), params)
+    else:
+        rows = (_row(i, prompt, params) for i, prompt in enumerate(prompts))
+    return [_request(row, model) for row in rows]
+
+
+def _params(config: Config, generation: dict[str, Any]) -> GenerationParams:
+    names = GenerationParams.__dataclass_fields__
+    if wrong := sorted(generation.keys() - names.keys()):
+        raise ConfigError(f"{', '.join(wrong)}: no such key. There are: {', '.join(names)}.")
+    values = {name: getattr(config.generation, name) for name in names} | generation
+    try:
+        return GenerationParams(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _row(index: int, prompt: Prompt, params: GenerationParams) -> PromptRow | BadRow:
+    source, row_id = f"prompts[{index}]", f"row-{index}"
+    fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+    row_id = str(fields.pop("id", row_id))
+    try:
+        return to_row(fields, index, row_id, source, params, "prompt")
+    except BadLine as bad:
+        return BadRow(index, row_id, source, f"{source}: {bad}")
+
+
+def _request(row: PromptRow | BadRow, model: Model) -> Request:
+    if isinstance(row, BadRow):
+        raise PromptError(row.error)
+    token_ids = render(row, model.chat)
+    room = context_tokens(model.network.config) - len(token_ids)
+    if room < 1:
+        raise PromptError(
+            f"{row.source}: {len(token_ids)} tokens fill the model's context. Shorten the prompt."
+        )
+    return Request(
+        row.id, tuple(token_ids), replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
+    )

@@ -1,0 +1,143 @@
+"""`python -m pipeline.commands.status [FOLDER] [watch=true]`: a table of the jobs, cells and shards in a folder."""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.common.errors import ConfigError, PipelineError
+from pipeline.common.terminal import console, say, visible
+from pipeline.job.folder import MANIFEST, read_json
+from pipeline.slurm.state import CellState, cell_states, find_folders
+
+STYLES = {"complete": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "stopped": "yellow"}
+EVERY_SEC = 5.0
+HELP = """\
+How far jobs are, from their own files; where there is a Slurm, also what it does with them.
+
+  python -m pipeline.commands.status                          everything in outputs/
+  python -m pipeline.commands.status outputs/big              one prompt set, job or shard
+  python -m pipeline.commands.status outputs/big watch=true   again every 5 seconds, until all is done
+
+Exit status: 0 all complete, 1 some failed or were cancelled or stopped, 75 some are queued or running."""
+
+
+def main() -> int:
+    """Run the command line. Returns the exit status that HELP describes, or 2 or 3 for an error."""
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(HELP)
+        return 0
+    try:
+        top, watch = _parse(arguments)
+        return _watch(top) if watch else _once(top)
+    except PipelineError as error:
+        say(f"Error: {error}", style="red")
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: list[str]) -> tuple[Path, bool]:
+    watch = "watch=true" in arguments
+    folders = [a for a in arguments if a not in ("watch=true", "watch=false")]
+    if len(folders) > 1 or any("=" in a and not Path(a).exists() for a in folders):
+        raise ConfigError(f"{' '.join(arguments)}: give one folder, and watch=true if you like.")
+    top = Path(folders[0] if folders else "outputs")
+    if not top.is_dir():
+        raise ConfigError(
+            f"{top}: no such folder. Jobs write to outputs/ unless outputs_dir= says otherwise."
+        )
+    return top, watch
+
+
+def _once(top: Path) -> int:
+    states = _states(top)
+    console.print(_picture(top, states))
+    return exit_status(states)
+
+
+def _watch(top: Path) -> int:
+    """Refresh until nothing is queued or running."""
+    states = _states(top)
+    with Live(_picture(top, states), console=console, auto_refresh=False) as live:
+        while exit_status(states) == 75:
+            time.sleep(EVERY_SEC)
+            states = _states(top)
+            live.update(_picture(top, states), refresh=True)
+    return exit_status(states)
+
+
+def exit_status(states: list[CellState]) -> int:
+    """0 all complete, 75 some queued or running, else 1."""
+    kinds = {state.kind for state in states}
+    if kinds & {"running", "queued"}:
+        return 75
+    return 0 if kinds <= {"complete"} else 1
+
+
+def _states(top: Path) -> list[CellState]:
+    """Of every job; what merged shards made is left out, since the shards are there."""
+    folders = [f for f in find_folders(top) if "merged_from" not in (read_json(f / MANIFEST) or {})]
+    if not folders:
+        raise ConfigError(f"{top}: holds no jobs.")
+    return list(cell_states(folders))
+
+
+def _picture(top: Path, states: list[CellState]) -> Group:
+    table = Table(header_style="bold")
+    table.add_column("job", overflow="fold")
+    for name in ("rows", "errors", "tokens/s", "left"):
+        table.add_column(name, justify="right")
+    table.add_column("state", overflow="fold")
+    for state in states:
+        standing, about = state.standing, "" if state.standing.exact else "~"
+        table.add_row(
+            Text(visible(_name(state.folder, top))),
+            f"{about}{standing.done}/{'?' if standing.total is None else standing.total}",
+            f"{about}{standing.errors}",
+            f"{state.tokens_per_sec:,.1f}" if state.tokens_per_sec else "-",
+            duration(state.left_sec),
+            Text(visible(state.text), style=STYLES.get(state.kind, "")),
+        )
+    return Group(table, Text(_summary(states)))
+
+
+def _name(folder: Path, top: Path) -> str:
+    return str(folder.relative_to(top)) if folder != top else folder.name
+
+
+def _summary(states: list[CellState]) -> str:
+    kinds = Counter(state.kind for state in states)
+    done, totals = sum(s.standing.done for s in states), [s.standing.total for s in states]
+    total = "?" if None in totals else sum(t for t in totals if t is not None)
+    words = [", ".join(f"{n} {kind}" for kind, n in kinds.items()), f"{done} of {total} rows"]
+    running = [s for s in states if s.kind == "running"]
+    if speed := sum(s.tokens_per_sec or 0 for s in running):
+        words.append(f"{speed:,.1f} tokens/s")
+    if left := [s.left_sec for s in running if s.left_sec is not None]:
+        words.append(f"{duration(max(left))} left for what is running")
+    return "; ".join(words) + "."
+
+
+def duration(seconds: float | None) -> str:
+    """As 42 s, 3 min, 2 h 05 or 4 d 03 h."""
+    if seconds is None:
+        return "-"
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02}"
+    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

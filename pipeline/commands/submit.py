@@ -1,0 +1,199 @@
+"""`python -m pipeline.commands.submit`: a sweep's missing cells as an array on Slurm; returns at once.
+
+    python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
+
+The same command again submits just what is missing.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.common import terminal
+from pipeline.common.errors import ConfigError, JobError, LoadError, PipelineError
+from pipeline.config.schema import SubmitConfig
+from pipeline.job.counts import append_event
+from pipeline.models.checkpoint import locate
+from pipeline.slurm import client as cluster
+from pipeline.slurm.cells import Cell, find_cells, memory_warning, needed_bytes
+from pipeline.slurm.script import batch_script, cell_line
+
+SHOWN = 40  # cells in the table; the rest is counted
+
+
+def main() -> int:
+    """Run the command line. Returns the exit status: 0 submitted or nothing to do, 2 or 3 an error."""
+    arguments = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
+    if "-h" in arguments or "--help" in arguments:
+        print(HELP)
+        return 0
+    try:
+        return submit(arguments)
+    except PipelineError as error:
+        terminal.say(f"Error: {error}", style="red")
+        return error.exit_status
+
+
+def submit(overrides: list[str]) -> int:
+    """Plan all cells and submit those that are neither complete nor in the queue.
+
+    Raises:
+        PipelineError: nothing was submitted; or, if Slurm refused a later array, the earlier ones were.
+    """
+    cells, settings = find_cells(overrides)
+    needs = _fetch_and_plan(cells, settings)
+    _show(cells, needs)
+    for warning in _warnings(cells, needs, settings):
+        terminal.say(f"Warning: {warning}", style="yellow")
+    missing = [cell for cell in cells if not cell.complete and not cell.task]
+    if not missing:
+        running = sum(cell.task is not None for cell in cells)
+        terminal.say(
+            "Nothing to submit: " + (f"{running} cells are in the queue." if running else "all is done.")
+        )
+        return 0
+    home = _submission_folder(missing)
+    if settings.dry_run:
+        size = _max_array_size()
+        print(_arrays(settings, home, len(missing), size)[0][1], end="")
+        arrays = -(-len(missing) // size)
+        terminal.say(f"Dry run: {len(missing)} cells in {arrays} array(s); nothing was submitted or written.")
+        return 0
+    _submit(missing, settings, home)
+    return 0
+
+
+def _max_array_size() -> int:
+    """This cluster's, or where there is none Slurm's default."""
+    try:
+        return cluster.max_array_size()
+    except JobError:
+        return cluster.DEFAULT_ARRAY_SIZE
+
+
+def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
+    # Slurm is asked before anything is written.
+    arrays = _arrays(settings, home, len(missing), cluster.max_array_size())
+    home.mkdir(parents=True)
+    lines = (cell_line(cell.folder, cell.overrides) for cell in missing)
+    (home / "cells.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for number, (part, text) in enumerate(arrays):
+        script = home / f"array-{number}.sbatch"
+        script.write_text(text, encoding="utf-8")
+        job = cluster.sbatch(script)
+        for index, i in enumerate(part):
+            cell, log = missing[i], str(home / f"{job}_{index}.log")
+            asked = {"total": cell.total, "prompts_sha256": cell.prompts_sha256, "limit": cell.config.limit}
+            append_event(cell.folder, "submitted", job=f"{job}_{index}", log=log, **asked)
+        terminal.say(f"Submitted job {job}: {len(part)} cells.", style="green")
+        print(job)
+    common = os.path.commonpath([cell.folder for cell in missing])
+    watched = Path(common).parent if len(missing) == 1 else Path(common)
+    shown = watched.relative_to(Path.cwd()) if watched.is_relative_to(Path.cwd()) else watched
+    terminal.say(f"Watch it:  python -m pipeline.commands.status {shown} watch=true\nLogs:      {home}")
+
+
+def _arrays(settings: SubmitConfig, home: Path, count: int, size: int) -> list[tuple[range, str]]:
+    """Cells and script of each array; more than one where Slurm allows no larger. They share the width."""
+    parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    width = settings.width and max(1, settings.width // len(parts))
+    return [
+        (part, batch_script(settings, home, Path.cwd(), offset=part.start, count=len(part), width=width))
+        for part in parts
+    ]
+
+
+def _submission_folder(missing: list[Cell]) -> Path:
+    """Scripts and logs of one submission: outputs/.slurm/<time>-<process>."""
+    outputs = Path(missing[0].config.outputs_dir).absolute()
+    return outputs / ".slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _fetch_and_plan(cells: list[Cell], settings: SubmitConfig) -> dict[str, int | None]:
+    """Get every model once, if the cells are to run offline, and plan each pair of model and quantization.
+
+    Raises:
+        LoadError: a model cannot be had.
+    """
+    needs: dict[str, int | None] = {}
+    fetched: set[str] = set()
+    for cell in cells:
+        name, config = _kind(cell), cell.config
+        if cell.complete or name in needs:
+            continue
+        model = f"{config.model.name} {config.model.revision}"
+        if settings.offline and not settings.dry_run and model not in fetched:
+            fetched.add(model)
+            locate(config.model, config.models_dir, weights=True)
+        try:
+            needs[name] = needed_bytes(config, settings.gpus)
+        except (ConfigError, LoadError) as error:  # an architecture that the plan does not know
+            terminal.say(f"No memory plan: {error}", style="yellow")
+            needs[name] = None
+    return needs
+
+
+def _kind(cell: Cell) -> str:
+    """Cells of one kind need the same memory."""
+    return f"{cell.config.model.name} {sorted(asdict(cell.config.quant).items(), key=str)}"
+
+
+def _warnings(cells: list[Cell], needs: dict[str, int | None], settings: SubmitConfig) -> list[str]:
+    first = {_kind(cell): cell.config for cell in reversed(cells)}
+    found = []
+    for kind, need in needs.items():
+        quant = first[kind].quant
+        name = f"{first[kind].model.name}, quantization {quant.method.value}, dtype {quant.dtype.value}"
+        found.append(memory_warning(name, need, settings) if need else None)
+    return [warning for warning in found if warning]
+
+
+def _show(cells: list[Cell], needs: dict[str, int | None]) -> None:
+    common = [o for o in cells[0].overrides if all(o in cell.overrides for cell in cells)]
+    rows = []
+    for cell in cells[:SHOWN]:
+        need = needs.get(_kind(cell))
+        own = [override for override in cell.overrides if override not in common]
+        rows.append((
+            " ".join(own) or cell.folder.name,
+            f"{cell.standing.done}/{cell.total}",
+            _state(cell),
+            f"{need / 2**30:.1f} GiB" if need else "-",
+        ))  # fmt: skip
+    if len(cells) > SHOWN:
+        rows.append((f"… and {len(cells) - SHOWN} more", "", "", ""))
+    title = f"{len(cells)} cells of {' '.join(common)}" if common else f"{len(cells)} cells"
+    terminal.table(title, ("cell", "rows", "state", "needs at least"), rows)
+
+
+def _state(cell: Cell) -> str:
+    if cell.task:
+        return f"in the queue ({cell.task})"
+    if cell.complete:
+        return f"complete, {cell.standing.errors} failed rows" if cell.standing.errors else "complete"
+    if not cell.standing.done:
+        return "to do"
+    changed = cell.standing.todo is not None and not cell.same_prompts
+    return "to go on: the prompt file changed" if changed else "to go on"
+
+
+HELP = """\
+Run a sweep on Slurm: one array, a task for each cell that is not complete yet. Returns at once.
+
+  python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
+  python -m pipeline.commands.submit … submit.dry_run=true        the table and the batch script, nothing else
+  python -m pipeline.commands.status outputs/big watch=true       how far it is
+  python -m pipeline.commands.merge outputs/big/JOB               shards into one outputs.jsonl
+
+Takes what `python -m pipeline -m` takes, and
+  shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)
+  submit=NAME          conf/submit/NAME.yaml: what a cell gets
+  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width,
+                       signal_sec, options, setup, python, environment, offline, dry_run
+More: docs/slurm.md"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

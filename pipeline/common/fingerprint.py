@@ -1,0 +1,65 @@
+"""Short hashes that say whether two things would give the same text."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.request import BadRow, GenerationParams, PromptRow
+
+DEFAULTS = vars(GenerationParams())
+
+
+def fingerprint(value: Any, length: int = 8) -> str:
+    """Hexadecimal digits of a plain value's hash; the order of mappings' keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:length]
+
+
+def job_fingerprint(config: dict[str, Any]) -> str:
+    """Of all that decides a job's text, from the composed config as plain data.
+
+    Not of what only decides how fast it comes: the engine's settings, devices, folders, a shard or a limit.
+    Nor of what `auto` comes to on a device, which a cluster's login node cannot know: manifest.json has that.
+    """
+    model = dict(config["model"])
+    for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
+        model.pop(irrelevant, None)
+    model["chat_template"] = _template(model.get("chat_template"))
+    local = Path(model["name"])
+    model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
+    quant = dict(config["quant"])
+    if quant.get("compute_dtype") == "auto":  # what it was before there was an auto, so that folders stay
+        quant["compute_dtype"] = "bfloat16"
+    prompts = config["prompts"]
+    path = prompts if prompts == "-" or not Path(prompts).exists() else str(Path(prompts).resolve())
+    parts = [model, quant, config["generation"], config["system"], config["prompt_field"], path]
+    return fingerprint(parts)
+
+
+def row_key(row: PromptRow | BadRow) -> str:
+    """Of what decides one row's completions within its job: 16 hexadecimal digits.
+
+    Not its place in the file. Parameters count where they differ from the defaults, so that a new
+    parameter in a later version leaves old rows as they are.
+    """
+    if isinstance(row, BadRow):
+        return fingerprint([row.id, row.error], 16)
+    params = {name: value for name, value in vars(row.params).items() if value != DEFAULTS[name]}
+    return fingerprint([row.id, row.prompt, row.messages, row.system, params], 16)
+
+
+def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:
+    """Hash what a row, or a line of outputs.jsonl, carries along: it decides no text, but may be corrected."""
+    metadata = row.get("metadata") if isinstance(row, dict) else getattr(row, "metadata", None)
+    return int(fingerprint(metadata, 16), 16) if metadata else 0
+
+
+def _template(template: str | None) -> str | None:
+    """A template file counts by what is in it."""
+    try:
+        if template and len(template) < 1024 and Path(template).is_file():
+            return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # its reader says what is wrong with it
+        pass
+    return template

@@ -1,0 +1,213 @@
+"""The schema of every config file: typed dataclasses, whose defaults are the only ones there are.
+
+conf/ states choices on top of them. Hydra checks keys and types against these classes, so that a
+misspelt key is an error that names it.
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from pipeline.common.request import GenerationParams
+
+
+class Dtype(Enum):
+    """The dtype of weights that are not quantized."""
+
+    auto = "auto"  # the checkpoint's own; float16 for bfloat16 on a GPU that has none
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def settled_dtype(asked: str, own: str, *, bf16: bool) -> str:
+    """What `auto` means: its own choice, or float16 for the bfloat16 that a device would emulate."""
+    if asked != "auto":
+        return asked
+    return "float16" if own == "bfloat16" and not bf16 else own
+
+
+class QuantMethod(Enum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class OnError(Enum):
+    """What a bad prompt row does."""
+
+    record = "record"  # becomes an error row; the job goes on
+    fail = "fail"  # stops the job before the model loads
+
+
+class Resume(Enum):
+    auto = "auto"  # go on where the folder's rows stop
+    never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
+
+
+class MemoryCheck(Enum):
+    """What happens to a job on the CPU that the machine's memory cannot hold."""
+
+    refuse = "refuse"  # nothing is loaded; the error says what would fit
+    warn = "warn"  # say so, and go on
+
+
+class Attention(Enum):
+    """How keys and values are held; where a model does not allow one, the next is taken."""
+
+    auto = "auto"  # pages on one GPU, else rectangles
+    pages = "pages"  # static shapes and a graph a step, for a GPU
+    rectangles = "rectangles"  # rows of similar length together, for a CPU or several GPUs
+    plain = "plain"  # the model's own attention, one rectangle at a time
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # ORG/NAME on the hub, or a local folder
+    revision: str | None = None  # branch, tag or commit; null is the hub's main
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    safetensors_only: bool = True  # refuse pickle weights, which can run code
+    device_map: Any = "auto"  # auto, a device ("cpu", "cuda:1"), or a map of modules to devices
+    max_memory: dict[str, str] | None = None  # device to limit, as {"0": 20GiB, cpu: 60GiB}
+    offload_dir: str | None = None  # where weights go that fit neither the GPU nor the CPU
+    attn_implementation: str | None = None  # null is the model's own choice
+    chat_template: str | None = None  # a Jinja template, or the path of one; null is the tokenizer's
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as {enable_thinking: false}
+    architecture: dict[str, Any] | None = None  # facts for a memory plan without the model's files
+
+
+@dataclass
+class QuantConfig:
+    method: QuantMethod = QuantMethod.none
+    dtype: Dtype = Dtype.auto  # of the weights that are not quantized
+    double_quant: bool = False  # 4-bit: quantize the scales too
+    compute_dtype: Dtype = Dtype.auto  # 4-bit: of the products; auto is bfloat16, or float16 likewise
+
+
+@dataclass
+class GenerationConfig(GenerationParams):
+    thinking: bool = False  # keep <think>…</think> apart from the completion
+
+
+@dataclass
+class EngineConfig:
+    """How the batch is run; it never decides the text.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the key.
+    """
+
+    max_rows: int | None = None  # rows in flight; null is as many as memory holds
+    max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
+    memory_fraction: float = 0.85  # how much of the free memory may be used
+    prefill_tokens: int = 2048  # prompt tokens in one forward pass
+    shared_prefix: bool = True  # prefill what all prompts share once
+    attention: Attention = Attention.auto
+    pack_weights: bool = True  # CPU, bf16: reorder the weights once and not at each call
+
+    def __post_init__(self) -> None:
+        tokens = self.max_tokens_in_flight
+        for name, ok, rule in (
+            ("max_rows", self.max_rows is None or self.max_rows >= 1, "null, or at least 1"),
+            ("max_tokens_in_flight", tokens is None or tokens >= 1, "null, or at least 1"),
+            ("memory_fraction", 0 < self.memory_fraction <= 1, "above 0 and at most 1"),
+            ("prefill_tokens", self.prefill_tokens >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
+
+
+@dataclass
+class SubmitConfig:
+    """How `python -m pipeline.commands.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+
+    dry_run: bool = False  # print the table and the batch script, and submit nothing
+    partition: str | None = None  # null is the cluster's default
+    account: str | None = None
+    qos: str | None = None
+    time_min: int = 240  # of one run; a cell that needs longer comes back by itself
+    memory: str | None = None  # of the host, as 32G; null is the partition's default
+    cpus: int = 4
+    gpus: int = 1
+    gpu_type: str | None = None  # as a100, where the cluster names them
+    gpu_memory: str | None = None  # of one GPU, as 80G: only to warn of what cannot fit
+    width: int | None = None  # cells at once; null is as many as Slurm gives
+    signal_sec: int = 120  # warning before the time limit: long enough to finish a step and write
+    options: list[str] = field(default_factory=list)  # more of sbatch's, as ["--constraint=ib"]
+    setup: list[str] = field(default_factory=list)  # shell lines before the job, as ["module load cuda"]
+    python: str | None = None  # null is the one that submits
+    environment: dict[str, str] = field(default_factory=dict)
+    offline: bool = True  # get models here and now, so that no compute node needs the hub
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("time_min", self.time_min >= 1, "at least 1 minute"),
+            ("cpus", self.cpus >= 1, "at least 1"),
+            ("gpus", self.gpus >= 0, "0 or more"),
+            ("width", self.width is None or self.width >= 1, "null, or at least 1"),
+            ("signal_sec", 0 <= self.signal_sec < 60 * self.time_min, "less than the time limit's seconds"),
+            ("memory", _is_size(self.memory), "null, or a size as 32G"),
+            ("gpu_memory", _is_size(self.gpu_memory), "null, or a size as 80G"),
+        ):
+            if not ok:
+                raise ValueError(f"submit.{name}={getattr(self, name)!r}: must be {rule}")
+
+
+def _is_size(text: str | None) -> bool:
+    return text is None or re.fullmatch(r"[1-9][0-9]*[KMGT]?", text) is not None
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
+    prompts: str = MISSING  # a path, a name in jobs/, or - for standard input; .jsonl or .jsonl.gz
+    prompt_field: str = "prompt"  # the field of a row that holds its prompt
+    system: str | None = None  # a system prompt for every row that has none
+    limit: int | None = None  # only the first rows
+    shard: str | None = None  # "0/4": every fourth row, from the first
+    on_error: OnError = OnError.record
+    resume: Resume = Resume.auto
+    memory_check: MemoryCheck = MemoryCheck.refuse
+    retry_errors: bool = False  # redo the rows that ended in an error
+    watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
+    stream: bool = False  # show the first row's text as it is made
+    token_ids: bool = False  # write each completion's token ids too
+    report: bool = False  # at the end of a sweep, write the report of its jobs
+    models_dir: str = "models"  # searched first, for a folder with the model's own name
+    outputs_dir: str = "outputs"
+    prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name
+
+    def __post_init__(self) -> None:
+        for name, value, rule in (
+            ("prompts", self.prompts, "the path of a prompt file, or a name in jobs/"),
+            ("model.name", self.model.name, "a model's name on the hub, or a local folder"),
+        ):
+            if not value.strip():
+                raise ValueError(f"{name}=: is empty; it must be {rule}")
+
+
+def root() -> Path:
+    """The folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
+    package = Path(__file__).resolve().parents[1]
+    return package if (package / "conf").is_dir() else package.parent
+
+
+def register() -> None:
+    """Tell Hydra the schema; conf/ names its parts."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="model", name="schema", node=ModelConfig)
+    store.store(group="quant", name="schema", node=QuantConfig)
+    store.store(group="generation", name="schema", node=GenerationConfig)
+    store.store(group="engine", name="schema", node=EngineConfig)
+    store.store(group="submit", name="schema", node=SubmitConfig)

@@ -1,0 +1,273 @@
+"""Loops of attention behind kernels.py, in the manner of loops.py.
+
+numba's cache of this file does not see a change in those that it imports: touch this one too.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from pipeline.engine.cpu.kernels.attention_vectors import (
+    HEADS,
+    exponentials,
+    in_order,
+    largest,
+    rotate,
+    score_block,
+    weigh_block,
+)
+from pipeline.engine.cpu.kernels.loops import f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.threads import next_task
+from pipeline.engine.cpu.kernels.vectors import LANES, PAIRS, as_double, halves, longs
+
+AHEAD = 32  # columns between what is read and what is asked for
+NONE = np.float32(-1e30)  # the score of a column that is not there
+COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
+
+
+@inner
+def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
+    """Rotary embedding of one head; a copy where the tables are empty."""
+    if len(cos) == 0:
+        for d in range(len(out)):
+            out[d] = states[d]
+        return
+    half = len(out) // 2
+    if half % LANES == 0:
+        rotate(states.ctypes.data, cos.ctypes.data, sin.ctypes.data, out.ctypes.data, half)
+        return
+    left, right, out_left, out_right = states[:half], states[half:], out[:half], out[half:]
+    for d in range(half):
+        a, b, c, s = wide(left[d]), wide(right[d]), wide(cos[d]), wide(sin[d])
+        out_left[d] = rounded(a * c - b * s)
+        out_right[d] = rounded(b * c + a * s)
+
+
+@threaded
+def place(pointer: Any) -> None:
+    p = carray(pointer, 23)
+    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
+    rows, first, last, width = p[15], p[16], p[17], p[18]
+    queries = carray(halves(p[2]), (count, p[19]))
+    new_keys, new_values = carray(halves(p[3]), (count, p[20])), carray(halves(p[4]), (count, p[21]))
+    cosines = carray(halves(p[5]), (count, p[22]))
+    sines = carray(halves(p[6]), (count, p[22]))
+    starts = carray(longs(p[7]), (rows, 2))
+    padded = carray(halves(p[8]), (rows, heads, last - first, size))
+    keys = carray(halves(p[9]), (rows, kv_heads, width, size))
+    values = carray(halves(p[10]), (rows, kv_heads, width, size))
+    blocks = (last - first + COLUMNS - 1) // COLUMNS
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        row, begin = task // blocks, first + task % blocks * COLUMNS
+        for column in range(begin, min(begin + COLUMNS, last)):
+            if column < starts[row, 1]:
+                for head in range(heads):
+                    padded[row, head, column - first, :] = 0
+                continue
+            token = starts[row, 0] + column - max(first, starts[row, 1])
+            cos, sin = cosines[token], sines[token]
+            for head in range(heads):
+                query = queries[token, head * size : (head + 1) * size]
+                _rotate(query, cos, sin, padded[row, head, column - first])
+            for head in range(kv_heads):
+                here = slice(head * size, (head + 1) * size)
+                _rotate(new_keys[token, here], cos, sin, keys[row, head, column])
+                values[row, head, column, :] = new_values[token, here]
+
+
+@threaded
+def copy_prefix(pointer: Any) -> None:
+    p = carray(pointer, 10)
+    rows, heads, width, count, prefix_width = p[5], p[6], p[7], p[8], p[9]
+    target, source = carray(halves(p[2]), (rows, heads, width)), carray(halves(p[3]), (heads, prefix_width))
+    starts = carray(longs(p[4]), rows)
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        row, head = task // heads, task % heads
+        start = starts[row]
+        target[row, head, start : start + count] = source[head, :count]
+
+
+@threaded
+def collect(pointer: Any) -> None:
+    p = carray(pointer, 11)
+    rows, heads, first, last, size, count = p[5], p[6], p[7], p[8], p[9], p[10]
+    padded = carray(halves(p[2]), (rows, heads, last - first, size))
+    starts = carray(longs(p[3]), (rows, 2))
+    outputs = carray(halves(p[4]), (count, heads, size))
+    blocks = (last - first + COLUMNS - 1) // COLUMNS
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        row, begin = task // blocks, first + task % blocks * COLUMNS
+        for column in range(max(begin, starts[row, 1]), min(begin + COLUMNS, last)):
+            token = starts[row, 0] + column - max(first, starts[row, 1])
+            for head in range(heads):
+                outputs[token, head, :] = padded[row, head, column - first]
+
+
+@inner
+def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
+    """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide.
+
+    Of `count` scores; both arrays have room for whole vectors.
+    """
+    whole = (count + LANES - 1) // LANES * LANES
+    scores[count:whole] = NONE
+    most = largest(scores.ctypes.data, whole)
+    return exponentials(scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
+
+
+@threaded
+def causal_softmax(pointer: Any) -> None:
+    p = carray(pointer, 11)
+    rows, heads, columns, width, first, window = p[4], p[5], p[6], p[7], p[8], p[9]
+    scaling = f32(as_double(p[10]))
+    scores = carray(halves(p[2]), (rows * heads, columns, width))
+    starts = carray(longs(p[3]), rows)
+    own, weights = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.uint16)
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        for column in range(columns):
+            line = scores[task, column]
+            end = first + column + 1
+            start = max(starts[task // heads], end - window)
+            if start >= end:
+                line[:] = 0
+                continue
+            line[:start] = 0
+            line[end:] = 0
+            seen = line[start:end]
+            for i in range(len(seen)):
+                own[i] = wide(seen[i])
+            factor = f32(1) / _softmax(own, len(seen), scaling, weights)
+            for i in range(len(seen)):
+                seen[i] = rounded(wide(weights[i]) * factor)
+
+
+@inner
+def _soon(states: Any, column: int, end: int, then: int) -> Any:
+    """The address a little ahead of a column; beyond `end`, that much behind the address `then`."""
+    size = states.shape[1] * 2
+    ahead = column + AHEAD
+    return states.ctypes.data + ahead * size if ahead < end else then + (ahead - end) * size
+
+
+@inner
+def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
+    """scores[h, c] = queries[h] · keys[c] for the columns [first, end); a block of keys serves all heads."""
+    heads, size = queries.shape
+    if end - first < LANES or size % PAIRS:
+        for column in range(first, end):
+            for head in range(heads):
+                total = f32(0)
+                for d in range(size):
+                    total += wide(queries[head, d]) * wide(keys[column, d])
+                scores[head, column] = total
+        return
+    column = first
+    while column < end:
+        column = min(column, end - LANES)
+        soon, step = _soon(keys, column, end, then), 64 // heads
+        for head in range(heads):
+            score_block(
+                queries[head].ctypes.data,
+                keys[column].ctypes.data,
+                scores[head, column:].ctypes.data,
+                size,
+                soon + head * step * size // 2,
+                step,
+            )
+        column += LANES
+
+
+@inner
+def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any) -> None:
+    """out[h] = the sum of weights[h, c] · values[c] over the columns [first, end).
+
+    The last block ends at `end`: those of its columns weigh 0 that an earlier block has added, or that are
+    padding.
+    """
+    heads, size = out.shape
+    out[:] = 0
+    if end < LANES or size % PAIRS:
+        for column in range(first, end):
+            for head in range(heads):
+                for d in range(size):
+                    out[head, d] += wide(weights[head, column]) * wide(values[column, d])
+        return
+    together = (heads + HEADS - 1) // HEADS
+    step = 64 // together
+    column = first
+    while column < end:
+        start = min(column, end - LANES)
+        soon = _soon(values, start, end, then)
+        weights[:, start:column] = 0
+        for number in range(together):
+            head = number * HEADS
+            weigh_block(
+                min(HEADS, heads - head),
+                weights[head, start:].ctypes.data,
+                weights.shape[1] * 2,
+                values[start].ctypes.data,
+                out[head].ctypes.data,
+                size,
+                soon + number * step * size // 2,
+                step,
+            )
+        column += LANES
+    for head in range(heads):
+        in_order(out[head].ctypes.data, size)
+
+
+@threaded
+def attend(pointer: Any) -> None:
+    p = carray(pointer, 21)
+    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
+    group, ahead = heads // kv_heads, p[20]
+    scaling = f32(as_double(p[19]))
+    queries = carray(halves(p[2]), (count, p[15]))
+    new_keys, new_values = carray(halves(p[3]), (count, p[16])), carray(halves(p[4]), (count, p[17]))
+    cosines = carray(halves(p[5]), (count, p[18]))
+    sines = carray(halves(p[6]), (count, p[18]))
+    outputs = carray(halves(p[7]), (count, heads, size))
+    rows = carray(longs(p[8]), (count, 4))
+    blocks = carray(longs(p[9]), (p[10], 3))
+    widest = blocks[:, 2].max() + LANES
+    query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
+    scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
+    totals = np.empty(group, np.float32)
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        row, kv_head = task // kv_heads, task % kv_heads
+        block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
+        width = blocks[block, 2]
+        offset = (place * kv_heads + kv_head) * width * size * 2
+        keys = carray(halves(blocks[block, 0] + offset), (width, size))
+        values = carray(halves(blocks[block, 1] + offset), (width, size))
+        cos, sin = cosines[row], sines[row]
+        here = slice(kv_head * size, (kv_head + 1) * size)
+        _rotate(new_keys[row, here], cos, sin, keys[last])
+        values[last, :] = new_values[row, here]
+        for head in range(group):
+            start = (kv_head * group + head) * size
+            _rotate(queries[row, start : start + size], cos, sin, query[head])
+        _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
+        for head in range(group):
+            totals[head] = _softmax(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
+        _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
+        for head in range(group):
+            output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]
+            for d in range(size):
+                output[d] = rounded(out[head, d] * factor)

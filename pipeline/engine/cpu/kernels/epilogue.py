@@ -1,0 +1,97 @@
+"""What follows a product's sums: the bias, silu(gate) · up, and the way from float32 to bf16.
+
+numba's cache of this file does not see a change in those that it imports: touch this one too.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipeline.engine.cpu.kernels.blocks import BLOCK, TILE_ROWS
+from pipeline.engine.cpu.kernels.loops import inner, wide
+from pipeline.engine.cpu.kernels.vectors import (
+    HAS_BF16,
+    LANES,
+    PAIRS,
+    VECTOR,
+    constant,
+    exp_vector,
+    floats,
+    halves,
+    narrowed,
+    store_halves,
+    widened,
+)
+
+_NUMBER = ir.IntType(64)
+
+
+@inner
+def store(sums: int, rows: int, bias: int, output: int, stride: int, gated: int) -> None:
+    """Sums of a strip to its place in the output, in bf16.
+
+    Args:
+        sums: address of [rows, 32] float32.
+        bias: address of the strip's 32 numbers, or 0.
+        output: address of the first row, `stride` bytes before the second.
+        gated: not 0: 16 gates and 16 ups are silu(gate) · up, 16 outputs.
+    """
+    if bias:
+        numbers, offsets = carray(floats(sums), (rows, BLOCK)), carray(halves(bias), BLOCK)
+        for row in range(rows):
+            for d in range(BLOCK):
+                numbers[row, d] += wide(offsets[d])
+    if gated:
+        _store_gated(sums, rows, output, stride)
+    else:
+        _store_plain(sums, rows, output, stride)
+
+
+@intrinsic
+def _store_plain(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = ir.VectorType(ir.IntType(16), PAIRS)
+        kind = ir.FunctionType(line, [VECTOR, VECTOR])
+        for left, right, place in _each_row(builder, arguments):
+            if not HAS_BF16:
+                store_halves(builder, left, place, _NUMBER(0))
+                store_halves(builder, right, place, _NUMBER(LANES))
+                continue
+            both = builder.asm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [right, left], side_effect=False)
+            builder.store(both, builder.inttoptr(place, line.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(sums, rows, output, stride), codegen
+
+
+@intrinsic
+def _store_gated(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
+    """Gate, up and the silu are rounded to bf16, as they are between torch's operators."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for gate, up, place in _each_row(builder, arguments):
+            gate, up = (_rounded(builder, x) for x in (gate, up))
+            exponential = exp_vector(builder, builder.fneg(gate))
+            silu = builder.fdiv(gate, builder.fadd(exponential, constant(1.0)), flags=["fast"])
+            store_halves(builder, builder.fmul(_rounded(builder, silu), up), place, _NUMBER(0))
+        return context.get_dummy_value()
+
+    return types.void(sums, rows, output, stride), codegen
+
+
+def _each_row(builder: Any, arguments: Any) -> Any:
+    """Writes a loop over rows: yields a row's two vectors of sums and its place in the output, once."""
+    sums, rows, output, stride = arguments
+    with cgutils.for_range(builder, rows, intp=_NUMBER) as loop:
+        left = builder.add(sums, builder.mul(loop.index, _NUMBER(BLOCK * 4)))
+        right = builder.add(left, _NUMBER(TILE_ROWS * 4))
+        vectors = (builder.load(builder.inttoptr(h, VECTOR.as_pointer()), align=4) for h in (left, right))
+        yield *vectors, builder.add(output, builder.mul(loop.index, stride))
+
+
+def _rounded(builder: Any, numbers: Any) -> Any:
+    """float32 that bf16 holds."""
+    return widened(builder, narrowed(builder, numbers))

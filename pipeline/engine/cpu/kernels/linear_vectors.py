@@ -1,0 +1,163 @@
+"""Linear layers in bf16 on a CPU's vectors, where it has no matrix tiles: the loop behind `kernels.linear`.
+
+A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
+two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
+quarter of that room.
+numba's cache of this file does not see a change in those that it imports: touch this one too.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.epilogue import store
+from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.threads import next_task
+from pipeline.engine.cpu.kernels.vectors import (
+    HAS_BF16,
+    LANES,
+    VECTOR,
+    broadcast_pair,
+    compiles_for,
+    constant,
+    dot_pairs,
+    for_each_count,
+    load_pairs,
+    prefetch_line,
+)
+
+FEWEST_ROWS = 1  # that a product takes
+ROWS = 12 if compiles_for("avx512f") else 2  # whose sums are in registers at once
+PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
+PARTS = LANES // PAIRS_TOGETHER  # of a block
+LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
+
+_NUMBER = ir.IntType(64)
+
+
+@intrinsic
+def _multiply_rows(
+    context: Any,
+    rows: Any,
+    input: Any,
+    stride: Any,
+    weights: Any,
+    blocks: Any,
+    sums: Any,
+    soon: Any,
+    step: Any,
+) -> Any:
+    """sums [rows, 32] float32 = rows at `input`, `stride` bytes apart, times packed weights.
+
+    Args:
+        rows: 1 to ROWS.
+        blocks: of 32 inputs each.
+        soon, step: with each part of a block, cache lines from there on are asked for, `step` bytes apart.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, *rest = arguments
+        for_each_count(builder, rows, ROWS, lambda count: _multiply(builder, count, rest))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
+    """Part by part. Every third row has its address in a register; the next two are one and two strides on."""
+    input, stride, weights, blocks, sums, soon, step = arguments
+    places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]
+    totals = [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(2 * rows)]
+    with (
+        cgutils.for_range(builder, blocks, intp=_NUMBER) as block,
+        cgutils.for_range(builder, _NUMBER(PARTS), intp=_NUMBER) as part,
+    ):
+        number = builder.add(builder.mul(block.index, _NUMBER(PARTS)), part.index)
+        along = builder.mul(number, _NUMBER(PAIRS_TOGETHER * 4))
+        here = builder.add(weights, builder.mul(block.index, _NUMBER(BLOCK_BYTES)))
+        here = builder.add(here, builder.mul(part.index, _NUMBER(PAIRS_TOGETHER * TILE_BYTES)))
+        ahead = builder.add(soon, builder.mul(builder.mul(number, step), _NUMBER(LINES)))
+        for line in range(LINES):
+            prefetch_line(builder, builder.add(ahead, builder.mul(step, _NUMBER(line))), cache=2)
+        addresses = [here, stride, *(builder.add(place, along) for place in places)]
+        part_of_block = _part if HAS_BF16 else _part_in_float32
+        for total, new in zip(totals, part_of_block(builder, totals, addresses), strict=True):
+            builder.store(new, total)
+    for index, total in enumerate(totals):
+        place = builder.inttoptr(builder.add(sums, _NUMBER(index * LANES * 4)), VECTOR.as_pointer())
+        builder.store(builder.load(total), place, align=4)
+
+
+def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
+    """The sums after one more part, by instructions written as text: LLVM would load all of it beforehand."""
+    count = len(totals)
+    left, right, own = (f"${count + i}" for i in range(3))
+    weights, stride, *places = (f"${2 * count + 3 + i}" for i in range(len(addresses)))
+    lines = []
+    for pair in range(PAIRS_TOGETHER):
+        for tile, register in enumerate((left, right)):
+            lines.append(f"vmovups {pair * TILE_BYTES + tile * BLOCK_BYTES // 2}({weights}), {register}")
+        for row in range(count // 2):
+            further = f", {stride}, {row % 3}" if row % 3 else ""
+            lines.append(f"vpbroadcastd {4 * pair}({places[row // 3]}{further}), {own}")
+            lines.append(f"vdpbf16ps {left}, {own}, ${2 * row}")
+            lines.append(f"vdpbf16ps {right}, {own}, ${2 * row + 1}")
+    kinds = [VECTOR] * (count + 3)
+    form = ["=&v"] * (count + 3) + [str(i) for i in range(count)] + ["r"] * len(addresses)
+    inputs = [*(builder.load(total) for total in totals), *addresses]
+    kind = ir.FunctionType(ir.LiteralStructType(kinds), [i.type for i in inputs])
+    result = builder.asm(kind, "\n".join(lines), ",".join(form), inputs, side_effect=False)
+    return [builder.extract_value(result, i) for i in range(count)]
+
+
+def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
+    """The same on a CPU without instructions for bf16."""
+    weights, stride, *places = addresses
+    sums = [builder.load(total) for total in totals]
+    for pair in range(PAIRS_TOGETHER):
+        here = [pair * TILE_BYTES + tile * BLOCK_BYTES // 2 for tile in (0, 1)]
+        both = [load_pairs(builder, builder.add(weights, _NUMBER(place)), _NUMBER(0)) for place in here]
+        for row in range(len(sums) // 2):
+            place = builder.add(places[row // 3], builder.mul(stride, _NUMBER(row % 3)))
+            own = broadcast_pair(builder, place, 2 * pair)
+            for tile, weight in enumerate(both):
+                sums[2 * row + tile] = dot_pairs(builder, sums[2 * row + tile], own, weight)
+    return sums
+
+
+@inner
+def _strip(pointer: Any, strip: int, start: int, end: int, sums: int) -> None:
+    """The outputs of one block's width for the rows [start, end), in groups of nearly one size."""
+    p = carray(pointer, 13)
+    blocks, stride, gated, threads = p[8] // BLOCK, p[10] * 2, p[11], p[12]
+    weights = p[3] + strip * blocks * BLOCK_BYTES
+    soon = weights + threads * blocks * BLOCK_BYTES * (1 + gated)
+    bias = p[4] + strip * BLOCK * 2 if p[4] else 0
+    width = p[9] * 2 // (1 + gated)
+    output = p[5] + strip * BLOCK * 2 // (1 + gated)
+    groups = (end - start + ROWS - 1) // ROWS
+    step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
+    for group in range(groups):
+        row, after = start + (end - start) * group // groups, start + (end - start) * (group + 1) // groups
+        ahead = soon + group * blocks * PARTS * LINES * step
+        _multiply_rows(after - row, p[2] + row * stride, stride, weights, blocks, sums, ahead, step)
+        store(sums, after - row, bias, output + row * width, width, gated)
+
+
+@threaded
+def linear(pointer: Any) -> None:
+    p = carray(pointer, 14)
+    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
+    sums = aligned(ROWS * BLOCK)
+    per_chunk = -(-strips // together)
+    while True:
+        task = next_task(pointer)
+        if task >= p[1]:
+            break
+        start, first = task // per_chunk * chunk, task % per_chunk * together
+        for strip in range(first, min(first + together, strips)):
+            _strip(pointer, strip, start, min(start + chunk, rows), sums.ctypes.data)

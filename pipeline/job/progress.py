@@ -1,0 +1,68 @@
+"""A job's progress on standard error: a bar for people, now and then a line for logs."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.common.host import resident_bytes
+from pipeline.common.terminal import console, megabytes, say, visible
+
+LINE_SEC = 30.0  # between two lines where no terminal watches
+
+
+class JobProgress:
+    """Rows done, tokens per second, time left, memory.
+
+    Args:
+        total: rows of the job.
+        done: rows done before.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows  {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.fields[memory]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("Generating", total=total, completed=done, speed="", memory="")
+        self._total = total
+        self._started = self._said = self._drawn = time.monotonic()
+        self._streaming, self._streamed = "", 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, tokens: int) -> None:
+        """Show where the job stands: rows done, and tokens made by this run."""
+        now = time.monotonic()
+        if now - self._drawn < 0.2:
+            return
+        self._drawn = now
+        speed = f"{tokens / (now - self._started):,.0f} tokens/s"
+        memory = megabytes(resident_bytes())
+        self._bar.update(self._task, completed=done, speed=speed, memory=memory)
+        if not console.is_terminal and now - self._said > LINE_SEC:
+            self._said = now
+            say(f"{done} of {self._total} rows, {speed}, {memory}")
+
+    def stream(self, request_id: str, text: str) -> None:
+        """Show what is new of one row's text; the row that is shown is the first one seen."""
+        self._streaming = self._streaming or request_id
+        ready = text.rstrip("\ufffd")  # a character whose tokens are not all there yet
+        if request_id == self._streaming and len(ready) > self._streamed:
+            console.print(visible(ready[self._streamed :]), end="", markup=False, soft_wrap=True)
+            self._streamed = len(ready)

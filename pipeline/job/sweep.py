@@ -1,0 +1,99 @@
+"""A sweep on this machine: every cell is a job in a process of its own, one after the other."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.common import terminal
+from pipeline.common.errors import ConfigError
+from pipeline.common.signals import Interrupt
+from pipeline.config.compose import compose_config, job_folder, read_config, sweep_cells, to_config
+from pipeline.job.counts import read_standing
+from pipeline.job.folder import STATS, read_json
+
+RESUME_ME = 75  # exit status
+MEANINGS = {
+    0: "done",
+    1: "some rows failed",
+    2: "bad configuration",
+    3: "failed",
+    4: "no progress",
+    75: "stopped",
+    -signal.SIGKILL: "killed (SIGKILL): out of memory?",
+    -signal.SIGSEGV: "crashed (SIGSEGV)",
+}
+
+
+def run_sweep(overrides: list[str]) -> int:
+    """Run all cells; one that fails does not stop the others.
+
+    Returns:
+        The exit status: 0 if every cell's is, else the first cell's that is not.
+
+    Raises:
+        ConfigError: a cell's configuration is wrong; then none is started.
+    """
+    cells = sweep_cells(overrides)
+    for cell in cells:
+        if to_config(compose_config(cell)).prompts == "-":
+            raise ConfigError(
+                "prompts=-: standard input can be read once only. Write it to a file for a sweep."
+            )
+    statuses: list[int] = []
+    with Interrupt() as interrupt:
+        interrupt.hold()
+        for number, cell in enumerate(cells, 1):
+            terminal.say(f"\n[{number}/{len(cells)}] {' '.join(cell)}", style="bold")
+            statuses.append(_run_cell(cell, interrupt))
+            if interrupt.signal or statuses[-1] == RESUME_ME:
+                break
+    rows = [_line(cell, status) for cell, status in zip(cells, statuses, strict=False)]
+    columns = ("job", "state", "rows", "errors", "tokens/s", "load", "weights", "peak")
+    terminal.table("\nAll cells", columns, rows)
+    _report([job_folder(cell) for cell in cells[: len(statuses)]], write=read_config(cells[0]).report)
+    return next((status for status in statuses if status), 0)
+
+
+def _run_cell(cell: list[str], interrupt: Interrupt) -> int:
+    """The exit status of a job in its own process; negative for the signal that killed it.
+
+    Its own process group too: a terminal's ^C reaches this process alone, which hands it on once.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-m", "pipeline", *cell]
+    with subprocess.Popen(command, process_group=0) as process:
+        interrupt.hold(process.send_signal)
+        return process.wait()
+
+
+def _report(folders: list[Path], write: bool) -> None:
+    """Name the command that reports on these jobs, or run it with report=true."""
+    parents = list(dict.fromkeys(str(folder.parent) for folder in folders))
+    command = ["python", "-m", "pipeline.commands.report", *parents]
+    if write:
+        subprocess.run([sys.executable, *command[1:]], check=False)
+    else:
+        terminal.say(f"See them side by side: {shlex.join(command)}")
+
+
+def _line(cell: list[str], status: int) -> tuple[Any, ...]:
+    """A cell's line in the table at the end, from its own result files."""
+    folder = job_folder(cell)
+    stats: dict[str, Any] = read_json(folder / STATS) or {}
+    state = MEANINGS.get(status, f"killed by signal {-status}" if status < 0 else f"exit status {status}")
+    standing, memory = read_standing(folder), stats.get("memory", {})
+    rows = f"{standing.done}/{'?' if standing.total is None else standing.total}"
+    if not stats:
+        return (folder.name, state, rows, *["-"] * 5)
+    return (
+        folder.name,
+        state,
+        rows,
+        standing.errors,
+        f"{stats['tokens_per_sec']:,.1f}",
+        f"{stats['load_sec']:.1f} s",
+        terminal.megabytes(memory["footprint_bytes"]),
+        terminal.megabytes(memory["run_peak"]["host_bytes"]),
+    )

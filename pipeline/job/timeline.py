@@ -1,0 +1,37 @@
+"""Memory and progress over time, a few hundred points however long the job."""
+
+import time
+
+import torch
+
+from pipeline.common.host import resident_bytes
+
+MAX_POINTS = 400
+
+
+class Timeline:
+    """Points of [seconds since it was made, bytes, completion tokens so far].
+
+    Bytes are what torch has allocated on all GPUs, else the resident set.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[list[float]] = []
+        self._started = time.monotonic()
+        self._every_sec = 0.1
+        self.sample(0)
+
+    def sample(self, completion_tokens: int) -> None:
+        """Note where the job stands, unless it is too soon; when the list is full, every second point goes."""
+        now = time.monotonic() - self._started
+        if self.points and now - self.points[-1][0] < self._every_sec:
+            return
+        self.points.append([round(now, 2), _held_bytes(), completion_tokens])
+        if len(self.points) > MAX_POINTS:
+            self.points = self.points[::2]
+            self._every_sec *= 2
+
+
+def _held_bytes() -> int:
+    allocated = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return allocated or resident_bytes()

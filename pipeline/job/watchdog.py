@@ -1,0 +1,80 @@
+"""Ends a process that makes no progress, so that a scheduler can start it again."""
+
+import faulthandler
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from pipeline.common import terminal
+
+log = logging.getLogger(__name__)
+
+STALLED = 4  # exit status
+LAST_WORDS_SEC = 20.0  # a dead disk must not keep the process from ending
+
+
+class Watchdog:
+    """`with Watchdog(600, folder.sync) as watchdog: watchdog.beat("step 3")`, at every step.
+
+    It counts its own ticks and not the clock, so that a process which is suspended for an hour and woken
+    again has not stalled.
+
+    Args:
+        limit_sec: without a beat for so long, the process ends with status 4. None watches nothing.
+        flush: brings what is written to the disk.
+    """
+
+    def __init__(self, limit_sec: float | None, flush: Callable[[], None]) -> None:
+        self._limit_sec = limit_sec
+        self._flush = flush
+        self._idle_sec = 0.0
+        self._where = "the first step"
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._limit_sec is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+
+    def beat(self, where: str) -> None:
+        """There was progress; `where` is what a message would say."""
+        self._where, self._idle_sec = where, 0.0
+
+    def _watch(self) -> None:
+        assert self._limit_sec is not None
+        tick_sec = min(1.0, self._limit_sec / 4)
+        while not self._done.wait(tick_sec):
+            self._idle_sec += tick_sec
+            if self._idle_sec > self._limit_sec:
+                last = threading.Thread(target=self._last_words, daemon=True)
+                last.start()
+                last.join(LAST_WORDS_SEC)
+                os._exit(STALLED)
+
+    def _last_words(self) -> None:
+        message = (
+            f"No progress for {self._limit_sec:g} s after {self._where}. What was written stays valid; the same "
+            "command goes on from there. The log has every thread's place; watchdog_sec=… sets the time."
+        )
+        log.error("%s\n%s", message, _stacks())
+        terminal.say(message, style="red")
+        sys.stderr.flush()
+        self._flush()
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode("utf-8", "replace")

@@ -1,0 +1,1 @@
+"""Predict memory and measure it."""

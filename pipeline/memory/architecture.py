@@ -1,0 +1,155 @@
+"""The shape of a model, from its facts in conf/model/ or from a config.json: both use the same keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pipeline.common.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a model type implies and config.json does not say (transformers' modeling files)."""
+
+    qkv_bias: bool = False  # on q, k and v, whatever `attention_bias` says
+    qk_norm: bool = False  # a norm of head_dim weights on queries, another on keys
+    norms: int = 2  # norms of hidden_size weights in a layer
+    fused: bool = False  # one matrix for q, k, v and one for gate, up
+    tied: bool = False  # the default of tie_word_embeddings
+    head_dim: int | None = None  # the default; None is hidden_size / heads
+    sliding: str | None = (
+        None  # what of the config makes a layer slide: "all" layers, by "layer_types"; None: nothing
+    )
+    window_every: int | None = None  # by default every n-th layer is full attention; None: no layer is
+    embed_scale: bool = False  # a scalar buffer beside the embedding
+    rope_by_layer_kind: bool = False  # one set of rotary buffers for each kind of layer
+
+
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(sliding="all"),
+    "phi3": _Family(fused=True, sliding="all"),
+    "qwen2": _Family(qkv_bias=True, sliding="layer_types"),
+    "qwen3": _Family(qk_norm=True, head_dim=128, sliding="layer_types"),
+    "gemma3_text": _Family(
+        qk_norm=True,
+        norms=4,
+        tied=True,
+        head_dim=256,
+        sliding="layer_types",
+        window_every=6,
+        embed_scale=True,
+        rope_by_layer_kind=True,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """All that decides how many bytes a decoder-only model takes. Counts are of scalars, heads or layers."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str  # the checkpoint's own: float32, float16 or bfloat16
+    windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None is full attention
+    rotary_dim: int  # how many of head_dim are rotated
+    rotary_sets: int
+    qkv_bias: bool
+    output_bias: bool  # on the attention's output matrix
+    mlp_bias: bool
+    qk_norm: bool
+    norms: int
+    fused: bool
+    embed_scale: bool
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read config.json's keys, with transformers' defaults for those that are absent.
+
+    Raises:
+        ConfigError: the model type is not known here, or a size is missing.
+    """
+    model_type = str(config.get("model_type"))
+    family = _FAMILIES.get(model_type)
+    if family is None:
+        raise ConfigError(
+            f"model_type {model_type!r}: the memory plan knows {', '.join(sorted(_FAMILIES))}. "
+            "Load the model and read stats.json for its memory."
+        )
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or family.head_dim or hidden // heads
+    windows = _windows(config, family)
+    bias = bool(config.get("attention_bias", False))
+    return Architecture(
+        model_type=model_type,
+        vocab_size=_size(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(config, "intermediate_size"),
+        num_hidden_layers=len(windows),
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_position_embeddings=_size(config, "max_position_embeddings"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        windows=windows,
+        rotary_dim=int(head_dim * _partial_rotary_factor(config)),
+        rotary_sets=len(set(windows)) if family.rope_by_layer_kind else 1,
+        qkv_bias=family.qkv_bias or bias,
+        output_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=family.qk_norm,
+        norms=family.norms,
+        fused=family.fused,
+        embed_scale=family.embed_scale,
+    )
+
+
+def differences(facts: Architecture, found: Architecture) -> list[str]:
+    """What a found config.json says otherwise, as "key: fact, found"."""
+    return [
+        f"{f.name}: {getattr(facts, f.name)} in conf/model, {getattr(found, f.name)} in config.json"
+        for f in fields(Architecture)
+        if getattr(facts, f.name) != getattr(found, f.name)
+    ]
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key}={value!r}: a model's config needs a positive whole number here.")
+    return value
+
+
+def _partial_rotary_factor(config: Mapping[str, Any]) -> float:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def _windows(config: Mapping[str, Any], family: _Family) -> tuple[int | None, ...]:
+    """Each layer's sliding window. One that is as wide as the context slides over nothing: None."""
+    layers = _size(config, "num_hidden_layers")
+    window = config.get("sliding_window")
+    by_switch = config.get("model_type") in ("qwen2", "qwen3")
+    if family.sliding is None or (by_switch and not config.get("use_sliding_window")):
+        window = None
+    if window is None or window >= _size(config, "max_position_embeddings"):
+        return (None,) * layers
+    if family.sliding == "all":
+        return (window,) * layers
+    if (kinds := config.get("layer_types")) is None:
+        every = family.window_every and config.get("sliding_window_pattern", family.window_every)
+        first = config.get("max_window_layers", 0) if by_switch else 0
+        kinds = [
+            "full_attention" if i < first or (every and (i + 1) % every == 0) else "sliding_attention"
+            for i in range(layers)
+        ]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,100 @@
+"""How much memory there is to plan for: GPUs, else host memory, else what one is told. No torch."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from pipeline.common.errors import ConfigError
+from pipeline.common.gpu import Gpu
+from pipeline.common.host import host_free_bytes
+from pipeline.memory.gpu_tools import backends, find_gpus
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory that a job can use. Bytes."""
+
+    name: str
+    gpus: tuple[Gpu, ...]  # () is the CPU
+    free_bytes: int
+    offload_bytes: int  # behind it: host memory behind a GPU, the disk behind host memory
+
+
+def find_device(offload_dir: str | None) -> Device:
+    """All GPUs together that a job would get, else this machine's memory.
+
+    Raises:
+        ConfigError: there is a GPU, and its memory cannot be read.
+    """
+    if gpus := visible_gpus():
+        return gpu_device(gpus, host_free_bytes())
+    folder = Path(offload_dir or ".").expanduser()
+    disk = shutil.disk_usage(folder if folder.is_dir() else ".").free
+    return Device("this machine's CPU", (), host_free_bytes(), disk)
+
+
+def gpu_device(gpus: tuple[Gpu, ...], behind_bytes: int) -> Device:
+    """These GPUs together. One whose free memory cannot be read counts with all that it has.
+
+    Raises:
+        ConfigError: neither can be read.
+    """
+    free_bytes, names = 0, []
+    for gpu in gpus:
+        size = gpu.total_bytes if gpu.free_bytes is None else gpu.free_bytes
+        if size is None:
+            raise ConfigError(
+                f"The memory of {gpu.name} cannot be read here. Say how much it has: memory=24GB."
+            )
+        free_bytes += size
+        names.append(gpu.name if gpu.free_bytes is not None else f"{gpu.name}, as if all of it were free,")
+    return Device(" + ".join(names), gpus, free_bytes, behind_bytes)
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that a job started here would get, described without torch and without opening one."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        version = ""
+    kinds = backends(version, sys.platform, platform.machine())
+    if kinds == ("mps",):  # its memory is the host's
+        return (Gpu("mps", "Apple GPU", psutil.virtual_memory().total, host_free_bytes()),)
+    return find_gpus(kinds, os.environ)
+
+
+def given_device(memory: str) -> Device:
+    """A GPU of so much memory, in front of this machine's host memory.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    size = parse_bytes(memory)
+    gpu = Gpu("cuda", f"a GPU of {memory}", total_bytes=size, free_bytes=size)
+    return Device(gpu.name, (gpu,), size, host_free_bytes())
+
+
+def parse_bytes(size: str) -> int:
+    """ "24GB" is 24 · 10⁹, "24GiB" and "24G" are 24 · 2³⁰.
+
+    Raises:
+        ConfigError: neither.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", size.strip())
+    units = {unit.lower(): value for unit, value in _UNITS.items()}
+    if not match or match[2].lower() not in units or float(match[1]) == 0:
+        raise ConfigError(f"memory={size}: not a size. Write it as 24GB or 24GiB.")
+    return int(float(match[1]) * units[match[2].lower()])

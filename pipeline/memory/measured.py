@@ -1,0 +1,205 @@
+"""Measured memory, in bytes. What cannot be measured is None and never 0."""
+
+import re
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.common.host import resident_bytes
+from pipeline.engine.accelerators import used_indices
+
+KINDS = ("embedding", "attention", "mlp", "norm", "head", "other", "buffers")
+SAMPLE_SEC = 0.05  # a peak shorter than this can be missed, where the kernel keeps none
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One GPU that this process uses, as it sees it."""
+
+    index: int
+    name: str
+    total_bytes: int
+    allocated_bytes: int  # in tensors
+    reserved_bytes: int  # held by torch's allocator, the allocated included
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    outside_bytes: int  # in use, but not by the allocator: other processes, and our own CUDA context
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The most memory held at once during a phase."""
+
+    host_bytes: int | None  # resident set
+    host_exact: bool  # kept by the kernel; else the largest sample
+    devices: list[DeviceMemory]
+
+
+def footprint_bytes(model: PreTrainedModel) -> int:
+    """`get_memory_footprint()`: every parameter and buffer as stored, without the quantization state."""
+    return int(model.get_memory_footprint())  # type: ignore[no-untyped-call]
+
+
+def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """What the footprint is made of: kind (one of KINDS) to stored dtype to bytes.
+
+    4-bit weights are stored as uint8, two in a byte. A head that is tied to the embedding counts there.
+    """
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        kind = _kind(path, module, head)
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[kind][_dtype(parameter)] += parameter.nbytes
+    for buffer in model.buffers():
+        found["buffers"][_dtype(buffer)] += buffer.nbytes
+    return {kind: dict(found[kind]) for kind in KINDS if kind in found}
+
+
+def quantization_state_bytes(model: PreTrainedModel) -> int:
+    """What bitsandbytes keeps beside its packed weights: scales, nested scales and code tables.
+
+    `get_memory_footprint()` leaves it out. Tensors that layers share count once.
+    """
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.nbytes
+        for module in model.modules()
+        for tensor in _quantization_tensors(module)
+    }
+    return sum(storages.values())
+
+
+def devices() -> list[DeviceMemory]:
+    """Every GPU that this process has had tensors on since its peaks were reset; empty without one."""
+    return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]
+
+
+def peak_resident_bytes() -> int | None:
+    """The kernel's own peak of the resident set, since the process began or it was reset; else None."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def reset_peaks() -> bool:
+    """Start all peaks anew; whether the host's could be."""
+    for module in (torch.cuda, torch.xpu):
+        if module.is_initialized():  # before, the peaks are 0, and it would raise
+            for index in range(module.device_count()):
+                module.reset_peak_memory_stats(index)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return peak_resident_bytes() is not None
+
+
+class PeakSampler:
+    """Measure the peaks of a phase: `with PeakSampler() as sampler: …; sampler.peaks()`.
+
+    The kernel's own peak is exact; where it cannot be reset, a thread samples the resident set.
+    Phases may follow each other but not overlap: a new one resets the peaks of all.
+    """
+
+    def __init__(self, sample_sec: float = SAMPLE_SEC) -> None:
+        self.sample_sec = sample_sec
+        self._exact = False
+        self._largest = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._final: Peaks | None = None
+
+    def __enter__(self) -> Self:
+        self._exact = reset_peaks()
+        if not self._exact:
+            self._largest = resident_bytes()
+            self._thread = threading.Thread(target=self._sample, name="peak-sampler", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._final = self.peaks()
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def peaks(self) -> Peaks:
+        """The peaks so far, or those of the whole phase once it has ended."""
+        if self._final is not None:
+            return self._final
+        self._largest = max(self._largest, resident_bytes())
+        return Peaks(peak_resident_bytes() if self._exact else self._largest, self._exact, devices())
+
+    def _sample(self) -> None:
+        while not self._done.wait(self.sample_sec):
+            self._largest = max(self._largest, resident_bytes())
+
+
+def _kind(path: str, module: nn.Module, head: nn.Module | None) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if module is head:
+        return "head"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    for part in reversed(path.lower().split(".")):
+        if "attn" in part or "attention" in part:
+            return "attention"
+        if any(word in part for word in ("mlp", "ffn", "feed_forward", "expert")):
+            return "mlp"
+    return "other"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _quantization_tensors(module: nn.Module) -> Iterator[Tensor]:
+    weight = getattr(module, "weight", None)
+    yield from _tensors_of(getattr(weight, "quant_state", None))
+    # The scales of 8-bit weights move from the weight to the layer's state at the first forward pass.
+    for holder in (weight, getattr(module, "state", None)):
+        if isinstance(scales := getattr(holder, "SCB", None), Tensor):
+            yield scales
+
+
+def _tensors_of(state: Any) -> Iterator[Tensor]:
+    """The tensors of a 4-bit quantization state, and of the nested state of its scales."""
+    if state is None:
+        return
+    for name in ("absmax", "code", "offset"):
+        if isinstance(tensor := getattr(state, name, None), Tensor):
+            yield tensor
+    yield from _tensors_of(getattr(state, "state2", None))
+
+
+def _device(module: Any, index: int) -> DeviceMemory:
+    """Of torch.cuda or torch.xpu. Asking for the free memory opens the GPU, which is in use already."""
+    free, total = module.mem_get_info(index)
+    reserved = module.memory_reserved(index)
+    return DeviceMemory(
+        index=index,
+        name=module.get_device_name(index),
+        total_bytes=total,
+        allocated_bytes=module.memory_allocated(index),
+        reserved_bytes=reserved,
+        peak_allocated_bytes=module.max_memory_allocated(index),
+        peak_reserved_bytes=module.max_memory_reserved(index),
+        outside_bytes=max(0, total - free - reserved),
+    )

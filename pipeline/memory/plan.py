@@ -1,0 +1,219 @@
+"""Predicted bytes of a model, from its architecture alone: no weights, no torch.
+
+Exact to the byte: the footprint (what `get_memory_footprint()` of the loaded model returns), the
+quantization state, and the KV cache of given rectangles. Estimates are in memory_peaks.py.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from pipeline.config.schema import settled_dtype
+from pipeline.engine.limits import CPU, Limits
+from pipeline.memory.architecture import Architecture
+
+BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
+STATE_BLOCK = 256  # scales that share a scale of their own in double quantization
+
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Quant:
+    """A quantization, in plain strings: the `quant=` config."""
+
+    name: str
+    method: str = "none"  # none, int8, nf4 or fp4
+    dtype: str = "auto"  # of what is not quantized; auto is the checkpoint's own
+    double_quant: bool = False
+    compute_dtype: str = "auto"  # of 4-bit products; auto is bfloat16
+    bf16: bool = True  # the device multiplies in bfloat16 itself; where not, auto is float16 for it
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the loaded model."""
+
+    name: str
+    part: str  # embedding, attention, mlp, norm, head or buffers
+    shape: tuple[int, ...]
+    quantizable: bool = False  # a linear layer that is not the output head
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The bytes of one part of the model in one stored dtype."""
+
+    part: str
+    dtype: str
+    parameters: int
+    bytes: int
+
+
+@cache
+def weights(arch: Architecture) -> tuple[Weight, ...]:
+    """Every parameter and buffer that the model registers, in the order of its layers.
+
+    Source: the modeling files of transformers 5. A head that is tied to the embedding is not held twice.
+    """
+    hidden = arch.hidden_size
+    found = [Weight("embed_tokens", "embedding", (arch.vocab_size, hidden))]
+    for layer in range(arch.num_hidden_layers):
+        found += _layer(arch, f"layers.{layer}.")
+    found.append(Weight("norm", "norm", (hidden,)))
+    if not arch.tie_word_embeddings:
+        found.append(Weight("lm_head", "head", (arch.vocab_size, hidden)))
+    for i in range(arch.rotary_sets):  # the frequencies in use, and the original ones
+        found += [Weight(f"rotary_emb.{i}.{name}", "buffers", (arch.rotary_dim // 2,)) for name in _ROTARY]
+    if arch.embed_scale:
+        found.append(Weight("embed_tokens.embed_scale", "buffers", ()))
+    return tuple(found)
+
+
+_ROTARY = ("inv_freq", "original_inv_freq")
+
+
+def _layer(arch: Architecture, prefix: str) -> list[Weight]:
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    queries = arch.num_attention_heads * arch.head_dim
+    keys = arch.num_key_value_heads * arch.head_dim
+    if arch.fused:
+        attention, mlp = {"qkv_proj": queries + 2 * keys}, {"gate_up_proj": 2 * inner}
+    else:
+        attention = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        mlp = {"gate_proj": inner, "up_proj": inner}
+    found: list[Weight] = []
+    for name, outputs in attention.items():
+        found += _linear(prefix + name, "attention", outputs, hidden, arch.qkv_bias)
+    found += _linear(prefix + "o_proj", "attention", hidden, queries, arch.output_bias)
+    for name, outputs in mlp.items():
+        found += _linear(prefix + name, "mlp", outputs, hidden, arch.mlp_bias)
+    found += _linear(prefix + "down_proj", "mlp", hidden, inner, arch.mlp_bias)
+    if arch.qk_norm:
+        found += [Weight(f"{prefix}{name}", "norm", (arch.head_dim,)) for name in ("q_norm", "k_norm")]
+    found += [Weight(f"{prefix}norm.{i}", "norm", (hidden,)) for i in range(arch.norms)]
+    return found
+
+
+def _linear(name: str, part: str, outputs: int, inputs: int, bias: bool) -> list[Weight]:
+    matrix = Weight(f"{name}.weight", part, (outputs, inputs), quantizable=True)
+    return [matrix, Weight(f"{name}.bias", part, (outputs,))] if bias else [matrix]
+
+
+def parameters(arch: Architecture) -> int:
+    """How many weights the model has; buffers are not weights."""
+    return sum(w.count for w in weights(arch) if w.part != "buffers")
+
+
+def plain_dtype(arch: Architecture, quant: Quant) -> str:
+    """The dtype of what is not quantized, of activations and of the KV cache."""
+    return settled_dtype(quant.dtype, arch.dtype, bf16=quant.bf16)
+
+
+def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
+    """The dtype and the bytes of one tensor. Rotary frequencies stay float32; 4-bit packs two in a byte."""
+    if weight.part == "buffers" and weight.shape:
+        return "float32", 4 * weight.count
+    if weight.quantizable and quant.method == "int8":
+        return "int8", weight.count
+    if weight.quantizable and quant.method in ("nf4", "fp4"):
+        return quant.method, (weight.count + 1) // 2
+    dtype = plain_dtype(arch, quant)
+    return dtype, ELEMENT_BYTES[dtype] * weight.count
+
+
+@cache
+def parts(arch: Architecture, quant: Quant) -> tuple[Part, ...]:
+    """The footprint by part and stored dtype, in the order of the model."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for weight in weights(arch):
+        dtype, size = stored(weight, arch, quant)
+        entry = sums.setdefault((weight.part, dtype), [0, 0])
+        entry[0] += weight.count
+        entry[1] += size
+    return tuple(Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items())
+
+
+def footprint_bytes(arch: Architecture, quant: Quant) -> int:
+    """What `get_memory_footprint()` of the loaded model returns: parameters and buffers."""
+    return sum(part.bytes for part in parts(arch, quant))
+
+
+@cache
+def quant_state_bytes(arch: Architecture, quant: Quant, *, repacked: bool = False) -> int:
+    """What bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
+
+    Args:
+        repacked: True for 4-bit on a CPU with AVX512-BF16, where the first product lays the weights out anew
+            and turns their scales into bfloat16, double quantization or not.
+    """
+    matrices = [w for w in weights(arch) if w.quantizable]
+    if quant.method == "int8":
+        return sum(4 * w.shape[0] for w in matrices)  # a float32 scale for each output
+    if quant.method in ("nf4", "fp4"):
+        return sum(_state_bytes_4bit(w.count, quant.double_quant, repacked) for w in matrices)
+    return 0
+
+
+def _state_bytes_4bit(count: int, double_quant: bool, repacked: bool) -> int:
+    code = 4 * 16  # the float32 values of the 16 codes
+    scales = math.ceil(count / BLOCK)
+    if repacked:
+        return code + 2 * scales
+    if not double_quant:
+        return code + 4 * scales
+    # Scales in 8 bits, with a float32 scale for each block of them, 256 codes and one offset.
+    return code + scales + 4 * math.ceil(scales / STATE_BLOCK) + 4 * 256 + 4
+
+
+def checkpoint_bytes(arch: Architecture) -> int:
+    """The tensors of the checkpoint's files."""
+    return ELEMENT_BYTES[arch.dtype] * parameters(arch)
+
+
+def kv_bytes_per_token(arch: Architecture, quant: Quant) -> dict[int | None, int]:
+    """Bytes of keys and values of one token, by kind of layer: its sliding window in tokens, None is full.
+
+    2 · H_kv · D · element bytes, times the layers of that kind.
+    """
+    layer = _kv_layer_bytes(arch, quant)
+    return {window: layer * arch.windows.count(window) for window in dict.fromkeys(arch.windows)}
+
+
+def kv_cache_bytes(
+    arch: Architecture,
+    quant: Quant,
+    rectangles: Iterable[tuple[int, int]],
+    *,
+    limits: Limits = CPU,
+    prefilling: bool = False,
+) -> int:
+    """The buffers of these rectangles, or of rows in pages.
+
+    A rectangle has allocated a chunk of columns beyond its longest row; a sliding layer keeps, of the
+    columns before these, only the window - 1 that the next token sees, once its prefill is over. Pages keep
+    all; a row's last one is counted as if it were empty.
+
+    Args:
+        rectangles: of each its rows, and the tokens of its longest row when it was made.
+        prefilling: sliding layers still hold every column.
+    """
+    layer = _kv_layer_bytes(arch, quant)
+    kinds = {window: arch.windows.count(window) for window in dict.fromkeys(arch.windows)}
+    total = 0
+    for rows, tokens in rectangles:
+        for window, layers in kinds.items():
+            whole = window is None or prefilling or not limits.cuts_windows
+            kept = tokens if whole or window is None else min(tokens, window - 1)
+            total += layer * layers * rows * (kept + limits.chunk)
+    return total
+
+
+def _kv_layer_bytes(arch: Architecture, quant: Quant) -> int:
+    """One token in one layer."""
+    return 2 * arch.num_key_value_heads * arch.head_dim * ELEMENT_BYTES[plain_dtype(arch, quant)]

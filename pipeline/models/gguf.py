@@ -1,0 +1,79 @@
+"""Turn a GGUF file into the folder of safetensors that every other part reads."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.common.errors import LoadError
+
+
+def convert(gguf: Path, folder: Path, dtype: str) -> bool:
+    """Dequantize the weights of `gguf`, and save them with its tokenizer and chat template in `folder`.
+
+    The folder appears whole or not at all, even when the process is killed.
+
+    Returns:
+        False if the folder already holds a model: then nothing is done.
+
+    Raises:
+        LoadError: the file or the folder cannot be used.
+    """
+    if (folder / "config.json").is_file():
+        return False
+    _check(gguf, folder)
+    half_made = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(half_made, ignore_errors=True)  # of a run that was killed
+    half_made.mkdir(parents=True)
+    try:
+        _save(gguf, half_made, dtype)
+        if folder.is_dir():  # empty, or _check had refused it
+            folder.rmdir()
+        half_made.rename(folder)
+    finally:
+        shutil.rmtree(half_made, ignore_errors=True)
+    return True
+
+
+def _check(gguf: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise LoadError("the gguf package is not installed. Run: pip install 'llm-job-pipeline[gguf]'")
+    if not gguf.is_file():
+        raise LoadError(f"{gguf}: no such file. Give the path of a .gguf file on this machine")
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise LoadError(f"{gguf}: not a GGUF file (it does not begin with GGUF). Download it again")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LoadError(
+            f"{folder}: there is something else already. Remove it, or choose another folder with --to"
+        )
+
+
+def _save(gguf: Path, folder: Path, dtype: str) -> None:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, dtype), **_dense()
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:
+        raise LoadError(
+            f"{gguf}: transformers cannot read it: {str(error).strip().splitlines()[0]} "
+            "Choose a GGUF of another architecture, or the model's own safetensors"
+        ) from error
+    # transformers takes a model from a GGUF for a quantized one, and refuses to save it or to
+    # quantize it again, though its weights are plain by now.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _dense() -> dict[str, Any]:
+    """Newer releases can leave the weights packed, and do so when they find a kernel for it."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}

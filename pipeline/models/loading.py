@@ -1,0 +1,237 @@
+"""Load a model and its tokenizer; every failure is a LoadError that says what to do next."""
+
+import gc
+import importlib
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers import logging as transformers_logging
+
+from pipeline.common import terminal
+from pipeline.common.errors import LoadError
+from pipeline.common.gpu import Gpu, have_bf16
+from pipeline.common.host import resident_bytes
+from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod, settled_dtype
+from pipeline.engine.accelerators import usable_gpus
+from pipeline.engine.cpu import load_kernels
+from pipeline.models.checkpoint import Checkpoint, locate, read_config
+from pipeline.models.checkpoint import find_model as find_model
+from pipeline.models.loading_checks import (
+    SMALLER,
+    check_architecture,
+    check_device,
+    check_format,
+    check_unused,
+    explained,
+    first_line,
+)
+from pipeline.models.stored_format import as_quant
+
+log = logging.getLogger(__name__)
+
+BF16 = Dtype.bfloat16.value
+
+
+@dataclass
+class Loaded:
+    model: PreTrainedModel | None  # None once released
+    tokenizer: Any
+    quant: QuantConfig  # with the dtypes that this device computes in
+    source: str  # a folder, or a name on the hub
+    revision: str | None  # the hub's commit; None for a folder
+    load_sec: float
+    bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
+
+
+def quiet_transformers() -> None:
+    """Send the libraries' warnings to the log, and keep their progress bars off the terminal."""
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").handlers.clear()  # its own writes to stderr
+    # bitsandbytes recommends an optional package, whose kernel it would fetch from the hub, and says
+    # at every single 8-bit product that bfloat16 becomes float16.
+    for name in ("backends.cpu.ops", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{name}").setLevel(logging.ERROR)
+
+
+def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        LoadError: it cannot be found or read.
+    """
+    quiet_transformers()
+    return _read_tokenizer(locate(model, models_dir, weights=False), model)
+
+
+def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
+    """The model, in eval mode on its device or devices, with its tokenizer.
+
+    Raises:
+        LoadError: it cannot be found, read, quantized or fitted in memory.
+    """
+    start = time.perf_counter()
+    quiet_transformers()
+    check_device(model.device_map)
+    checkpoint = locate(model, models_dir, weights=True)
+    check_architecture(checkpoint, model, quant)
+    stored = check_format(checkpoint, model, quant)
+    tokenizer = _read_tokenizer(checkpoint, model)
+    quant = as_quant(read_config(checkpoint), quant)
+    quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
+    _import_libraries(checkpoint, model, quant)
+    bare = resident_bytes()
+    network = _read_weights(checkpoint, model, quant, stored)
+    load_sec = time.perf_counter() - start
+    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, stored)
+
+
+def release(loaded: Loaded) -> None:
+    """Give the model's memory back. The caller must hold no other reference to the model."""
+    loaded.model = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        raise LoadError(
+            f"{checkpoint.source}: its tokenizer cannot be read: {first_line(error)} "
+            "The folder needs tokenizer.json, or the files that this tokenizer is made from"
+        ) from error
+
+
+def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
+    """What reading the weights would import, so that it does not count as theirs."""
+    importlib.import_module("accelerate")
+    if quant.method is not QuantMethod.none:
+        importlib.import_module("bitsandbytes")
+    if not torch.cuda.is_available():
+        load_kernels()
+    if not model.trust_remote_code:
+        kind = CONFIG_MAPPING[str(read_config(checkpoint)["model_type"])]
+        MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+
+
+def _read_weights(
+    checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig, stored: str | None
+) -> PreTrainedModel:
+    # A quantization_config that is given, even as None, takes the place of the checkpoint's own.
+    quantized = {} if stored else {"quantization_config": quantization(quant)}
+    try:
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
+            device_map=model.device_map,
+            max_memory=_max_memory(model.max_memory),
+            offload_folder=model.offload_dir,
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True if model.safetensors_only else None,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **quantized,
+        )
+    except Exception as error:
+        raise LoadError(explained(error, checkpoint, quant, stored)) from error
+    network, report = pair
+    # transformers fills weights that the files lack with random numbers, and only warns.
+    if missing := sorted(report["missing_keys"]):
+        raise LoadError(
+            f"{checkpoint.source}: its files lack {len(missing)} of the model's weights, as {missing[0]}. "
+            "config.json and the weights do not belong together: copy or download the folder again"
+        )
+    check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
+    if stored and not getattr(network, "is_quantized", True):
+        dtype = str(network.dtype).removeprefix("torch.")
+        terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
+    if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
+        raise LoadError(
+            f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory. "
+            f"{SMALLER}, or set model.offload_dir=DIR to keep the rest on disk (slow)"
+        )
+    network.eval()
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
+    """Decide what `auto` is on these GPUs, and say so where it is not bfloat16.
+
+    Args:
+        own: the checkpoint's dtype; None where its config does not name one, and `auto` stays.
+        gpus: () is the CPU.
+    """
+    bf16 = have_bf16(gpus)
+    compute = Dtype(settled_dtype(quant.compute_dtype.value, BF16, bf16=bf16))
+    dtype = Dtype(settled_dtype(quant.dtype.value, own or Dtype.auto.value, bf16=bf16))
+    settled = replace(quant, compute_dtype=compute, dtype=quant.dtype if dtype.value == own else dtype)
+    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
+    if settled.dtype is not quant.dtype or (four_bit and not bf16 and quant.compute_dtype is Dtype.auto):
+        _say_once(next(gpu.name for gpu in gpus if not gpu.bf16))
+    return settled
+
+
+@cache
+def _say_once(gpu: str) -> None:
+    line = f"{gpu} has no bfloat16 of its own: what is not quantized, and 4-bit products, are in float16."
+    log.info(line)
+    terminal.say(line, style="yellow")
+
+
+def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:
+    """The dtypes that a loaded model computes in: of what is not quantized, and of 4-bit products."""
+    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
+    return {
+        "plain": str(model.dtype).removeprefix("torch."),
+        "products_4bit": quant.compute_dtype.value if four_bit else None,
+    }
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str | None:
+    """As its config names it, for the whole or for the text part."""
+    config: dict[str, Any] = read_config(checkpoint)
+    values = {**(config.get("text_config") or {}), **config}
+    found = values.get("dtype") or values.get("torch_dtype")
+    return found and str(found)
+
+
+def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
+    """As transformers wants it; None for weights that stay as they are."""
+    if quant.method is QuantMethod.none:
+        return None
+    if quant.method is QuantMethod.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    # bitsandbytes' own default for the products is float32, whatever the weights are.
+    compute_dtype = getattr(torch, settled_dtype(quant.compute_dtype.value, BF16, bf16=True))
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.method.value,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _max_memory(limits: dict[str, str] | None) -> dict[int | str, str] | None:
+    """accelerate knows a GPU by its number; a YAML key is text."""
+    if limits is None:
+        return None
+    return {int(device) if device.isdigit() else device: limit for device, limit in limits.items()}

@@ -1,0 +1,158 @@
+"""What a checkpoint must be so that it can be loaded, and what to say where it is not. All raise LoadError."""
+
+import re
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from pipeline.common import terminal
+from pipeline.common.errors import LoadError
+from pipeline.config.schema import ModelConfig, QuantConfig, QuantMethod
+from pipeline.models.checkpoint import Checkpoint, read_config
+from pipeline.models.stored_format import checkpoint_format, label
+
+# Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
+_HARMLESS = re.compile(r"(inv_freq|masked_bias|\battn\.bias|attention\.bias|position_ids|[kv]_scale)$")
+SMALLER = "Try a smaller quantization (quant=nf4) or a smaller model"
+
+
+def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None:
+    """Refuse weights of the files that a layer or a stack of layers should have had, and name all others.
+
+    transformers has left out those that it knows a model to do without, and has only warned of the rest.
+    """
+    aside: set[str] = set()
+    for name in names:
+        owner, part = _owner(network, name)
+        if isinstance(owner, PreTrainedModel):  # a part of its own: another head, a vision tower
+            aside.add(part)
+        elif not _HARMLESS.search(name) and not _predicts_ahead(network, name):
+            raise LoadError(
+                f"{checkpoint.source}: its files have weights that the model does not use, as {name}. config.json "
+                "and the weights do not belong together, or this transformers does not read their format: "
+                "copy or download the folder again, or choose another copy of the model"
+            )
+    if aside:
+        terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
+
+
+def _owner(network: Any, name: str) -> tuple[Any, str]:
+    """The innermost module of the model that a weight's name leads to, and the first part that it lacks."""
+    owner, path = network, list[str]()
+    for part in name.split("."):
+        path.append(part)
+        child = getattr(owner, "_modules", {}).get(part)
+        if child is None:
+            break
+        owner = child
+    return owner, ".".join(path)
+
+
+def _predicts_ahead(network: Any, name: str) -> bool:
+    """Whether it is of a layer behind the last, for tokens further ahead."""
+    config = network.config.get_text_config()
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    extra = getattr(config, "num_nextn_predict_layers", None) or 0
+    return found is not None and 0 <= int(found[1]) - config.num_hidden_layers < extra
+
+
+def check_device(device_map: Any) -> None:
+    wanted = device_map.values() if isinstance(device_map, dict) else [device_map]
+    gpus = torch.cuda.device_count()
+    for device in wanted:
+        name = f"cuda:{device}" if isinstance(device, int) else str(device)
+        kind, _, index = name.partition(":")
+        if kind == "cuda" and int(index or 0) >= gpus:
+            have = f"this machine has {gpus} GPUs" if gpus else "no GPU can be used here"
+            raise LoadError(f"model.device_map wants {name}, but {have}. Use device_map=auto, or cpu")
+
+
+def check_architecture(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
+    config = read_config(checkpoint)
+    kind = config.get("model_type")
+    known = kind in CONFIG_MAPPING
+    if model.trust_remote_code and "auto_map" in config:
+        known = True
+    elif "auto_map" in config and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LoadError(
+            f"{checkpoint.source}: needs Python code that comes with the model. Read that code, and if you "
+            "trust it, set model.trust_remote_code=true"
+        )
+    elif known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model. Choose another model")
+    if not known:
+        raise LoadError(
+            f"{checkpoint.source}: this transformers does not know the architecture {kind!r}. "
+            "Upgrade it (pip install -U transformers), or choose another model"
+        )
+
+
+def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> str | None:
+    """The format that the weights are quantized in already; None for plain ones.
+
+    Raises:
+        LoadError: it cannot be read here, or is to be quantized again.
+    """
+    config: dict[str, Any] = read_config(checkpoint)
+    found = checkpoint_format(config)
+    if found is None:
+        return None
+    try:
+        quantizer = AutoHfQuantizer.from_config(config["quantization_config"], pre_quantized=True)
+        quantizer.validate_environment(device_map=model.device_map)
+    except Exception as error:
+        raise LoadError(_unreadable(error, checkpoint, found)) from error
+    if quant.method is not QuantMethod.none:
+        raise LoadError(
+            f"{checkpoint.source}: its weights are quantized already, {label(found)}. Use quant=none, or for "
+            f"quant={quant.method.value} the model's plain weights"
+        )
+    return found
+
+
+def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> str:
+    fix = "Install the package that this names, or choose" if isinstance(error, ImportError) else "Choose"
+    return (
+        f"{checkpoint.source}: its weights are quantized already, {label(found)}, and cannot be read here: "
+        f"{first_line(error)} {fix} a copy of the model with plain weights"
+    )
+
+
+def explained(error: Exception, checkpoint: Checkpoint, quant: QuantConfig, stored: str | None) -> str:
+    """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text.lower():
+        return f"{checkpoint.source}: not enough memory to load it. {SMALLER if not stored else 'Try a smaller model'}"
+    if stored:
+        return _unreadable(error, checkpoint, stored)
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"{checkpoint.source}: its weights have another shape than its config.json says. "
+            "They do not belong together: copy or download the folder again"
+        )
+    if "dispatched on the CPU or the disk" in text:
+        return (
+            f"{checkpoint.source}: quantized weights cannot spill from GPU to CPU, or from CPU to disk, and "
+            f"they exceed the free memory or model.max_memory. {SMALLER}, or quant=none, which may spill"
+        )
+    if quant.method is not QuantMethod.none and isinstance(error, NotImplementedError | ImportError):
+        return (
+            f"{checkpoint.source}: quantization {quant.method.value} is not available on this device: "
+            f"{first_line(error)} Use quant=none, or model.device_map=cpu"
+        )
+    if "attn_implementation" in text or "FlashAttention" in text:
+        return (
+            f"{checkpoint.source}: {first_line(error)} "
+            "Unset model.attn_implementation, or set it to sdpa or eager"
+        )
+    return (
+        f"{checkpoint.source}: transformers could not load it: {first_line(error)} The log has the traceback"
+    )
+
+
+def first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if line[-1] in ".!?" else line + "."

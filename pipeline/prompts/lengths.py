@@ -1,0 +1,160 @@
+"""How many tokens the rows of a prompt file have, counted without transformers; for memory plans."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.request import BadRow, PromptRow
+
+CHARACTERS_PER_TOKEN = 4  # English prose, most tokenizers
+TEMPLATE_TOKENS = 8  # a message's role and marks, where no template is at hand
+ASSUMED_PROMPT_TOKENS = 512
+ASSUMED_ROWS = 1024
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLengths:
+    """What a job's rows ask for.
+
+    `samples` has (prompt tokens, max_new_tokens) of each completion, the longest sum first.
+    """
+
+    counted_by: str
+    rows: int
+    bad_rows: int
+    too_long_rows: int  # longer than the model's context
+    samples: tuple[tuple[int, int], ...]
+    sampled: bool  # some row's temperature is above 0
+
+
+Counter = Callable[[Sequence[Messages]], list[int]]
+
+
+def assumed_lengths(max_new_tokens: int, context: int, sampled: bool) -> PromptLengths:
+    """Without a prompt file: many prompts of one length."""
+    prompt = min(ASSUMED_PROMPT_TOKENS, context)
+    samples = ((prompt, min(max_new_tokens, context - prompt)),) * ASSUMED_ROWS
+    text = f"no prompt file: prompts of {prompt} tokens are assumed"
+    return PromptLengths(text, 0, 0, 0, samples, sampled)
+
+
+def prompt_lengths(
+    rows: Iterable[PromptRow | BadRow], system: str | None, count: Counter, counted_by: str, context: int
+) -> PromptLengths:
+    """Count every row's prompt tokens, and how many more it may make."""
+    read = list(rows)
+    good = [row for row in read if isinstance(row, PromptRow)]
+    samples: list[tuple[int, int]] = []
+    too_long = 0
+    for row, prompt in zip(good, count([_messages(row, system) for row in good]), strict=True):
+        if prompt >= context:
+            too_long += 1
+            continue
+        samples += [(prompt, min(row.params.max_new_tokens, context - prompt))] * row.params.n
+    samples.sort(key=lambda sample: (sum(sample), sample), reverse=True)
+    sampled = any(not row.params.greedy for row in good)
+    return PromptLengths(counted_by, len(read), len(read) - len(good), too_long, tuple(samples), sampled)
+
+
+def by_characters(conversations: Sequence[Messages]) -> list[int]:
+    """An estimate for want of a tokenizer."""
+    return [
+        sum(len(m["content"]) // CHARACTERS_PER_TOKEN + 1 + TEMPLATE_TOKENS for m in messages)
+        for messages in conversations
+    ]
+
+
+def by_tokenizer(
+    folder: Path, template: str | None = None, template_kwargs: dict[str, Any] | None = None
+) -> Counter:
+    """Counts with the tokenizer.json of a model's folder, and its chat template.
+
+    A template that cannot be rendered, as Gemma's with a system message, costs TEMPLATE_TOKENS a message.
+
+    Args:
+        template: Jinja, or a file's path; None is the folder's own.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    render = _renderer(folder, template, template_kwargs or {})
+
+    def count(conversations: Sequence[Messages]) -> list[int]:
+        texts, extra = [], []
+        for messages in conversations:
+            text = render(messages)
+            texts.append("\n".join(m["content"] for m in messages) if text is None else text)
+            extra.append(TEMPLATE_TOKENS * len(messages) if text is None else 0)
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(e) + more for e, more in zip(encodings, extra, strict=True)]
+
+    return count
+
+
+def _messages(row: PromptRow, system: str | None) -> Messages:
+    """A prompt is a user's turn; the row's system text goes first, else the job's."""
+    messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
+    text = row.system if row.system is not None else system
+    if text is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _renderer(
+    folder: Path, template: str | None, template_kwargs: dict[str, Any]
+) -> Callable[[Messages], str | None]:
+    """Messages to text; None where there is no template, or it raises."""
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    source = _template_source(folder, template, tokenizer_config)
+    if source is None:
+        return lambda _: None
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda _: "01 Jan 2025"}
+    compiled = environment.from_string(source)
+    tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in tokenizer_config.items()
+              if k.endswith("_token")}  # fmt: skip
+    fixed = {"bos_token": "", "eos_token": ""} | tokens | {"add_generation_prompt": True} | template_kwargs
+
+    def render(messages: Messages) -> str | None:
+        try:
+            return compiled.render(messages=messages, **fixed)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return None
+
+    return render
+
+
+def _raise(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _template_source(folder: Path, template: str | None, tokenizer_config: dict[str, Any]) -> str | None:
+    if template is not None:
+        return template if "{" in template else Path(template).expanduser().read_text(encoding="utf-8")
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    own = tokenizer_config.get("chat_template")
+    if isinstance(own, list):  # several, by name
+        own = next((t["template"] for t in own if t.get("name") == "default"), None)
+    return own if isinstance(own, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

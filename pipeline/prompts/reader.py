@@ -1,0 +1,202 @@
+"""Prompt files: JSON Lines, streamed into prompt rows.
+
+A line is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; a line that cannot be run becomes
+a BadRow that says why, and the next line is read. Memory does not grow with the file, but for the ids
+that rows bring: an 8-byte hash each, about 80 bytes in Python (two different ids of a million are taken
+for the same with a chance of 3 in 10⁸). Generated ids cost a byte.
+"""
+
+import gzip
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from hashlib import blake2b
+from itertools import count, islice
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common.request import BadRow, GenerationParams, PromptRow
+from pipeline.prompts.row import BadLine, nearest, parse_line, pop_id, show, to_row
+
+MAX_LINE_BYTES = 16 * 1024**2
+_BOM = b"\xef\xbb\xbf"
+_GENERATED_ID = re.compile(r"row-(0|[1-9][0-9]{0,17})")
+
+
+def find_prompts(name: str, jobs_dir: Path) -> str:
+    """The prompt file that `name` means: a path, a name in `jobs_dir`, or - for standard input.
+
+    Raises:
+        PromptError: there is none; the message names the nearest one.
+    """
+    if name == "-":
+        return name
+    tried = [Path(name), *(jobs_dir / f"{name}{suffix}" for suffix in ("", ".jsonl", ".jsonl.gz"))]
+    for path in tried:
+        if _is_readable(path):
+            return str(path)
+    with suppress(OSError):
+        if Path(name).is_dir():
+            raise PromptError(f"prompts={name}: is a folder. Name one file in it.")
+    near = nearest(name, [*_names(jobs_dir), *_names(Path(name).parent)])
+    raise PromptError(
+        f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}.{near} "
+        "Pass a path, a name of that folder, or - for standard input."
+    )
+
+
+def read_prompts(
+    path: str | Path,
+    params: GenerationParams,
+    *,
+    prompt_field: str = "prompt",
+    limit: int | None = None,
+    shard: str | None = None,
+) -> Iterator[PromptRow | BadRow]:
+    """One row for each line that is not blank, in the file's order, read as they are asked for.
+
+    Args:
+        path: a .jsonl or .jsonl.gz file, or - for standard input.
+        params: the job's; a row's own overrides are laid over them.
+        limit: only the file's first rows.
+        shard: "1/4" keeps the rows whose index % 4 is 1; ids and indices stay those of the whole file.
+
+    Raises:
+        ConfigError: `limit` or `shard` makes no sense.
+        PromptError: (while reading) the file cannot be read, or holds no rows.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: must be at least 1, or null for all rows.")
+    part, parts = (0, 1) if shard is None else parse_shard(shard)
+    rows = islice(_rows(str(path), params, prompt_field), limit)
+    return (row for row in rows if row.index % parts == part)
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """ "1/4" as (1, 4).
+
+    Raises:
+        ConfigError: not of this form, or not one of the shards.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ConfigError(f"shard={shard}: must be I/N with I from 0 to N-1, as 0/4, 1/4, 2/4, 3/4.")
+    return int(match[1]), int(match[2])
+
+
+def _rows(path: str, params: GenerationParams, prompt_field: str) -> Iterator[PromptRow | BadRow]:
+    name = "<stdin>" if path == "-" else path
+    ids = _Ids()
+    index = number = 0
+    try:
+        for number, line in _lines(path):
+            if isinstance(line, BadLine) or line.strip():
+                yield _row(line, index, f"{name}:{number}", ids, params, prompt_field)
+                index += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if index == 0:
+            raise PromptError(f"{name}: not a whole gzip file ({error}). Copy it again.") from error
+        torn = BadLine(f"the gzip data breaks off here ({error}); later rows are lost. Copy the file again.")
+        yield _row(torn, index, f"{name}:{number + 1}", ids, params, prompt_field)
+    except OSError as error:
+        raise PromptError(f"{name}: cannot be read ({error.strerror or error}). Check the path.") from error
+    if index == 0:
+        raise PromptError(f'{name}: holds no rows. Write one JSON object a line, as {{"prompt": "Hello"}}.')
+
+
+def _row(
+    line: bytes | BadLine, index: int, source: str, ids: "_Ids", params: GenerationParams, prompt_field: str
+) -> PromptRow | BadRow:
+    row_id = None
+    try:
+        if isinstance(line, BadLine):
+            raise line
+        fields = parse_line(line)
+        row_id = ids.take(pop_id(fields), index)
+        return to_row(fields, index, row_id, source, params, prompt_field)
+    except BadLine as bad:
+        return BadRow(index, row_id or ids.make(index), source, f"{source}: {bad}")
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes | BadLine]]:
+    """Line numbers from 1, and the lines."""
+    with _open(path) as stream:
+        for number in count(1):
+            line = _read_line(stream)
+            if line == b"":
+                return
+            yield number, line.removeprefix(_BOM) if number == 1 and isinstance(line, bytes) else line
+
+
+def _open(path: str) -> AbstractContextManager[BinaryIO]:
+    if path == "-":
+        return nullcontext(sys.stdin.buffer)
+    if path.endswith(".gz"):
+        return cast(AbstractContextManager[BinaryIO], gzip.open(path, "rb"))
+    return Path(path).open("rb")
+
+
+def _read_line(stream: BinaryIO) -> bytes | BadLine:
+    """The next line, b"" at the end. Of a line that is too long, no more than the limit is ever held."""
+    line = stream.readline(MAX_LINE_BYTES + 1)
+    if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+        return line
+    size = len(line)
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(1024**2)
+        size += len(line)
+    return BadLine(f"the line is {size} bytes long; the limit is {MAX_LINE_BYTES}. Split or shorten it.")
+
+
+class _Ids:
+    """Gives every row an id of its own. What it remembers, and what that costs: see the module."""
+
+    def __init__(self) -> None:
+        self._given: set[int] = set()  # hashes
+        self._made = bytearray()  # [row index] 1 where the id is row-<index>
+
+    def take(self, own: str | None, index: int) -> str:
+        """The row's own id, or a generated one if it brings none."""
+        if own is None:
+            return self.make(index)
+        if _hash(own) in self._given or self._was_made(own):
+            raise BadLine(f"repeats the id {show(own)} of an earlier row. Give each row an id of its own.")
+        self._given.add(_hash(own))
+        return own
+
+    def make(self, index: int) -> str:
+        """row-<index>, or where an earlier row brought that as its own id, row-<index>-2 and so on."""
+        plain = f"row-{index}"
+        if _hash(plain) not in self._given:
+            self._made.extend(bytes(index + 1 - len(self._made)))
+            self._made[index] = 1
+            return plain
+        free = next(name for n in count(2) if _hash(name := f"{plain}-{n}") not in self._given)
+        self._given.add(_hash(free))
+        return free
+
+    def _was_made(self, own: str) -> bool:
+        match = _GENERATED_ID.fullmatch(own)
+        return match is not None and int(match[1]) < len(self._made) and bool(self._made[int(match[1])])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _is_readable(path: Path) -> bool:
+    """A file, or a pipe, as of a shell's <(…); no folder."""
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.glob("*.jsonl*"))
+    except (OSError, ValueError):
+        return []

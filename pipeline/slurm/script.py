@@ -1,0 +1,128 @@
+"""The batch script of a submission: an array, each task of which runs one cell."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from pipeline.config.schema import SubmitConfig
+from pipeline.job.counts import EVENTS
+
+BODY = r"""
+# Each line of cells.txt is a cell: its folder, then its overrides. This task's is number {offset} + its index.
+task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+line=$(sed -n "$(({offset} + SLURM_ARRAY_TASK_ID + 1))p" {cells})
+eval "cell=($line)"
+folder=${{cell[0]}}
+
+note() {{ # note EVENT JSON: one line more in the cell's {events}
+    mkdir -p "$folder"
+    printf '{{"event": "%s", "time": %(%s)T, "job": "%s", %s}}\n' "$1" -1 "$task" "$2" >>"$folder/{events}"
+}}
+
+# Slurm warns before the time limit (USR1, to this shell alone), and at a preemption or requeue (TERM). The
+# job is told, finishes its step, writes what is done, and ends with status 75: run me again.
+run= signalled=
+tell() {{ signalled=1; [ -z "$run" ] || kill -USR1 "$run" 2>/dev/null; }}
+trap tell USR1 USR2 TERM
+
+again() {{ # back into the queue; not if Slurm is ending this task already, to requeue it or because it is cancelled
+    note ended '"status": 75'
+    if [ "$(squeue --noheader --jobs="$task" --format=%T)" = RUNNING ]; then
+        scontrol requeue "$task"
+    fi
+    exit 75
+}}
+
+rows=$(cat "$folder/outputs.jsonl" 2>/dev/null | wc -l)
+note started "\"node\": \"${{SLURMD_NODENAME:-$HOSTNAME}}\", \"restarts\": ${{SLURM_RESTART_COUNT:-0}}, \"rows\": $rows"
+
+{setup}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}} # no more threads than the task has cores
+
+[ -z "$signalled" ] || again
+{python} -m pipeline "${{cell[@]:1}}" &
+run=$!
+# A signal ends `wait` early: then wait again, for the job's own status.
+while wait "$run"; status=$?; [ -n "$signalled" ]; do signalled=; stopped=1; done
+
+case $status in
+75) again ;;
+138 | 140 | 143) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
+esac
+note ended "\"status\": $status"
+trap - USR1 USR2 TERM
+[ "$status" -le 128 ] || kill -s "$((status - 128))" $$ # killed: then Slurm is to know by which signal
+exit "$status"
+"""
+
+
+def batch_script(
+    config: SubmitConfig, folder: Path, working_folder: Path, *, offset: int, count: int, width: int | None
+) -> str:
+    """The script of one array.
+
+    Args:
+        folder: of the submission, with cells.txt; the logs go there too. Absolute.
+        working_folder: where relative paths of the overrides start. Absolute.
+        offset: of the array's first cell in cells.txt.
+        count: cells of this array.
+        width: how many of them may run at once.
+    """
+    array = f"0-{count - 1}" + (f"%{width}" if width else "")
+    head = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in _options(config, folder, working_folder, array)),
+    ]
+    body = BODY.format(
+        offset=offset,
+        cells=shlex.quote(str(folder / "cells.txt")),
+        events=EVENTS,
+        setup="\n".join(_setup(config)),
+        python=shlex.quote(config.python or sys.executable),
+    )
+    return "\n".join(head) + "\n" + body
+
+
+def cell_line(folder: Path, overrides: list[str]) -> str:
+    """A cell as one line of bash words."""
+    return " ".join(_bash_word(word) for word in [str(folder), *overrides])
+
+
+def _options(config: SubmitConfig, folder: Path, working_folder: Path, array: str) -> list[str]:
+    gpu = f"gpu:{config.gpu_type}:{config.gpus}" if config.gpu_type else f"gpu:{config.gpus}"
+    named = {
+        "job-name": "pipeline",
+        "array": array,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "time": config.time_min,
+        "cpus-per-task": config.cpus,
+        "mem": config.memory,
+        "gres": gpu if config.gpus else None,
+        "signal": f"B:USR1@{config.signal_sec}",
+        "chdir": _header_value(working_folder),
+        "output": _header_value(folder / "%A_%a.log"),
+        "open-mode": "append",
+    }
+    return [*(f"--{k}={v}" for k, v in named.items() if v is not None), "--requeue", *config.options]
+
+
+def _header_value(path: Path) -> str:
+    """sbatch reads its header with quotes, but without any escape."""
+    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
+
+
+def _setup(config: SubmitConfig) -> list[str]:
+    lines = [f"export {name}={_bash_word(value)}" for name, value in config.environment.items()]
+    if config.offline:
+        lines.append("export HF_HUB_OFFLINE=1 # everything was fetched when this was submitted")
+    return [*lines, *config.setup]
+
+
+def _bash_word(word: str) -> str:
+    if not re.search(r"[\n\r]", word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"$'{escaped}'"

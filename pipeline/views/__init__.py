@@ -1,0 +1,1 @@
+"""Look at a model, its text and the machine, and change nothing."""

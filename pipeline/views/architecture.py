@@ -1,0 +1,254 @@
+"""The module tree of a model as it will be loaded, from its config alone: no weight is read or made.
+
+transformers builds the model on torch's meta device, and its quantizer puts bitsandbytes' layers in, as
+`from_pretrained` would. Bytes are those of the stored tensors.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from pipeline.common.errors import ConfigError, LoadError
+from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod
+from pipeline.memory.architecture import Architecture, architecture
+from pipeline.memory.plan import Quant, footprint_bytes, quant_state_bytes
+from pipeline.models.checkpoint import find_model, locate
+from pipeline.models.loading import quantization, quiet_transformers
+from pipeline.models.stored_format import checkpoint_format, label
+
+_SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A module, or `count` neighbours that are the same; parameters and bytes are those of all of them."""
+
+    name: str  # "layers.0-31" where folded
+    kind: str  # the class
+    shape: str  # "4096 → 14336" of a linear layer, the weight's "576" of a norm, else ""
+    count: int
+    parameters: int
+    dtype: str  # as stored; "bfloat16 + nf4" of a module that holds both
+    bytes: int
+    note: str
+    children: list["Node"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitectureView:
+    """Bytes are `get_memory_footprint()` of the loaded model; `predicted_bytes` is the memory plan's figure."""
+
+    model: str
+    source: str  # of the config
+    quant: str
+    tree: Node
+    parameters: int
+    bytes: int
+    predicted_bytes: int | None  # None where the memory plan does not know the architecture
+    quant_state_bytes: int | None  # beside the footprint
+    windows: list[int | None]  # by layer: how many tokens it sees; None is all
+
+
+def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -> ArchitectureView:
+    """The whole tree; `pruned` and `matching` make it smaller.
+
+    Raises:
+        ConfigError: transformers does not know the architecture.
+        LoadError: there is no config to be had.
+    """
+    quiet_transformers()
+    config, source = model_config(model, models_dir)
+    if (stored := checkpoint_format(config.to_dict())) is not None:
+        raise ConfigError(
+            f"{source}: the weights are quantized already, {label(stored)}. What they take is known once they are "
+            "loaded: read stats.json"
+        )
+    network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
+    tree = _tree("", network, str(quant.method.value), set())
+    arch, plan_quant = _known(config), _plan_quant(quant)
+    return ArchitectureView(
+        model=model.name,
+        source=source,
+        quant=plan_quant.name,
+        tree=tree,
+        parameters=tree.parameters,
+        bytes=tree.bytes,
+        predicted_bytes=footprint_bytes(arch, plan_quant) if arch else None,
+        quant_state_bytes=quant_state_bytes(arch, plan_quant) if arch else None,
+        windows=list(arch.windows) if arch else [],
+    )
+
+
+def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig, str]:
+    """From a config.json on this machine, else the facts in conf/model, else the hub; and which it was."""
+    folder = find_model(model.name, models_dir)
+    if not Path(folder).is_dir():
+        folder = _cached_folder(model) or folder
+    facts = model.architecture
+    if not Path(folder).is_dir() and facts and facts.get("of") == model.name:
+        values = {key: value for key, value in facts.items() if key not in ("of", "model_type")}
+        try:
+            return CONFIG_MAPPING[str(facts["model_type"])](**values), "conf/model"
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"model.architecture: not a config of transformers ({error}).") from error
+    if not Path(folder).is_dir():
+        folder = str(locate(model, models_dir, weights=False).folder)
+    path = Path(folder) / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise LoadError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise LoadError(
+            f"{path}: num_hidden_layers={layers!r}. A model's config needs a positive whole number here"
+        )
+    return config, str(path)
+
+
+def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
+    """The model with tensors that have a shape and a dtype but no memory."""
+    own = getattr(config, "dtype", None) or torch.float32
+    dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"{config.model_type}: not a causal language model of this transformers "
+            f"({str(error).splitlines()[0][:200]})"
+        ) from error
+    if (settings := quantization(quant)) is not None:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+        quantizer.preprocess_model(network, device_map=None)
+        _cast_biases(network, dtype)
+    return network
+
+
+def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:
+    """The biases of bitsandbytes' layers are float32 until they are loaded, in the model's dtype."""
+    for module in network.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def pruned(node: Node, depth: int) -> Node:
+    """The tree to this depth; 0 is the model alone."""
+    return replace(node, children=[pruned(child, depth - 1) for child in node.children] if depth > 0 else [])
+
+
+def matching(node: Node, pattern: str) -> Node | None:
+    """The modules whose name or class matches, with all that they lie in; None if there are none.
+
+    Raises:
+        ConfigError: not a regular expression.
+    """
+    try:
+        found = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise ConfigError(
+            f"filter={pattern}: not a regular expression ({error}). As filter=q_proj."
+        ) from error
+    if found.search(node.name) or found.search(node.kind):
+        return node
+    kept = [child for child in (matching(child, pattern) for child in node.children) if child is not None]
+    return replace(node, children=kept) if kept else None
+
+
+def _tree(name: str, module: nn.Module, method: str, seen: set[int]) -> Node:
+    children = _folded([_tree(n, child, method, seen) for n, child in module.named_children()])
+    parameters, size, dtypes, note = 0, 0, list[str](), ""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        is_buffer = not isinstance(tensor, nn.Parameter)
+        if id(tensor) in seen:
+            note = "the embedding's weight"
+            continue
+        seen.add(id(tensor))
+        dtype, held = stored(tensor, method)
+        dtypes.append(dtype)
+        parameters += 0 if is_buffer else tensor.numel()
+        size += held
+    for child in children:
+        parameters, size = parameters + child.parameters, size + child.bytes
+        dtypes += child.dtype.split(" + ") if child.dtype else []
+    dtype = " + ".join(sorted(set(dtypes)))
+    return Node(name, type(module).__name__, _shape(module), 1, parameters, dtype, size, note, children)
+
+
+def stored(tensor: Tensor, method: str) -> tuple[str, int]:
+    """The dtype and the bytes of a tensor once it is loaded: bitsandbytes' weights are packed only then."""
+    kind = type(tensor).__name__
+    if kind == "Params4bit":
+        return method, (tensor.numel() + 1) // 2
+    if kind == "Int8Params":
+        return "int8", tensor.numel()
+    return str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+
+
+def _folded(children: list[Node]) -> list[Node]:
+    """Neighbours that differ in nothing but their name, as one."""
+    kept: list[list[Node]] = []
+    for child in children:
+        if kept and child.name.isdigit() and replace(child, name=kept[-1][0].name) == kept[-1][0]:
+            kept[-1].append(child)
+        else:
+            kept.append([child])
+    return [
+        group[0]
+        if len(group) == 1
+        else replace(
+            group[0],
+            name=f"{group[0].name}-{group[-1].name}",
+            count=len(group),
+            parameters=len(group) * group[0].parameters,
+            bytes=len(group) * group[0].bytes,
+        )
+        for group in kept
+    ]
+
+
+def _shape(module: nn.Module) -> str:
+    """What goes in and what comes out; the weight's shape of other modules that have one."""
+    sizes = [getattr(module, name, None) for name in _SHAPES]
+    pair = sizes[:2] if None not in sizes[:2] else sizes[2:]
+    if None not in pair:
+        return f"{pair[0]} → {pair[1]}" + (" + bias" if getattr(module, "bias", None) is not None else "")
+    weight = getattr(module, "weight", None)
+    return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
+
+
+def _known(config: PreTrainedConfig) -> Architecture | None:
+    """For the memory plan, which knows fewer architectures than transformers."""
+    values = config.to_dict()
+    try:
+        return architecture({**values, "dtype": str(values.get("dtype") or "float32").removeprefix("torch.")})
+    except (ConfigError, KeyError, TypeError):
+        return None
+
+
+def _plan_quant(quant: QuantConfig) -> Quant:
+    method, dtype = quant.method.value, quant.dtype.value
+    label = method if quant.method is not QuantMethod.none else "none" if dtype == "auto" else dtype
+    if quant.double_quant:
+        label += ", double quantization"
+    return Quant(label, method, dtype, quant.double_quant, quant.compute_dtype.value)
+
+
+def _cached_folder(model: ModelConfig) -> str | None:
+    try:
+        path = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return str(Path(path).parent) if isinstance(path, str) else None

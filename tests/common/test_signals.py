@@ -1,0 +1,202 @@
+"""What asks a job to stop, or stops it: signals, a full disk, no progress, a killed cell of a sweep."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from job_helper import ROOT, JobServer, arguments, command, environment, outputs, texts, write_rows
+
+from pipeline.common.signals import Interrupt, Stopped
+from pipeline.config.compose import job_folder
+from pipeline.job.folder import ROWS
+from pipeline.job.watchdog import STALLED
+
+RESUME_ME = 75
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = JobServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def job(tiny_dir, tmp_path):
+    """A job of some seconds; `job(folder, *more)`."""
+    rows = [{"id": f"r{i}", "prompt": f"Tell joke number {i}."} for i in range(120)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+
+    def build(name="outputs", *more):
+        settings = ["generation.max_new_tokens=32", "engine.max_rows=4", *more]
+        return arguments(tiny_dir, prompts, tmp_path / name, *settings)
+
+    return build
+
+
+def wait_for(condition, limit_sec=180):
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit_sec
+        time.sleep(0.01)
+
+
+def has_rows(overrides):
+    path = job_folder(overrides) / ROWS
+    return lambda: path.exists() and path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_the_step_writes_what_is_done_and_asks_to_be_resumed(server, job, name):
+    pid = server.start(job())
+    wait_for(has_rows(job()))
+    os.kill(pid, getattr(signal, name))
+    assert server.wait() == RESUME_ME
+    done = len(texts(job()))
+    assert 0 < done < 120
+    assert (job_folder(job()) / "stats.json").exists()
+    server.start(job())
+    assert server.wait() == 0
+    assert len(texts(job())) == 120
+    server.start(job("quiet"))
+    assert server.wait() == 0
+    assert texts(job()) == texts(job("quiet"))
+
+
+def test_a_signal_at_any_moment_of_a_start_asks_to_be_resumed(job):
+    """A real start, imports and all: nothing is written yet, so it stops at once."""
+    for delay_sec in (0.4, 0.8, 1.3, 1.9):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *job()],
+            stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        )  # fmt: skip
+        time.sleep(delay_sec)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert "Traceback" not in said, said
+        assert process.returncode in (RESUME_ME, -signal.SIGTERM), said
+        if delay_sec > 0.8:
+            assert process.returncode == RESUME_ME
+
+
+def test_a_signal_stops_at_once_until_there_is_work_to_finish():
+    with Interrupt() as interrupt:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGUSR1)
+        interrupt.hold()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    code = (
+        "import os, signal, time\n"
+        "from pipeline.common.signals import Interrupt\n"
+        "with Interrupt() as i:\n"
+        "    i.hold()\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment(), timeout=20)
+    assert done.stdout == b"noted\n"
+    assert done.returncode == -signal.SIGINT
+
+
+def test_no_progress_ends_the_job_with_its_own_status_and_says_where_it_stood(job):
+    code = (
+        "import sys, time\n"
+        "import pipeline.job.generate as g\n"
+        "from pipeline.__main__ import main\n"
+        "write = g.completion_row\n"
+        "def hang(*a):\n"
+        "    g.completion_row = lambda *a: time.sleep(60)\n"
+        "    return write(*a)\n"
+        "g.completion_row = hang\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *job("outputs", "watchdog_sec=1")],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == STALLED
+    assert "No progress for 1 s after step" in done.stderr
+    log = (job_folder(job("outputs", "watchdog_sec=1")) / "pipeline.log").read_text()
+    assert "in _write" in log  # the thread that hangs, and where
+    assert len(texts(job())) == 1
+
+
+def test_a_process_that_is_suspended_has_not_stalled(server, job):
+    slow = job("outputs", "watchdog_sec=1")
+    pid = server.start(slow)
+    wait_for(has_rows(slow))
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(pid, signal.SIGCONT)
+    assert server.wait() == 0
+
+
+def test_a_job_on_a_full_disk_says_so_and_goes_on_when_there_is_room(server, job, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", small], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        full = command(job("small"))
+        assert full.returncode == 3
+        assert "No space left on device" in full.stderr
+        assert "Traceback" not in full.stderr
+        assert 0 < len(texts(job("small"))) < 120
+        again = command(job("small"))  # still no room
+        assert again.returncode == 3
+        assert "Traceback" not in again.stderr
+        subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
+        server.start(job("small"))
+        assert server.wait() == 0
+        server.start(job("quiet"))
+        assert server.wait() == 0
+        assert texts(job("small")) == texts(job("quiet"))
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_a_killed_cell_is_a_failed_cell_with_its_reason_and_the_others_go_on(tiny_dir, tmp_path, job):
+    cells = job("sweep", "generation.seed=1,2,3")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "-m", *cells],
+        stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    first, second, third = (job("sweep", f"generation.seed={seed}") for seed in (1, 2, 3))
+    wait_for(has_rows(second))
+    finished = (job_folder(first) / ROWS).read_bytes()
+    os.kill(pid_of_child(process.pid), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "killed (SIGKILL)" in said
+    assert (job_folder(first) / ROWS).read_bytes() == finished
+    assert len(outputs(first)) == len(outputs(third)) == 120
+    assert len(outputs(second)) < 120
+
+
+def test_a_sweep_hands_a_signal_on_and_stops(job):
+    cells = job("sweep", "generation.seed=1,2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "-m", *cells],
+        stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    first = job("sweep", "generation.seed=1")
+    wait_for(has_rows(first))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == RESUME_ME, said
+    assert 0 < len(texts(first)) < 120
+    assert not (job_folder(job("sweep", "generation.seed=2")) / ROWS).exists()
+
+
+def pid_of_child(parent):
+    return psutil.Process(parent).children()[0].pid

@@ -1,0 +1,99 @@
+"""Kill a job at any moment, run the same command again: every row once, the texts those of a quiet run."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from job_helper import JobServer, arguments, texts, write_rows
+
+from pipeline.config.compose import job_folder
+from pipeline.job.folder import MANIFEST, ROWS
+
+KILLS = 24
+ROWS_OF_JOB = 200
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = JobServer()
+    yield server
+    server.close()
+
+
+def prompt_rows():
+    """Texts of many lengths; some rows with samples, some that fail."""
+    rows = [{"id": f"r{i}", "prompt": "word " * (i % 23) + f"number {i}"} for i in range(ROWS_OF_JOB)]
+    for i, row in enumerate(rows):
+        row["generation"] = {"max_new_tokens": 4 + 3 * (i % 11)}
+    rows[7]["generation"] = rows[60]["generation"] = {"n": 3}
+    rows[11]["prompt"] = "x " * 2000
+    rows[150]["messages"] = "both forms"
+    return rows
+
+
+@pytest.mark.parametrize("generation", ["greedy", "sample"])
+def test_no_kill_loses_repeats_or_changes_a_row(server, tiny_dir, tmp_path, generation):
+    prompts = write_rows(tmp_path / "prompts.jsonl", prompt_rows())
+    settings = [f"generation={generation}", "generation.max_new_tokens=24", "engine.max_rows=8"]
+    quiet = arguments(tiny_dir, prompts, tmp_path / "quiet", *settings)
+    disturbed = arguments(tiny_dir, prompts, tmp_path / "disturbed", *settings)
+    started = time.monotonic()
+    server.start(quiet)
+    first_row_sec = wait_for_rows(job_folder(quiet) / ROWS, started)
+    assert server.wait() == 1  # two rows fail
+
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}, first row after {first_row_sec:.2f} s")
+    moments = kill_again_and_again(server, disturbed, first_row_sec, random.Random(seed))
+    print(moments)
+    assert sum(moments.values()) >= KILLS
+    assert moments["before the model was loaded"] >= 1
+    assert moments["after rows were written"] >= KILLS // 3
+    server.start(disturbed)
+    assert server.wait() == 1
+    assert texts(disturbed) == texts(quiet)
+    assert len(texts(quiet)) == ROWS_OF_JOB + 2 * 2
+    server.start(disturbed)
+    assert server.wait() == 1
+    assert texts(disturbed) == texts(quiet)
+
+
+def wait_for_rows(path, started):
+    """Seconds until the job has written something."""
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() - started < 60
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+def kill_again_and_again(server, overrides, first_row_sec, chance):
+    """Start the job and kill it, KILLS times: after a random time, or sooner once it has written some rows."""
+    moments = {"before the model was loaded": 0, "before the first row": 0, "after rows were written": 0}
+    rows, manifest = job_folder(overrides) / ROWS, job_folder(overrides) / MANIFEST
+    for number in range(KILLS):
+        size, changed = size_of(rows), changed_at(manifest)
+        quota = size + chance.randrange(1, 1500)  # bytes; so the job is not done before the last kill
+        latest_sec = chance.uniform(0, first_row_sec) if number % 3 else 60.0
+        started = time.monotonic()
+        pid = server.start(overrides)
+        while time.monotonic() - started < latest_sec and size_of(rows) < quota:
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        if size_of(rows) > size:
+            moments["after rows were written"] += 1
+        elif changed_at(manifest) != changed:
+            moments["before the first row"] += 1
+        else:
+            moments["before the model was loaded"] += 1
+    return moments
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def changed_at(path):
+    return path.stat().st_mtime_ns if path.exists() else None

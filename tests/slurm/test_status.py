@@ -1,0 +1,187 @@
+"""The state of jobs and cells, told from their own files. With a Slurm: tests/test_slurm.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from job_helper import note_todo
+
+from pipeline.commands.status import duration, exit_status
+from pipeline.job import counts as standing
+from pipeline.job.counts import append_event, read_events, read_standing
+from pipeline.slurm.client import expand, read_records
+from pipeline.slurm.state import cell_states, find_folders
+
+GOOD = {"completion": "x", "error": None, "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "key": "k"}
+BAD = {"completion": None, "error": "p.jsonl:2: no prompt", "usage": None, "key": "k"}
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+
+
+def write_job(folder: Path, rows: list[dict[str, Any]], total: int | None = None, **noted: int) -> Path:
+    """A folder with rows, and where a total is given the note of a job that wrote `done` of them, or all."""
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows)
+    (folder / "stats.json").write_text(json.dumps({"tokens_per_sec": 7.5, "run_sec": 2}))
+    if total is not None:
+        done = noted.pop("done", len(rows))
+        (folder / "outputs.jsonl").write_text("".join(text.splitlines(keepends=True)[:done]))
+        note_todo(folder, [1] * total, done, **noted)
+    (folder / "outputs.jsonl").write_text(text)
+    return folder
+
+
+def state(folder: Path) -> tuple[str, str]:
+    (found,) = cell_states([folder])
+    return found.kind, found.text
+
+
+def test_a_finished_job_is_complete_and_says_how_many_rows_failed(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD, BAD], 2, errors=1)
+    assert state(job) == ("complete", "complete, 1 failed rows")
+    assert read_standing(job).tokens_per_sec == 7.5
+
+
+def test_rows_written_after_the_note_are_counted(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD, BAD, GOOD], 9, done=1)
+    found = read_standing(job)
+    assert (found.done, found.errors, found.total, found.complete) == (3, 1, 9, False)
+    assert state(job) == ("stopped", "stopped")
+
+
+def test_a_torn_last_line_does_not_count(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD, GOOD])
+    with (job / "outputs.jsonl").open("a") as file:
+        file.write('{"completion":')
+    assert read_standing(job).done == 2
+
+
+def test_a_completion_that_quotes_an_error_row_is_no_error(tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path / "a", [{**GOOD, "completion": json.dumps(BAD), "metadata": {"completion": None}}]
+    )
+    assert read_standing(job).errors == 0
+
+
+def test_a_large_file_is_estimated_and_never_called_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path / "a", [GOOD, BAD] * 5000)
+    append_event(job, "submitted", job="1_0", total=10000, log="none")
+    monkeypatch.setattr(standing, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(standing, "PIECE_BYTES", 10_000)
+    found = read_standing(job)
+    assert found.done == pytest.approx(10000, rel=0.02)
+    assert found.errors == pytest.approx(5000, rel=0.05)
+    assert not found.exact
+    assert not found.complete
+
+
+def test_the_last_submission_says_how_many_rows_there_are(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD], 1)
+    os.utime(job / "todo.json", (1, 1))
+    append_event(job, "submitted", job="1_0", total=5, log="none")
+    assert not read_standing(job).complete
+
+
+def test_events_are_those_of_the_last_submission(tmp_path: Path) -> None:
+    append_event(tmp_path, "submitted", job="1_0", total=5, log="none")
+    append_event(tmp_path, "started", job="1_0", node="n1", rows=0)
+    append_event(tmp_path, "ended", job="1_0", status=3)
+    append_event(tmp_path, "submitted", job="2_0", total=5, log="none")
+    with (tmp_path / "slurm.jsonl").open("a") as file:
+        file.write('{"event": "star')
+    events = read_events(tmp_path)
+    assert (events.job, events.started, events.ended) == ("2_0", [], None)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (3, ("failed", "failed: m: no weights there")),
+        (137, ("failed", "killed by signal 9 (out of memory?)")),
+        (75, ("stopped", "stopped by a signal")),
+        (127, ("failed", "failed with status 127: m: no weights there")),
+    ],
+)
+def test_an_ended_cell_says_why(tmp_path: Path, status: int, expected: tuple[str, str]) -> None:
+    log = tmp_path / "1_0.log"
+    log.write_text("Loading m\nError: m: no \nweights there\n")
+    append_event(tmp_path, "submitted", job="1_0", total=5, log=str(log))
+    append_event(tmp_path, "started", job="1_0", node="n1", rows=0)
+    append_event(tmp_path, "ended", job="1_0", status=status)
+    assert state(tmp_path) == expected
+
+
+def test_what_slurm_alone_could_know_is_not_guessed(tmp_path: Path) -> None:
+    append_event(tmp_path, "submitted", job="1_0", total=5, log="none")
+    assert state(tmp_path) == ("unknown", "submitted")
+    append_event(tmp_path, "started", job="1_0", node="n1", rows=0)
+    assert state(tmp_path) == ("unknown", "last seen running on n1")
+    append_event(tmp_path, "started", job="1_0", node="n2", rows=2)
+    assert state(tmp_path) == ("unknown", "last seen running on n2; resumed 1×")
+
+
+def test_a_process_that_holds_the_folder_is_running(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD], 4)
+    command = [sys.executable, "-c", "input()", "pipeline"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        (job / ".holder").write_text(f"process {process.pid} on {os.uname().nodename} (since now)")
+        assert state(job) == (
+            "running",
+            f"running (process {process.pid} on {os.uname().nodename} (since now))",
+        )
+    assert state(job) == ("stopped", "stopped")
+
+
+def test_folders_are_found_in_the_order_that_people_count(tmp_path: Path) -> None:
+    for name in ("p/j/shard-10-of-12", "p/j/shard-2-of-12", "p/j/run-1", ".slurm/x"):
+        write_job(tmp_path / name, [GOOD])
+    assert [folder.name for folder in find_folders(tmp_path)] == ["shard-2-of-12", "shard-10-of-12"]
+
+
+def test_exit_status_says_whether_all_is_done(tmp_path: Path) -> None:
+    done = write_job(tmp_path / "a", [GOOD], 1)
+    half = write_job(tmp_path / "b", [GOOD], 2)
+    assert exit_status(list(cell_states([done]))) == 0
+    assert exit_status(list(cell_states([done, half]))) == 1
+
+
+def test_slurms_ranges_are_taken_apart() -> None:
+    assert expand("12_3") == ["12_3"]
+    assert expand("12_[1-3,7%2]") == ["12_1", "12_2", "12_3", "12_7"]
+
+
+def test_a_tasks_own_record_goes_before_one_of_tasks_that_never_started() -> None:
+    """As Slurm 22.05 wrote them when 1_3 was cancelled while it waited, just before 1_2 was killed."""
+    records = read_records(
+        "1_2|FAILED|0:9\n1_[0-3%3]|CANCELLED by 0|0:0\n1_0|REQUEUED|0:0\n1_0|COMPLETED|0:0\n1_1|COMPLETED|0:0\n"
+    )
+    assert (records["1_2"].state, records["1_2"].signal, records["1_2"].earlier) == ("FAILED", 9, ())
+    assert (records["1_0"].state, records["1_0"].earlier) == ("COMPLETED", ("REQUEUED",))
+    assert (records["1_1"].state, records["1_1"].earlier) == ("COMPLETED", ())
+    assert (records["1_3"].state, records["1_3"].earlier) == ("CANCELLED", ())
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (None, 42, 200, 7500, 270000)] == [
+        "-",
+        "42 s",
+        "3 min",
+        "2 h 05",
+        "3 d 03 h",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_an_error_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.commands.status", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no such folder" in " ".join(done.stderr.split())

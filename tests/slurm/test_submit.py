@@ -1,0 +1,190 @@
+"""What a submission would do, without a cluster. With one: tests/test_slurm.py."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from job_helper import note_todo
+
+from pipeline.commands.submit import submit
+from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common.request import BadRow, GenerationParams
+from pipeline.config.schema import SubmitConfig
+from pipeline.prompts.count import count_prompts
+from pipeline.prompts.reader import read_prompts
+from pipeline.slurm.cells import find_cells, memory_warning, needed_bytes, parse_size
+from pipeline.slurm.script import batch_script, cell_line
+
+DRY = "submit.dry_run=true"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> Path:
+    """A folder with prompts and a tiny model, on a machine without Slurm."""
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "Say {i}"}}\n' for i in range(10)))
+    (tmp_path / "models").symlink_to(tiny_folder.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "sh", "sed"):
+        (tmp_path / "bin" / name).symlink_to(f"/bin/{name}")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+JOB = ["model.name=models/tiny", "prompts=p.jsonl", DRY]
+
+
+def finish(folder: Path, total: int, sha256: str, errors: int = 0) -> None:
+    """Write what a finished job leaves."""
+    folder.mkdir(parents=True)
+    (folder / "outputs.jsonl").write_text('{"completion":"x"}\n' * total)
+    note_todo(folder, [1] * 10, total, errors=errors, sha256=sha256)
+    (folder / "stats.json").write_text(
+        json.dumps({"rows": {"total": total, "done": total, "errors": errors}})
+    )
+
+
+def test_commas_and_shards_make_cells_with_a_folder_each(place: Path) -> None:
+    cells, _ = find_cells([*JOB, "quant=none,nf4", "shards=4"])
+    assert len(cells) == 8
+    assert len({cell.folder for cell in cells}) == 8
+    assert [cell.overrides[-1] for cell in cells[:4]] == ["shard=0/4", "shard=1/4", "shard=2/4", "shard=3/4"]
+    assert [cell.total for cell in cells[:4]] == [3, 3, 2, 2]
+    assert cells[1].folder.name == "shard-1-of-4"
+    assert not any("submit" in word for cell in cells for word in cell.overrides)
+
+
+def test_a_shard_lies_where_the_job_itself_would_write(place: Path) -> None:
+    from pipeline.config.compose import job_folder
+
+    (cell,), _ = find_cells([*JOB, "shard=2/4"])
+    assert cell.folder == job_folder(cell.overrides).absolute()
+
+
+def test_shards_equal_a_list_of_shard(place: Path) -> None:
+    by_number = find_cells([*JOB, "shards=2"])[0]
+    by_name = find_cells([*JOB, "shard=0/2,1/2"])[0]
+    assert [cell.overrides for cell in by_number] == [cell.overrides for cell in by_name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["shards=0"], "shards=0: must be"),
+        (["shards=11"], "more than the 10 rows"),
+        (["shard=1/1"], "shard=1/1: must be I/N"),
+        (["shard=0/2,1/3"], "different splits"),
+        (["shards=2", "shard=0/2"], "once"),
+        (["submit.partition=a,b"], "takes one value"),
+        (["submit.partitoin=a"], "Did you mean submit.partition"),
+        (["submit.time_min=2", "submit.signal_sec=120"], "submit.signal_sec=120: must be less"),
+        (["submit.memory=lots"], "submit.memory='lots': must be"),
+        (["resume=never"], "resume=never"),
+        (["prompts=-"], "prompts=-"),
+        (["quant=nf5"], "quant=nf5: no such quant. Did you mean"),
+    ],
+)
+def test_what_makes_no_sense_is_an_error_that_names_it(
+    place: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        find_cells([o for o in JOB if o.partition("=")[0] != overrides[0].partition("=")[0]] + overrides)
+    assert message in str(error.value)
+
+
+def test_a_complete_cell_is_left_out_until_its_prompts_or_its_errors_ask_for_more(place: Path) -> None:
+    (cell,), _ = find_cells(JOB)
+    sha256 = count_prompts("p.jsonl", GenerationParams(), prompt_field="prompt", limit=None, shards=1).sha256
+    assert not cell.complete
+    finish(cell.folder, 10, sha256, errors=1)
+    assert find_cells(JOB)[0][0].complete
+    assert not find_cells([*JOB, "retry_errors=true"])[0][0].complete
+    with (place / "q.jsonl").open("w") as file:
+        file.write((place / "p.jsonl").read_text().replace("Say 3", "Sing 3"))
+    (place / "q.jsonl").replace(place / "p.jsonl")
+    from pipeline.slurm import cells as sweep_cells
+
+    sweep_cells._count_once.cache_clear()
+    assert not find_cells(JOB)[0][0].complete, "an edited prompt"
+
+
+def test_a_cell_with_rows_missing_is_not_complete(place: Path) -> None:
+    (cell,), _ = find_cells(JOB)
+    sha256 = count_prompts("p.jsonl", GenerationParams(), prompt_field="prompt", limit=None, shards=1).sha256
+    finish(cell.folder, 9, sha256)
+    assert not find_cells(JOB)[0][0].complete
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submit([*JOB, "shards=2", "submit.partition=gpu", "submit.gpu_type=a100", "submit.width=3"]) == 0
+    script = capsys.readouterr().out
+    for line in ("--partition=gpu", "--gres=gpu:a100:1", "--array=0-1%3", "--requeue", "--signal=B:USR1@120"):
+        assert f"#SBATCH {line}\n" in script
+    assert not (place / "outputs").exists()
+
+
+def test_the_script_is_bash(place: Path) -> None:
+    config = SubmitConfig(setup=["module load 'a b'"], environment={"A": "it's"}, python="/my env/python")
+    script = batch_script(config, place / "s", place, offset=1001, count=9, width=None)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "cell}" not in script.replace("${cell[0]}", "").replace("${cell[@]:1}", "")
+    assert "export A='it'\"'\"'s'" in script
+
+
+def test_overrides_reach_the_job_unchanged_whatever_is_in_them(place: Path) -> None:
+    words = [
+        "system='it''s \"so\" $HOME `ls` \\n'",
+        "a=b c",
+        "stop=[\"\n\",'x']",
+        "한국어=;|&",
+        "tab=\t*?[]~!",
+    ]
+    line = cell_line(Path("/some where"), words)
+    assert "\n" not in line
+    (place / "cells.txt").write_text(line + "\n")
+    script = 'eval "cell=($(sed -n 1p cells.txt))"; printf "%s\\0" "${cell[@]}"'
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\0")[:-1] == ["/some where", *words]
+
+
+def test_memory_is_planned_and_too_little_is_said(place: Path) -> None:
+    (cell,), _ = find_cells(JOB)
+    need = needed_bytes(cell.config, gpus=1)
+    assert need is not None
+    small, large = SubmitConfig(gpu_memory="1K"), SubmitConfig(gpu_memory="80G")
+    assert "tiny: needs at least" in (memory_warning("tiny", need, small) or "")
+    assert memory_warning("tiny", need, large) is None
+    assert memory_warning("tiny", need, SubmitConfig()) is None
+    assert [parse_size(s) for s in ("2", "3G")] == [2 * 2**20, 3 * 2**30]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_counting_agrees_with_reading(tmp_path: Path, n: int, limit: int | None, suffix: str) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"prompt": "a"}', b"", b'{"prompt": "b", "generation": {"n": 5}}', b"not json",
+        b'{"prompt": "c"}', b"  ", b'{"x": 1}', b'{"prompt": "d"}',
+    ]  # fmt: skip
+    path = tmp_path / f"p{suffix}"
+    with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
+        file.write(b"\r\n".join(lines))
+    params = GenerationParams(n=n)
+    counted = count_prompts(str(path), params, prompt_field="prompt", limit=limit, shards=2)
+    expected = [0, 0]
+    for row in read_prompts(path, params, limit=limit):
+        expected[row.index % 2] += 1 if isinstance(row, BadRow) else row.params.n
+    assert list(counted.totals) == expected
+
+
+def test_an_empty_prompt_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(PromptError, match="holds no rows"):
+        count_prompts(
+            str(tmp_path / "p.jsonl"), GenerationParams(), prompt_field="prompt", limit=None, shards=1
+        )

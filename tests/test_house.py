@@ -1,0 +1,117 @@
+"""The house: a file imports its own folder and earlier ones, without a cycle, and stays small."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "pipeline"
+FOLDERS = [
+    "common",
+    "config",
+    "prompts",
+    "engine",
+    "models",
+    "memory",
+    "views",
+    "job",
+    "slurm",
+    "report",
+    "commands",
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
+
+
+def name_of(path: Path) -> str:
+    """`engine.batch` for pipeline/engine/batch.py; a package is called after its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def place_of(module: str) -> int:
+    """The place of a module's folder among FOLDERS; the front door comes last."""
+    folder = module.partition(".")[0]
+    return FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+
+def imported(module: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything that a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, (
+                f"{MODULES[module]}:{node.lineno}: write the import in full, as pipeline.…"
+            )
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def own(name: str) -> str | None:
+    """The module of ours that a dotted name lies in: `pipeline.common.request.Request` is in `request`."""
+    package, _, rest = name.partition(".")
+    while package == "pipeline" and rest:
+        if rest in MODULES:
+            return rest
+        rest = rest.rpartition(".")[0]
+    return None
+
+
+def imports_of(module: str) -> Iterator[tuple[int, str]]:
+    """Line and name of each module of ours that a module imports."""
+    for line, name in imported(module):
+        if (target := own(name)) is not None:
+            yield line, target
+
+
+def test_the_package_is_its_folders():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(
+        FOLDERS
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_never_climb(module):
+    climbs = [
+        f"{MODULES[module]}:{line}: {module} imports {target}"
+        for line, target in imports_of(module)
+        if place_of(target) > place_of(module)
+    ]
+    assert not climbs, "\n".join(climbs)
+
+
+def test_imports_make_no_cycle():
+    graph = {module: {target for _, target in imports_of(module)} - {module} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("a cycle of imports: " + " → ".join(error.args[1]), pytrace=False)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_config_knows_hydra(module):
+    strays = [
+        f"{MODULES[module]}:{line}: {name}"
+        for line, name in imported(module)
+        if name.partition(".")[0] in ("hydra", "omegaconf", "hydra_plugins")
+    ]
+    assert not strays or module.partition(".")[0] in ("config", "__main__", "commands"), "\n".join(strays)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    assert lines <= MAX_FILE_LINES, f"{path}: {lines} lines, at most {MAX_FILE_LINES}; split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, (
+                f"{path}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+            )
