@@ -13,7 +13,7 @@ import pytest
 from llvmlite import ir
 from numba import carray, cfunc, types
 
-from pipeline.engine.cpu import loops, tiles
+from pipeline.engine.cpu.kernels import loops, tiles
 from pipeline.engine.cpu.kernels.loops import inner, wide
 from pipeline.engine.cpu.kernels.threads import openmp
 from pipeline.engine.cpu.kernels.vectors import floats, halves, longs

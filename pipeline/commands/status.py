@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.terminal import console, say, visible
+from pipeline.common.units import duration
 from pipeline.job.folder import MANIFEST, read_json
 from pipeline.slurm.state import CellState, cell_states, find_folders
 
@@ -123,20 +124,6 @@ def _summary(states: list[CellState]) -> str:
     if left := [s.left_sec for s in running if s.left_sec is not None]:
         words.append(f"{duration(max(left))} left for what is running")
     return "; ".join(words) + "."
-
-
-def duration(seconds: float | None) -> str:
-    """As 42 s, 3 min, 2 h 05 or 4 d 03 h."""
-    if seconds is None:
-        return "-"
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02}"
-    return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
 
 
 if __name__ == "__main__":

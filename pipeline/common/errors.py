@@ -1,24 +1,39 @@
-"""The errors a user can meet; each message says what was wrong, where, and what to do next.
+"""Name the errors that a user can meet: what was found, where, and what to do next.
 
 PipelineError
-├── ConfigError      exit status 2: a misspelt key, group or value, or one that makes no sense
-└── JobError         exit status 3: the job as a whole cannot go on
+├── ConfigError      a misspelt key, group or value, or one that makes no sense
+└── JobError         the job as a whole cannot go on
     ├── PromptError  a prompt file, or one of its rows (then the row fails, and not the job)
     ├── LoadError    a model or tokenizer that cannot be loaded
     └── OutputError  a job folder that cannot be written, or is held by another process
 """
 
+from pipeline.common.exit_status import ExitStatus
+
 
 class PipelineError(Exception):
-    """Base of every error that is reported to the user without a traceback."""
+    """An error that is told to the user without a traceback.
 
-    exit_status = 3
+    Args:
+        found: what is wrong and where, as "FILE:LINE: not JSON".
+        fix: what to do next, as "Copy the file again".
+    """
+
+    exit_status = ExitStatus.FAILED
+
+    def __init__(self, found: str, fix: str = "") -> None:
+        super().__init__(found, fix)
+        self.found = found
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return " ".join(_sentence(part) for part in (self.found, self.fix) if part)
 
 
 class ConfigError(PipelineError):
     """The configuration is wrong: nothing was started."""
 
-    exit_status = 2
+    exit_status = ExitStatus.WRONG_CONFIG
 
 
 class JobError(PipelineError):
@@ -35,3 +50,9 @@ class LoadError(JobError):
 
 class OutputError(JobError):
     """The job folder cannot be used."""
+
+
+def _sentence(text: str) -> str:
+    """End it with a full stop, unless it ends by itself."""
+    text = text.strip()
+    return text if text[-1] in ".!?…" else f"{text}."

@@ -18,10 +18,6 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
-def megabytes(size: float | None) -> str:
-    return "-" if size is None else f"{size / 1e6:,.1f} MB"
-
-
 def say(text: str, style: str = "") -> None:
     console.print(Text(visible(text), style=style), soft_wrap=True)
 

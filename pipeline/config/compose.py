@@ -1,6 +1,5 @@
 """From a command line to a Config: Hydra's composition, with errors that name the nearest valid word."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.fingerprint import job_fingerprint
+from pipeline.common.suggestions import did_you_mean, nearest
 from pipeline.config.schema import Config, register, root
 
 GROUPS = ("model", "quant", "generation", "engine", "submit", "jobs")
@@ -66,8 +66,7 @@ def to_config(composed: DictConfig) -> Config:
         ConfigError: a value is missing or outside its range.
     """
     for key, known in _added_keys(composed, Config):
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        raise ConfigError(f"+{key}: no such key." + (f" Did you mean {near[0]}?" if near else ""))
+        raise ConfigError(f"+{key}: no such key", did_you_mean(key, known))
     try:
         config = OmegaConf.to_object(composed)
     except (OmegaConfBaseException, ValueError) as error:
@@ -110,9 +109,9 @@ def take_own(arguments: list[str], examples: Mapping[str, str]) -> tuple[dict[st
                 raise ConfigError(f"{argument}: needs a value, as {key}={examples[key]}.")
             own.setdefault(key, []).append(value)
             continue
-        near = difflib.get_close_matches(key, [*examples, *known], n=1, cutoff=0.6)
-        if near and near[0] in examples and key not in known:
-            raise ConfigError(f"{key}: no such key. Did you mean {near[0]}={examples[near[0]]}?")
+        near = nearest(key, [*examples, *known])
+        if near is not None and near in examples and key not in known:
+            raise ConfigError(f"{key}: no such key", f"Did you mean {near}={examples[near]}?")
         overrides.append(argument)
     return own, overrides
 
@@ -197,9 +196,8 @@ def _listed(text: str) -> list[str]:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean {near[0]}?"
+    if near := nearest(word, known):
+        return f" Did you mean {near}?"
     return f" There are: {', '.join(known)}." if len(known) < 30 else " See python -m pipeline --cfg job."
 
 

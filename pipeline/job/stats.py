@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.gpu import Gpu
 from pipeline.common.host import resident_bytes
+from pipeline.common.units import megabytes
 from pipeline.engine.stats import EngineStats
 from pipeline.memory.compare import Setup, compared, predicted
 from pipeline.memory.measured import (
@@ -85,10 +86,10 @@ def show_stats(stats: dict[str, Any], folder: Path) -> None:
         ("rows", f"{rows['done']} of {rows['total']}, {rows['errors']} with errors"),
         ("tokens", f"{stats['completion_tokens']:,} in {stats['run_sec']:.1f} s"),
         ("speed", f"{stats['tokens_per_sec'] or 0:,.1f} tokens/s (loading took {stats['load_sec']:.1f} s)"),
-        ("peak memory", terminal.megabytes(memory["run_peak"]["host_bytes"]) + " resident"),
+        ("peak memory", megabytes(memory["run_peak"]["host_bytes"]) + " resident"),
     ]
     for device in memory["run_peak"]["devices"]:
-        peak = terminal.megabytes(device["peak_allocated_bytes"])
+        peak = megabytes(device["peak_allocated_bytes"])
         facts.append((f"peak GPU {device['index']}", f"{peak} allocated"))
     if (energy := stats["energy"])["joules"]:
         each = energy["joules_per_1000_tokens"]
@@ -112,5 +113,5 @@ def _show_memory(memory: dict[str, Any]) -> None:
         sizes = [memory[side][f"{part}_bytes"] for side in ("predicted", "measured")]
         error = memory["error_percent"][part]
         if any(sizes):
-            rows.append([name, *map(terminal.megabytes, sizes), "-" if error is None else f"{error:+.1f} %"])
+            rows.append([name, *map(megabytes, sizes), "-" if error is None else f"{error:+.1f} %"])
     terminal.table("Memory", ("", "predicted", "measured", "error"), rows)

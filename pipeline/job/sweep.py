@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError
 from pipeline.common.signals import Interrupt
+from pipeline.common.units import megabytes
 from pipeline.config.compose import compose_config, job_folder, read_config, sweep_cells, to_config
 from pipeline.job.counts import read_standing
 from pipeline.job.folder import STATS, read_json
@@ -94,6 +95,6 @@ def _line(cell: list[str], status: int) -> tuple[Any, ...]:
         standing.errors,
         f"{stats['tokens_per_sec']:,.1f}",
         f"{stats['load_sec']:.1f} s",
-        terminal.megabytes(memory["footprint_bytes"]),
-        terminal.megabytes(memory["run_peak"]["host_bytes"]),
+        megabytes(memory["footprint_bytes"]),
+        megabytes(memory["run_peak"]["host_bytes"]),
     )

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -14,13 +13,8 @@ import psutil
 from pipeline.common.errors import ConfigError
 from pipeline.common.gpu import Gpu
 from pipeline.common.host import host_free_bytes
+from pipeline.common.units import parse_bytes
 from pipeline.memory.gpu_tools import backends, find_gpus
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1024))
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +76,9 @@ def given_device(memory: str) -> Device:
     Raises:
         ConfigError: not a size.
     """
-    size = parse_bytes(memory)
+    try:
+        size = parse_bytes(memory)
+    except ValueError as error:
+        raise ConfigError(f"memory={memory}: not a size", "Write it as 24GB or 24GiB") from error
     gpu = Gpu("cuda", f"a GPU of {memory}", total_bytes=size, free_bytes=size)
     return Device(gpu.name, (gpu,), size, host_free_bytes())
-
-
-def parse_bytes(size: str) -> int:
-    """ "24GB" is 24 · 10⁹, "24GiB" and "24G" are 24 · 2³⁰.
-
-    Raises:
-        ConfigError: neither.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", size.strip())
-    units = {unit.lower(): value for unit, value in _UNITS.items()}
-    if not match or match[2].lower() not in units or float(match[1]) == 0:
-        raise ConfigError(f"memory={size}: not a size. Write it as 24GB or 24GiB.")
-    return int(float(match[1]) * units[match[2].lower()])

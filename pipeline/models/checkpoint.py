@@ -3,7 +3,6 @@
 Everything that can be wrong with the files is found here, before any weight is read.
 """
 
-import difflib
 import json
 import logging
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from pipeline.common.errors import LoadError
+from pipeline.common.suggestions import nearest
 from pipeline.config.schema import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -142,8 +142,8 @@ def _hub_message(error: BaseException, model: ModelConfig, models_dir: str) -> s
 def _nearest(name: str, models_dir: str) -> str:
     """The folder of models_dir whose name is most like this one, as the end of a message."""
     folders = [config.parent.name for config in Path(models_dir).expanduser().glob("*/config.json")]
-    near = difflib.get_close_matches(Path(name).name, folders, n=1)
-    return f"; did you mean model.name={Path(models_dir) / near[0]}?" if near else ""
+    near = nearest(Path(name).name, folders)
+    return f"; did you mean model.name={Path(models_dir) / near}?" if near else ""
 
 
 def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.common.terminal import megabytes
+from pipeline.common.units import megabytes
 from pipeline.report.summary import Record, best_values, cells
 
 

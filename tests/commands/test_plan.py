@@ -13,9 +13,10 @@ from machines import H100
 
 from pipeline.commands.plan import main
 from pipeline.common.errors import ConfigError
+from pipeline.common.units import parse_bytes
 from pipeline.config.compose import options, read_config
 from pipeline.config.schema import ModelConfig, root
-from pipeline.memory.devices import Device, parse_bytes
+from pipeline.memory.devices import Device, given_device
 from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Job, Settings, best_choice, make_plan, need, rows_that_fit
 from pipeline.memory.plan import Quant
@@ -248,4 +249,4 @@ def test_sizes_are_read_as_they_are_written() -> None:
         1000,
     ]
     with pytest.raises(ConfigError, match="24GB or 24GiB"):
-        parse_bytes("24 apples")
+        given_device("24 apples")

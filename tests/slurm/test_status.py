@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from job_helper import note_todo
 
-from pipeline.commands.status import duration, exit_status
+from pipeline.commands.status import exit_status
+from pipeline.common.units import duration
 from pipeline.job import counts as standing
 from pipeline.job.counts import append_event, read_events, read_standing
 from pipeline.slurm.client import expand, read_records

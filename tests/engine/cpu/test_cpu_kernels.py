@@ -26,7 +26,7 @@ from llvmlite.binding import get_host_cpu_features
 
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.batch import DecodeBatch
-from pipeline.engine.cpu import linear_vectors
+from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
@@ -232,7 +232,7 @@ def test_the_newest_instructions_compile_on_any_x86_cpu(tmp_path: Path) -> None:
     newest = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": "+avx512bf16,+amx-bf16"}
     env = {**os.environ, **newest, "NUMBA_CACHE_DIR": str(tmp_path)}  # from a cache, there is no text to see
     code = (
-        "from pipeline.engine.cpu import linear_tiles, linear_vectors\n"
+        "from pipeline.engine.cpu.kernels import linear_tiles, linear_vectors\n"
         "print(linear_tiles.linear.inspect_llvm(), linear_vectors.linear.inspect_llvm())"
     )
     command = [sys.executable, "-c", code]

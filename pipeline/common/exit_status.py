@@ -1,0 +1,25 @@
+"""Say how a command ends, in numbers that schedulers and scripts understand."""
+
+from enum import IntEnum
+from typing import Self
+
+
+class ExitStatus(IntEnum):
+    """How a command ends, and what that means."""
+
+    meaning: str
+
+    DONE = 0, "done"
+    SOME_FAILED = 1, "done, and some rows failed"
+    WRONG_CONFIG = 2, "wrong configuration: nothing was started"
+    FAILED = 3, "the job cannot go on; what is written stays"
+    STALLED = 4, "no progress (watchdog_sec)"
+    RUN_AGAIN = 75, "stopped: run it again"  # EX_TEMPFAIL of sysexits.h
+    INTERRUPTED = 130, "interrupted"  # as shells say it of SIGINT
+
+    def __new__(cls, value: int, meaning: str) -> Self:
+        """Make a number that knows its meaning."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
