@@ -15,11 +15,12 @@ from pathlib import Path
 
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config.compose import options, read_config
+from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
 from pipeline.config.schema import Config, root
 from pipeline.memory.devices import Device, find_device, given_device
-from pipeline.memory.facts import Facts, find_facts, model_folder
-from pipeline.memory.fit import Job, Plan, Settings, best_choice, make_plan, planned
-from pipeline.memory.plan import Quant
+from pipeline.memory.facts import Facts, find_facts
+from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
+from pipeline.models.checkpoint import TOKENIZER, find_checkpoint
 from pipeline.prompts.lengths import (
     PromptLengths,
     assumed_lengths,
@@ -28,10 +29,6 @@ from pipeline.prompts.lengths import (
     prompt_lengths,
 )
 from pipeline.prompts.reader import find_prompts, read_prompts
-
-QUANTS = ("none", "fp32", "fp16", "bf16", "int8", "nf4_single", "nf4", "fp4", "fp4_double")
-# For the best choice: what comes nearest to the checkpoint's own answers, first.
-BY_QUALITY = ("none", "int8", "nf4_single", "nf4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ def parse(arguments: list[str]) -> Arguments:
         elif argument not in ("-m", "--multirun"):
             overrides.append(argument)
     models = _choices("model", own.get("model"), options("model"))
-    quants = _choices("quant", own.get("quant"), [q for q in QUANTS if q in options("quant")])
+    quants = _choices("quant", own.get("quant"), list(QUANTS))
     return Arguments(models, quants, own.get("memory"), own.get("json"), overrides)
 
 
@@ -84,29 +81,27 @@ def plans(arguments: Arguments) -> list[Plan]:
         ConfigError: the config is wrong, or a model is neither known nor at hand.
         PromptError: the prompt file cannot be read.
     """
-    by_quality = [name for name in BY_QUALITY if name in options("quant")]
-    quant_names = list(dict.fromkeys([*arguments.quants, *by_quality]))
     # A composition costs 0.1 s, and a model does not depend on the quantization: one of each at a time.
-    pairs = zip_longest(arguments.models, quant_names)
+    pairs = zip_longest(arguments.models, arguments.quants)
     configs = [_config(arguments, model, quant) for model, quant in pairs]
     models = dict(zip(arguments.models, configs, strict=False))
     device = _device(arguments, next(iter(models.values())))
-    quants = {name: _quant(c, name, device) for name, c in zip(quant_names, configs, strict=False)}
-    jobs = [_job(config, name, device, arguments) for name, config in models.items()]
+    quants = dict(zip(arguments.quants, (config.quant for config in configs), strict=False))
+    workloads = [_workload(config, name, device, arguments) for name, config in models.items()]
 
     @cache
-    def others() -> list[Job]:
-        known = {job.model: job for job in jobs}
+    def others() -> list[Workload]:
+        known = {workload.model: workload for workload in workloads}
         return [
-            known.get(name) or _job(_config(arguments, name, None), name, device, arguments)
+            known.get(name) or _workload(_config(arguments, name, None), name, device, arguments)
             for name in options("model")
         ]
 
     return [
-        make_plan(job, quants[quant], choice)
-        for job in jobs
-        for choice in [best_choice(job, [quants[name] for name in by_quality], others)]
-        for quant in arguments.quants
+        make_plan(workload, name or quant_name(quant), quant, choice)
+        for workload in workloads
+        for choice in [best_choice(workload, SUGGESTED, others)]
+        for name, quant in quants.items()
     ]
 
 
@@ -121,13 +116,7 @@ def _device(arguments: Arguments, config: Config) -> Device:
     return find_device(config.model.offload_dir)
 
 
-def _quant(config: Config, name: str | None, device: Device) -> Quant:
-    quant = config.quant
-    label = name or f"{quant.method.value}" + ("" if quant.dtype.value == "auto" else f" {quant.dtype.value}")
-    return planned(quant, device.gpus, label)
-
-
-def _job(config: Config, name: str | None, device: Device, arguments: Arguments) -> Job:
+def _workload(config: Config, name: str | None, device: Device, arguments: Arguments) -> Workload:
     facts = find_facts(config.model, config.models_dir)
     settings = Settings(
         memory_fraction=config.engine.memory_fraction,
@@ -137,7 +126,7 @@ def _job(config: Config, name: str | None, device: Device, arguments: Arguments)
         pack_weights=config.engine.pack_weights,
     )
     lengths = _lengths(config, facts, given=any(o.startswith("prompts=") for o in arguments.overrides))
-    return Job(name or Path(config.model.name).name, facts, lengths, device, settings)
+    return Workload(name or Path(config.model.name).name, facts, lengths, device, settings)
 
 
 def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
@@ -153,10 +142,10 @@ def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     rows = read_prompts(
         path, generation, prompt_field=config.prompt_field, limit=config.limit, shard=config.shard
     )
-    folder = model_folder(config.model, config.models_dir, "tokenizer.json")
-    if folder is None:
+    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
+    if checkpoint is None:
         return prompt_lengths(rows, config.system, by_characters, "characters ÷ 4, an estimate", context)
-    count = by_tokenizer(folder, config.model.chat_template, config.model.chat_template_kwargs)
+    count = by_tokenizer(checkpoint.folder, config.model.chat_template, config.model.chat_template_kwargs)
     return prompt_lengths(rows, config.system, count, "the model's tokenizer", context)
 
 

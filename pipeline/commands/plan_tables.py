@@ -1,16 +1,17 @@
-"""Memory plans as tables on a terminal. MB is 10⁶ bytes, GB is 10⁹."""
+"""Show memory plans as tables on a terminal."""
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.common.units import in_megabytes, megabytes
+from pipeline.config.quant import STORED_BITS
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
 
-_BITS = {"int8": 8, "nf4": 4, "fp4": 4}
 _COLOURS = {FITS: "green", OFFLOAD: "yellow"}
 
 
 def print_plans(plans: list[Plan], console: Console | None = None) -> None:
-    """One plan in full; several as a line each."""
+    """Print one plan in full, or several as a line each."""
     out = console or Console()
     if len(plans) == 1:
         _print_whole(plans[0], out)
@@ -50,18 +51,20 @@ def _table(title: str, *columns: str) -> Table:
 def _parts_table(plan: Plan) -> Table:
     table = _table("Weights", "part", "stored as", "count", "MB")
     for part in plan.parts:
-        table.add_row(part.part, part.dtype, f"{part.parameters:,}", _exact_mb(part.bytes))
+        table.add_row(part.part, part.dtype, f"{part.parameters:,}", in_megabytes(part.bytes, exact=True))
     table.add_section()
-    table.add_row("footprint", "", "", _exact_mb(plan.footprint_bytes))
+    table.add_row("footprint", "", "", in_megabytes(plan.footprint_bytes, exact=True))
     if plan.quant_state_bytes:
-        table.add_row("quantization state, beside it", "", "", _exact_mb(plan.quant_state_bytes))
+        table.add_row(
+            "quantization state, beside it", "", "", in_megabytes(plan.quant_state_bytes, exact=True)
+        )
     return table
 
 
 def _reasons_table(plan: Plan) -> Table:
-    bits = next(bits for reason in plan.reasons if (bits := _BITS.get(reason.dtype)))
+    bits = min(STORED_BITS[reason.dtype] for reason in plan.reasons)  # the linear layers'
     table = _table(
-        f"Why {_mb(plan.footprint_bytes)} MB and not {_mb(plan.simple_bytes)} MB (parameters × {bits} ÷ 8)",
+        f"Why {megabytes(plan.footprint_bytes)} and not {megabytes(plan.simple_bytes)} (parameters × {bits} ÷ 8)",
         "what",
         "parameters",
         "stored as",
@@ -71,11 +74,19 @@ def _reasons_table(plan: Plan) -> Table:
     for reason in plan.reasons:
         simple = reason.parameters * bits // 8
         table.add_row(
-            reason.what, f"{reason.parameters:,}", reason.dtype, _exact_mb(reason.bytes), _exact_mb(simple)
+            reason.what,
+            f"{reason.parameters:,}",
+            reason.dtype,
+            in_megabytes(reason.bytes, exact=True),
+            in_megabytes(simple, exact=True),
         )
     table.add_section()
     table.add_row(
-        "footprint", f"{plan.parameters:,}", "", _exact_mb(plan.footprint_bytes), _exact_mb(plan.simple_bytes)
+        "footprint",
+        f"{plan.parameters:,}",
+        "",
+        in_megabytes(plan.footprint_bytes, exact=True),
+        in_megabytes(plan.simple_bytes, exact=True),
     )
     table.caption = "Only linear layers are quantized: the embedding is looked up and the head is kept exact."
     table.caption_justify = "left"
@@ -100,16 +111,16 @@ def _needs_table(plan: Plan) -> Table:
         sizes = [getattr(need.peak, field) for need in plan.needs]
         if any(sizes):
             estimate = "" if field in ("footprint", "quant_state", "packed", "kv_cache") else " (estimate)"
-            table.add_row(name + estimate, *map(_mb, sizes))
+            table.add_row(name + estimate, *map(in_megabytes, sizes))
     table.add_section()
-    table.add_row("total", *(_mb(need.total_bytes) for need in plan.needs))
+    table.add_row("total", *(in_megabytes(need.total_bytes) for need in plan.needs))
     return table
 
 
 def _print_load_peak(plan: Plan, out: Console) -> None:
     mapped = plan.load_peak.mapped
-    text = f", and up to {_mb(mapped)} MB of mapped files that the system can take back" if mapped else ""
-    out.print(f"Load peak: {_mb(plan.load_peak.needed)} MB{text} (estimate)", highlight=False)
+    text = f", and up to {megabytes(mapped)} of mapped files that the system can take back" if mapped else ""
+    out.print(f"Load peak: {megabytes(plan.load_peak.needed)}{text} (estimate)", highlight=False)
 
 
 def _print_prompts(plan: Plan, out: Console) -> None:
@@ -137,14 +148,14 @@ def _print_verdict(plan: Plan, out: Console) -> None:
     rows = room if verdict.status == FITS else ""
     out.print(
         f"[bold {colour}]{verdict.status}[/bold {colour}] on {device.name}{rows} "
-        f"({_mb(device.free_bytes)} MB free, of which {_mb(verdict.budget_bytes)} MB may be used)",
+        f"({megabytes(device.free_bytes)} free, of which {megabytes(verdict.budget_bytes)} may be used)",
         highlight=False,
     )
     if plan.best is None:
         out.print("Nothing that conf/ names would fit.")
     elif (plan.best.model, plan.best.quant) != (plan.model, plan.quant):
         out.print(
-            f"Best choice that fits: {_best(plan)}, {_mb(plan.best.total_bytes)} MB with one row, "
+            f"Best choice that fits: {_best(plan)}, {megabytes(plan.best.total_bytes)} with one row, "
             f"room for {plan.best.rows:,}",
             highlight=False,
         )
@@ -160,7 +171,7 @@ def _best(plan: Plan) -> str:
 def _print_lines(plans: list[Plan], out: Console) -> None:
     device = plans[0].device
     table = _table(
-        f"Memory in MB, on {device.name} with {_mb(device.free_bytes)} MB free",
+        f"Memory in MB, on {device.name} with {megabytes(device.free_bytes)} free",
         *("model", "quant", "parameters", "by hand", "footprint", "state", "KV a token", "load peak"),
         *("1 row", "32 rows", "rows", "verdict"),
     )
@@ -175,13 +186,13 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
             plan.model,
             plan.quant,
             f"{plan.parameters / 1e6:,.0f} M",
-            _mb(plan.simple_bytes),
-            _mb(plan.footprint_bytes),
-            _mb(plan.quant_state_bytes),
+            in_megabytes(plan.simple_bytes),
+            in_megabytes(plan.footprint_bytes),
+            in_megabytes(plan.quant_state_bytes),
             f"{sum(plan.kv_bytes_per_token.values()) / 1e3:,.1f} kB",
-            _mb(plan.load_peak.needed),
-            _mb(plan.needs[0].total_bytes),
-            _mb(at_32.total_bytes) if at_32 else "",
+            in_megabytes(plan.load_peak.needed),
+            in_megabytes(plan.needs[0].total_bytes),
+            in_megabytes(at_32.total_bytes) if at_32 else "",
             _rows(plan),
             f"[{colour}]{plan.verdict.status}[/{colour}]",
         )
@@ -198,12 +209,3 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
 def _rows(plan: Plan) -> str:
     rows = plan.verdict.rows
     return f"{rows:,} or more" if rows == MOST_ROWS else f"{rows:,}"
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.1f}"
-
-
-def _exact_mb(size: int) -> str:
-    """To the byte where it is less than a hundredth of a MB."""
-    return f"{size / 1e6:,.1f}" if size >= 50_000 or size == 0 else f"{size / 1e6:,.6f}"

@@ -1,4 +1,4 @@
-"""What is known of a GPU without opening it. All that is decided by device is a function of this. No torch."""
+"""Describe a GPU without opening it. All that is decided by device is a function of this."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Gpu:
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies in bfloat16 itself: CUDA does from compute capability 8.0 on, the others do.
+        """Say whether it multiplies in bfloat16 itself: CUDA does from compute capability 8.0 on, the others do.
 
         Below, torch emulates it, and bitsandbytes' kernel for 4-bit products takes 4 rows instead of 32 to 128.
         """
@@ -25,10 +25,10 @@ class Gpu:
 
     @property
     def mig(self) -> bool:
-        """Whether it is a part that NVIDIA's Multi-Instance GPU has cut off."""
+        """Say whether it is a part that NVIDIA's Multi-Instance GPU has cut off."""
         return self.uuid is not None and self.uuid.startswith("MIG-")
 
 
 def have_bf16(gpus: Iterable[Gpu]) -> bool:
-    """Whether all of them multiply in bfloat16; a CPU, which is no GPU at all, counts as if it did."""
+    """Say whether all of them multiply in bfloat16; a CPU, which is no GPU at all, counts as if it did."""
     return all(gpu.bf16 for gpu in gpus)

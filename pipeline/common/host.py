@@ -1,4 +1,4 @@
-"""Limits on this process's memory that are below the machine's: control groups and resource limits. No torch."""
+"""Measure the host's memory, with the limits on this process: control groups and resource limits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def control_group_rests(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Bytes left in each control group that limits this process: its own, and those around it.
+    """Return the bytes left in each control group that limits this process: its own, and those around it.
 
     Pages of files that were not used lately count as free: the kernel takes them back first.
     """
@@ -28,7 +28,7 @@ def control_group_rests(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[
 
 
 def resource_rests() -> list[int]:
-    """Bytes left of the limits that `ulimit -v` and `ulimit -d` set."""
+    """Return the bytes left of the limits that `ulimit -v` and `ulimit -d` set."""
     try:
         import resource
     except ImportError:  # Windows
@@ -43,7 +43,7 @@ def resource_rests() -> list[int]:
 
 
 def _groups(mount: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Folders of this process's groups and their parents. A container may see its own group as the root."""
+    """Find the folders of this process's groups and their parents. A container may see its own group as the root."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -59,6 +59,7 @@ def _groups(mount: Path, own: Path) -> Iterator[tuple[Path, tuple[str, str, str]
 
 
 def _statistic(file: Path, name: str) -> int:
+    """Read one line of memory.stat; 0 where there is none."""
     try:
         fields = dict(line.split() for line in file.read_text().splitlines())
         return int(fields[name])
@@ -67,11 +68,11 @@ def _statistic(file: Path, name: str) -> int:
 
 
 def host_free_bytes() -> int:
-    """What the system can give without swapping, or the rest of this process's limits if that is less."""
+    """Return what the system can give without swapping, or the rest of this process's limits if that is less."""
     free: int = psutil.virtual_memory().available
     return max(0, min([free, *control_group_rests(), *resource_rests()]))
 
 
 def resident_bytes() -> int:
-    """This process's resident set now."""
+    """Return this process's resident set now."""
     return int(psutil.Process().memory_info().rss)

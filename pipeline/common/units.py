@@ -16,6 +16,18 @@ def megabytes(size_bytes: float | None) -> str:
     return "-" if size_bytes is None else f"{size_bytes / MB:,.1f} MB"
 
 
+def small_bytes(size_bytes: float) -> str:
+    """Show bytes as 1,234.5 MB, 1.2 kB or 576 B, so that a norm's weights are not 0.0 MB."""
+    if size_bytes >= 10**5:
+        return megabytes(size_bytes)
+    return f"{size_bytes / 10**3:,.1f} kB" if size_bytes >= 10**3 else f"{size_bytes} B"
+
+
+def in_megabytes(size_bytes: float, *, exact: bool = False) -> str:
+    """Show bytes as 1,234.5, for a column headed MB; exact is to the byte where it is less than 0.05 MB."""
+    return f"{size_bytes / MB:,.{6 if exact and 0 < size_bytes < 50_000 else 1}f}"
+
+
 def gigabytes(size_bytes: float | None) -> str:
     """Show bytes as 24.0 GB, and None as a dash."""
     return "-" if size_bytes is None else f"{size_bytes / GB:,.1f} GB"

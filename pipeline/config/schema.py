@@ -1,4 +1,4 @@
-"""The schema of every config file: typed dataclasses, whose defaults are the only ones there are.
+"""Define the schema of every config file: typed dataclasses, whose defaults are the only ones there are.
 
 conf/ states choices on top of them. Hydra checks keys and types against these classes, so that a
 misspelt key is an error that names it.
@@ -14,52 +14,32 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from pipeline.common.request import GenerationParams
-
-
-class Dtype(Enum):
-    """The dtype of weights that are not quantized."""
-
-    auto = "auto"  # the checkpoint's own; float16 for bfloat16 on a GPU that has none
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-def settled_dtype(asked: str, own: str, *, bf16: bool) -> str:
-    """What `auto` means: its own choice, or float16 for the bfloat16 that a device would emulate."""
-    if asked != "auto":
-        return asked
-    return "float16" if own == "bfloat16" and not bf16 else own
-
-
-class QuantMethod(Enum):
-    none = "none"
-    int8 = "int8"
-    nf4 = "nf4"
-    fp4 = "fp4"
+from pipeline.config.quant import QuantConfig
 
 
 class OnError(Enum):
-    """What a bad prompt row does."""
+    """Say what a bad prompt row does."""
 
     record = "record"  # becomes an error row; the job goes on
     fail = "fail"  # stops the job before the model loads
 
 
 class Resume(Enum):
+    """Say what a job does with the rows that its folder holds."""
+
     auto = "auto"  # go on where the folder's rows stop
     never = "never"  # start anew; what was there goes to run-1, run-2 … in the same folder
 
 
 class MemoryCheck(Enum):
-    """What happens to a job on the CPU that the machine's memory cannot hold."""
+    """Say what happens to a job on the CPU that the machine's memory cannot hold."""
 
     refuse = "refuse"  # nothing is loaded; the error says what would fit
     warn = "warn"  # say so, and go on
 
 
 class Attention(Enum):
-    """How keys and values are held; where a model does not allow one, the next is taken."""
+    """Choose how keys and values are held; where a model does not allow one, the next is taken."""
 
     auto = "auto"  # pages on one GPU, else rectangles
     pages = "pages"  # static shapes and a graph a step, for a GPU
@@ -69,6 +49,8 @@ class Attention(Enum):
 
 @dataclass
 class ModelConfig:
+    """Name a model, and say how it is loaded."""
+
     name: str = MISSING  # ORG/NAME on the hub, or a local folder
     revision: str | None = None  # branch, tag or commit; null is the hub's main
     trust_remote_code: bool = False  # run Python code that comes with the model
@@ -83,21 +65,15 @@ class ModelConfig:
 
 
 @dataclass
-class QuantConfig:
-    method: QuantMethod = QuantMethod.none
-    dtype: Dtype = Dtype.auto  # of the weights that are not quantized
-    double_quant: bool = False  # 4-bit: quantize the scales too
-    compute_dtype: Dtype = Dtype.auto  # 4-bit: of the products; auto is bfloat16, or float16 likewise
-
-
-@dataclass
 class GenerationConfig(GenerationParams):
+    """Say how every row is continued that does not say so itself."""
+
     thinking: bool = False  # keep <think>…</think> apart from the completion
 
 
 @dataclass
 class EngineConfig:
-    """How the batch is run; it never decides the text.
+    """Say how the batch is run; it never decides the text.
 
     Raises:
         ValueError: a value is outside its range; the message names the key.
@@ -125,7 +101,7 @@ class EngineConfig:
 
 @dataclass
 class SubmitConfig:
-    """How `python -m pipeline.commands.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+    """Say how `python -m pipeline.commands.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
 
     dry_run: bool = False  # print the table and the batch script, and submit nothing
     partition: str | None = None  # null is the cluster's default
@@ -165,6 +141,8 @@ def _is_size(text: str | None) -> bool:
 
 @dataclass
 class Config:
+    """Describe a whole job."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -197,7 +175,7 @@ class Config:
 
 
 def root() -> Path:
-    """The folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
+    """Find the folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
     package = Path(__file__).resolve().parents[1]
     return package if (package / "conf").is_dir() else package.parent
 

@@ -13,7 +13,7 @@ from pipeline.common.errors import JobError, PromptError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, Request
 from pipeline.common.signals import Interrupt
-from pipeline.config.schema import Config, QuantMethod
+from pipeline.config.schema import Config
 from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.engine import Engine
@@ -30,9 +30,9 @@ from pipeline.job.rows import completion_row, error_row, part_thinking
 from pipeline.job.stats import compare_memory, job_stats, measure_weights, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.watchdog import Watchdog
+from pipeline.memory.architecture import known_architecture
 from pipeline.memory.capacity import Capacity, capacity, context_tokens
-from pipeline.memory.compare import Setup, known_architecture
-from pipeline.memory.fit import planned
+from pipeline.memory.compare import Setup
 from pipeline.memory.measured import PeakSampler
 from pipeline.models.loading import Loaded, computed_in, load_model, release
 from pipeline.models.stored_format import label
@@ -111,7 +111,7 @@ def _settle(loaded: Loaded, config: Config) -> bool:
     log.info("%d linear layers packed", packed)
     release_files(model)
     trim()
-    if loaded.quant.method is not QuantMethod.int8:
+    if loaded.quant.bits != 8:
         return_large_blocks(GLIBC_BYTES)
     return packed > 0
 
@@ -122,7 +122,7 @@ def _setup(config: Config, loaded: Loaded, packed: bool, limits: Limits) -> Setu
     gpus = model_gpus(model)
     return Setup(
         None if loaded.format else known_architecture(model.config.to_dict()),
-        planned(loaded.quant, gpus),
+        loaded.quant,
         gpus,
         packed=packed,
         prefill_tokens=config.engine.prefill_tokens,
@@ -176,7 +176,7 @@ class _Work:
         settings = config.engine
         self._capacity = capacity(
             loaded.model,
-            planned(loaded.quant, model_gpus(loaded.model)),
+            loaded.quant,
             limits=limits,
             fraction=settings.memory_fraction,
             prefill_tokens=settings.prefill_tokens,

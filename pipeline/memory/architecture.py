@@ -1,15 +1,18 @@
-"""The shape of a model, from its facts in conf/model/ or from a config.json: both use the same keys."""
+"""Read the shape of a model from its facts in conf/model/ or from a config.json: both use the same keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from pipeline.common.errors import ConfigError
+from pipeline.config.quant import ELEMENT_BYTES, Dtype
+
+MEASURE = "Load the model and read stats.json for its memory"
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What a model type implies and config.json does not say (transformers' modeling files)."""
+    """Say what a model type implies and config.json does not (transformers' modeling files)."""
 
     qkv_bias: bool = False  # on q, k and v, whatever `attention_bias` says
     qk_norm: bool = False  # a norm of head_dim weights on queries, another on keys
@@ -46,7 +49,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """All that decides how many bytes a decoder-only model takes. Counts are of scalars, heads or layers."""
+    """Hold all that decides how many bytes a decoder-only model takes. Counts are of scalars, heads or layers."""
 
     model_type: str
     vocab_size: int
@@ -70,51 +73,37 @@ class Architecture:
     fused: bool
     embed_scale: bool
 
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of a config.json, or of conf/model, with transformers' defaults for those that are absent.
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read config.json's keys, with transformers' defaults for those that are absent.
+        Raises:
+            ConfigError: the model type is not known here, it is more than its text, or a size is wrong.
+        """
+        model_type = str(config.get("model_type"))
+        if "text_config" in config:  # a vision tower is loaded with it, and takes memory, too
+            raise ConfigError(
+                f"model_type {model_type!r}: the memory plan knows models of text alone", MEASURE
+            )
+        if (family := _FAMILIES.get(model_type)) is None:
+            known = ", ".join(sorted(_FAMILIES))
+            raise ConfigError(f"model_type {model_type!r}: the memory plan knows {known}", MEASURE)
+        try:
+            return cls(**_fields(config, model_type, family))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a model's config ({error})", "Copy or download it again") from error
 
-    Raises:
-        ConfigError: the model type is not known here, or a size is missing.
-    """
-    model_type = str(config.get("model_type"))
-    family = _FAMILIES.get(model_type)
-    if family is None:
-        raise ConfigError(
-            f"model_type {model_type!r}: the memory plan knows {', '.join(sorted(_FAMILIES))}. "
-            "Load the model and read stats.json for its memory."
-        )
-    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or family.head_dim or hidden // heads
-    windows = _windows(config, family)
-    bias = bool(config.get("attention_bias", False))
-    return Architecture(
-        model_type=model_type,
-        vocab_size=_size(config, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_size(config, "intermediate_size"),
-        num_hidden_layers=len(windows),
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        max_position_embeddings=_size(config, "max_position_embeddings"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", family.tied)),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        windows=windows,
-        rotary_dim=int(head_dim * _partial_rotary_factor(config)),
-        rotary_sets=len(set(windows)) if family.rope_by_layer_kind else 1,
-        qkv_bias=family.qkv_bias or bias,
-        output_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
-        norms=family.norms,
-        fused=family.fused,
-        embed_scale=family.embed_scale,
-    )
+
+def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """Read a config as `Architecture.read` does; None for a model that the memory plan does not know."""
+    try:
+        return Architecture.read(config)
+    except ConfigError:
+        return None
 
 
 def differences(facts: Architecture, found: Architecture) -> list[str]:
-    """What a found config.json says otherwise, as "key: fact, found"."""
+    """Say what a found config.json says otherwise, as "key: fact, found"."""
     return [
         f"{f.name}: {getattr(facts, f.name)} in conf/model, {getattr(found, f.name)} in config.json"
         for f in fields(Architecture)
@@ -122,10 +111,51 @@ def differences(facts: Architecture, found: Architecture) -> list[str]:
     ]
 
 
+def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict[str, Any]:
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or family.head_dim or hidden // heads
+    windows = _windows(config, family)
+    bias = bool(config.get("attention_bias", False))
+    return {
+        "model_type": model_type,
+        "vocab_size": _size(config, "vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": _size(config, "intermediate_size"),
+        "num_hidden_layers": len(windows),
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": _size(config, "max_position_embeddings"),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", family.tied)),
+        "dtype": _dtype(config),
+        "windows": windows,
+        "rotary_dim": int(head_dim * _partial_rotary_factor(config)),
+        "rotary_sets": len(set(windows)) if family.rope_by_layer_kind else 1,
+        "qkv_bias": family.qkv_bias or bias,
+        "output_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "qk_norm": family.qk_norm,
+        "norms": family.norms,
+        "fused": family.fused,
+        "embed_scale": family.embed_scale,
+    }
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    """Read the checkpoint's dtype, whatever release of transformers wrote it, or holds it as torch's own."""
+    own = str(config.get("dtype") or config.get("torch_dtype") or Dtype.float32.value).removeprefix("torch.")
+    if own not in ELEMENT_BYTES:
+        raise ConfigError(f"dtype={own}: the memory plan knows {', '.join(ELEMENT_BYTES)}", MEASURE)
+    return own
+
+
 def _size(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key}={value!r}: a model's config needs a positive whole number here.")
+        raise ConfigError(
+            f"{key}={value!r}: a model's config needs a positive whole number here",
+            "Correct it, or copy it again",
+        )
     return value
 
 
@@ -135,7 +165,7 @@ def _partial_rotary_factor(config: Mapping[str, Any]) -> float:
 
 
 def _windows(config: Mapping[str, Any], family: _Family) -> tuple[int | None, ...]:
-    """Each layer's sliding window. One that is as wide as the context slides over nothing: None."""
+    """Find each layer's sliding window. One that is as wide as the context slides over nothing: None."""
     layers = _size(config, "num_hidden_layers")
     window = config.get("sliding_window")
     by_switch = config.get("model_type") in ("qwen2", "qwen3")

@@ -1,21 +1,22 @@
-"""How much may be in flight: free memory over the bytes that a token's keys and values take."""
+"""Decide how much may be in flight: free memory over the bytes that a token's keys and values take."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.common.errors import ConfigError
 from pipeline.common.gpu import Gpu
+from pipeline.common.units import megabytes
+from pipeline.config.quant import QuantConfig
 from pipeline.engine.accelerators import describe, free_bytes
 from pipeline.engine.forward import input_device
 from pipeline.engine.limits import CPU, Limits
-from pipeline.memory.architecture import Architecture, architecture
+from pipeline.memory.architecture import Architecture, known_architecture
 from pipeline.memory.peaks import activation_bytes, logits_bytes, scratch_bytes
-from pipeline.memory.plan import Quant, kv_bytes_per_token, kv_cache_bytes
+from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +33,23 @@ class Place:
     gpus: tuple[Gpu, ...]  # the device itself; () is the CPU
 
     def part(self, arch: Architecture) -> Architecture:
-        """The model as far as this device's keys and values go: with its layers only."""
+        """Return the model as far as this device's keys and values go: with its layers only."""
         return replace(arch, windows=tuple(arch.windows[layer] for layer in self.layers))
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a job may have in flight. Tokens are of prompt and completion."""
+    """Say what a job may have in flight. Tokens are of prompt and completion."""
 
     max_rows: int
     max_tokens: int
     architecture: Architecture | None
-    quant: Quant
+    quant: QuantConfig
     places: tuple[Place, ...]
     prefill_tokens: int  # in one pass
 
     def refusal(self, prompt_tokens: int) -> str | None:
-        """Why a prompt can never fit, though nothing else were in flight; None if it can."""
+        """Say why a prompt can never fit, though nothing else were in flight; None if it can."""
         arch, quant = self.architecture, self.quant
         if arch is None:
             return None
@@ -58,8 +59,8 @@ class Capacity:
             work = activation_bytes(arch, quant, tokens, prompt_tokens, place.gpus)
             if kv_cache + work > place.free_bytes:
                 return (
-                    f"the prompt's {prompt_tokens} tokens take {kv_cache / 1e6:,.1f} MB of keys and values and "
-                    f"{work / 1e6:,.1f} MB of work, and {place.free_bytes / 1e6:,.1f} MB are free on {place.name}. "
+                    f"the prompt's {prompt_tokens} tokens take {megabytes(kv_cache)} of keys and values and "
+                    f"{megabytes(work)} of work, and {megabytes(place.free_bytes)} are free on {place.name}. "
                     "Shorten the prompt, or choose a smaller model or quantization."
                 )
         return None
@@ -67,7 +68,7 @@ class Capacity:
 
 def capacity(
     model: Any,
-    quant: Quant,
+    quant: QuantConfig,
     *,
     limits: Limits,
     fraction: float,
@@ -76,7 +77,7 @@ def capacity(
     max_rows: int | None,
     max_tokens: int | None,
 ) -> Capacity:
-    """Rows and tokens in flight: as asked, else what the free memory holds beside the work of a pass.
+    """Decide the rows and tokens in flight: as asked, else what the free memory holds beside the work of a pass.
 
     Args:
         limits: of the way that keys and values are held.
@@ -96,9 +97,14 @@ def capacity(
 
 
 def work_bytes(
-    arch: Architecture, quant: Quant, gpus: tuple[Gpu, ...], prefill_tokens: int, rows: int, sampled: bool
+    arch: Architecture,
+    quant: QuantConfig,
+    gpus: tuple[Gpu, ...],
+    prefill_tokens: int,
+    rows: int,
+    sampled: bool,
 ) -> int:
-    """What a device needs beside keys and values, wherever in the model its layers are."""
+    """Predict what a device needs beside keys and values, wherever in the model its layers are."""
     return (
         activation_bytes(arch, quant, prefill_tokens, prefill_tokens, gpus)
         + scratch_bytes(arch, quant, gpus)
@@ -107,7 +113,7 @@ def work_bytes(
 
 
 def places(model: Any) -> tuple[Place, ...]:
-    """The devices that a model's layers compute on."""
+    """Find the devices that a model's layers compute on."""
     layers: dict[torch.device, list[int]] = {}
     for layer, device in enumerate(layer_devices(model)):
         layers.setdefault(device, []).append(layer)
@@ -120,7 +126,7 @@ def places(model: Any) -> tuple[Place, ...]:
 
 
 def layer_devices(model: Any) -> list[torch.device]:
-    """Where each decoder layer computes: on its weights' device, or the one they are brought to."""
+    """Say where each decoder layer computes: on its weights' device, or the one they are brought to."""
     count = int(model.config.get_text_config().num_hidden_layers)
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     if (stack := next(stacks, None)) is None:
@@ -129,7 +135,7 @@ def layer_devices(model: Any) -> list[torch.device]:
 
 
 def _device(layer: nn.Module) -> torch.device:
-    """The device of the layer's first weight; of one that is offloaded, where its hook brings it."""
+    """Find the device of the layer's first weight; of one that is offloaded, where its hook brings it."""
     holder = next(m for m in layer.modules() if next(m.parameters(recurse=False), None) is not None)
     device = next(holder.parameters(recurse=False)).device
     return torch.device(holder._hf_hook.execution_device) if device.type == "meta" else device  # type: ignore[union-attr,arg-type]
@@ -137,13 +143,13 @@ def _device(layer: nn.Module) -> torch.device:
 
 def tokens_on_all(
     arch: Architecture,
-    quant: Quant,
+    quant: QuantConfig,
     places: Sequence[Place],
     budgets_bytes: Sequence[int],
     rows: int,
     limits: Limits = CPU,
 ) -> int:
-    """The most tokens of `rows` equal rows that every device holds: each has the keys of its own layers."""
+    """Find the most tokens of `rows` equal rows that every device holds: each has the keys of its own layers."""
     return min(
         tokens_that_fit(place.part(arch), quant, budget, rows, limits)
         for place, budget in zip(places, budgets_bytes, strict=True)
@@ -151,9 +157,9 @@ def tokens_on_all(
 
 
 def tokens_that_fit(
-    arch: Architecture, quant: Quant, budget_bytes: int, rows: int, limits: Limits = CPU
+    arch: Architecture, quant: QuantConfig, budget_bytes: int, rows: int, limits: Limits = CPU
 ) -> int:
-    """The most tokens of `rows` equal rows whose keys and values stay within the budget; at least 1.
+    """Find the most tokens of `rows` equal rows whose keys and values stay within the budget; at least 1.
 
     In rectangles, sliding layers count no more than their window; each row has a chunk allocated ahead.
     """
@@ -172,23 +178,24 @@ def tokens_that_fit(
 
 
 def _equal(tokens: int, rows: int, limits: Limits) -> tuple[int, int]:
-    """So many tokens in equal rows: how many rows, and how long."""
+    """Split so many tokens in equal rows: how many rows, and how long."""
     rows = max(1, min(rows, tokens // limits.chunk))
     return rows, -(-tokens // rows)
 
 
-def kv_architecture(config: dict[str, Any]) -> Architecture | None:
-    """The architecture; of a model that the memory plan does not know, the same sizes as a Llama, whose
-    keys and values are the common kind."""
-    for kind in (str(config.get("model_type")), "llama"):
-        try:
-            return architecture({**config, "model_type": kind})
-        except (ConfigError, TypeError, ValueError):
-            continue
+def kv_architecture(config: Mapping[str, Any]) -> Architecture | None:
+    """Read the config of the part that makes text.
+
+    One that the memory plan does not know is read as a Llama of the same sizes, whose keys and values are the
+    common kind.
+    """
+    for kind in (config.get("model_type"), "llama"):
+        if (arch := known_architecture({**config, "model_type": kind})) is not None:
+            return arch
     log.warning("The memory of this model's keys and values is not known; the engine will find the bound")
     return None
 
 
 def context_tokens(config: Any) -> int:
-    """The longest prompt and completion together, from a transformers config."""
+    """Return the longest prompt and completion together, from a transformers config."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

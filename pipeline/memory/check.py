@@ -1,4 +1,4 @@
-"""A job on the CPU that this machine's memory cannot hold is refused before a weight is read. No torch."""
+"""Refuse a job on the CPU that this machine's memory cannot hold, before a weight is read."""
 
 import logging
 from typing import Any
@@ -6,23 +6,18 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.host import host_free_bytes
+from pipeline.common.units import megabytes
+from pipeline.config.quant import SUGGESTED
 from pipeline.config.schema import Config, MemoryCheck
 from pipeline.memory.devices import Device, visible_gpus
 from pipeline.memory.facts import Facts, find_facts
-from pipeline.memory.fit import Job, Settings, best_choice, need, planned
+from pipeline.memory.fit import Settings, Workload, best_choice, need
 from pipeline.memory.peaks import load_peak
-from pipeline.memory.plan import Quant
 from pipeline.prompts.lengths import PromptLengths
 
 log = logging.getLogger(__name__)
 
 ONE_TOKEN = PromptLengths("a row of one token", 1, 0, 0, ((1, 1),), sampled=False)
-# What may fit instead, the nearest to the checkpoint's own answers first.
-SMALLER = (
-    Quant("bf16", dtype="bfloat16"),
-    Quant("int8", "int8"),
-    Quant("nf4", "nf4", double_quant=True),
-)
 
 
 def check_memory(config: Config) -> None:
@@ -44,7 +39,8 @@ def check_memory(config: Config) -> None:
     if refusal is None:
         return
     if config.memory_check is MemoryCheck.refuse:
-        raise LoadError(f"{refusal} Pass memory_check=warn to try all the same.")
+        refusal.fix += " Pass memory_check=warn to try all the same."
+        raise refusal
     terminal.say(f"Warning: {refusal}", style="yellow")
 
 
@@ -52,21 +48,21 @@ def _only_cpu(device_map: Any) -> bool:
     return set(device_map.values() if isinstance(device_map, dict) else [device_map]) == {"cpu"}
 
 
-def _refusal(config: Config, facts: Facts, free_bytes: int) -> str | None:
-    """Why the model with one row of one token does not fit; None if it does."""
-    quant = planned(config.quant, gpus=())
+def _refusal(config: Config, facts: Facts, free_bytes: int) -> LoadError | None:
+    """Say why the model with one row of one token does not fit, and what would; None if it does."""
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
-    job = Job(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
+    workload = Workload(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
+    quant = workload.settled(config.quant)
     loads = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights).needed
-    runs = need(job, quant, 1).total_bytes
+    runs = need(workload, quant, 1).total_bytes
     if max(loads, runs) <= free_bytes:
         return None
-    best = best_choice(job, list(SMALLER), lambda: [])
+    best = best_choice(workload, SUGGESTED, lambda: [])
     instead = (
         f"quant={best.quant} would fit" if best else "No quantization of it would fit: take a smaller model"
     )
-    return (
-        f"{facts.name}: loading it takes {loads / 1e6:,.1f} MB and running one row at least {runs / 1e6:,.1f} MB, "
-        f"and {free_bytes / 1e6:,.1f} MB of this machine's memory are free. {instead}; "
-        "`python -m pipeline.commands.plan` with the same arguments shows what takes how much."
+    return LoadError(
+        f"{facts.name}: loading it takes {megabytes(loads)} and running one row at least {megabytes(runs)}, "
+        f"and {megabytes(free_bytes)} of this machine's memory are free",
+        f"{instead}; `python -m pipeline.commands.plan` with the same arguments shows what takes how much.",
     )

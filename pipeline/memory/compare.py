@@ -1,4 +1,4 @@
-"""Predicted beside measured, part by part, for stats.json and a job's last table. No torch.
+"""Put the predicted beside the measured, part by part, for stats.json and a job's last table.
 
 The KV cache is predicted for the rectangles that the run really had, and the run peak for its rows and its
 widest pass: what `pipeline.commands.plan` says beforehand from a prompt file, with the lengths that came true.
@@ -8,23 +8,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.common.errors import ConfigError
 from pipeline.common.gpu import Gpu
+from pipeline.config.quant import QuantConfig
 from pipeline.engine.limits import Limits
 from pipeline.engine.stats import EngineStats
-from pipeline.memory.architecture import Architecture, architecture
+from pipeline.memory.architecture import Architecture
 from pipeline.memory.peaks import load_peak, run_peak
-from pipeline.memory.plan import Quant, footprint_bytes, kv_cache_bytes, quant_state_bytes
+from pipeline.memory.plan import footprint_bytes, kv_cache_bytes, quant_state_bytes
 
 PARTS = ("footprint", "quantization_state", "kv_cache", "load_peak", "run_peak")
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What decides a job's memory, beside its prompts."""
+    """Hold what decides a job's memory, beside its prompts."""
 
     architecture: Architecture | None  # None: the memory plan does not know it
-    quant: Quant
+    quant: QuantConfig  # settled for the GPUs
     gpus: tuple[Gpu, ...]  # those that it lies on; () is a run on the CPU
     packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
     prefill_tokens: int
@@ -32,16 +32,8 @@ class Setup:
     limits: Limits  # of the way that keys and values are held
 
 
-def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """From a config.json; None for a model that the memory plan does not know."""
-    try:
-        return architecture(config)
-    except ConfigError:
-        return None
-
-
 def predicted(setup: Setup, engine: EngineStats) -> dict[str, int | None]:
-    """Bytes by part, PARTS; None where there is no prediction, never 0.
+    """Predict the bytes of PARTS; None where there is no prediction, never 0.
 
     On GPUs both peaks are those of torch's counters, which see tensors and no context.
     """
@@ -76,7 +68,7 @@ def predicted(setup: Setup, engine: EngineStats) -> dict[str, int | None]:
 def compared(
     predicted: Mapping[str, int | None], measured: Mapping[str, int | None]
 ) -> dict[str, dict[str, Any]]:
-    """`predicted` and `measured` in bytes, and how far the prediction is off in percent of the measured."""
+    """Put both in bytes, and say how far the prediction is off in percent of the measured."""
     return {
         "predicted": {f"{part}_bytes": predicted[part] for part in PARTS},
         "measured": {f"{part}_bytes": measured[part] for part in PARTS},
@@ -85,7 +77,7 @@ def compared(
 
 
 def error_percent(predicted: int | None, measured: int | None) -> float | None:
-    """Above 0 is too much. None where one of the two is missing, or nothing was measured to compare with."""
+    """Return how far off it is, above 0 where it is too much; None where there is nothing to compare."""
     if predicted is None or measured is None:
         return None
     if measured == 0:

@@ -1,4 +1,4 @@
-"""How much memory there is to plan for: GPUs, else host memory, else what one is told. No torch."""
+"""Find how much memory there is to plan for: GPUs, else host memory, else what one is told."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from pipeline.memory.gpu_tools import backends, find_gpus
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Memory that a job can use. Bytes."""
+    """Hold the memory that a job can use. Bytes."""
 
     name: str
     gpus: tuple[Gpu, ...]  # () is the CPU
@@ -28,7 +28,7 @@ class Device:
 
 
 def find_device(offload_dir: str | None) -> Device:
-    """All GPUs together that a job would get, else this machine's memory.
+    """Find all GPUs together that a job would get, else this machine's memory.
 
     Raises:
         ConfigError: there is a GPU, and its memory cannot be read.
@@ -41,7 +41,7 @@ def find_device(offload_dir: str | None) -> Device:
 
 
 def gpu_device(gpus: tuple[Gpu, ...], behind_bytes: int) -> Device:
-    """These GPUs together. One whose free memory cannot be read counts with all that it has.
+    """Take these GPUs together. One whose free memory cannot be read counts with all that it has.
 
     Raises:
         ConfigError: neither can be read.
@@ -51,7 +51,7 @@ def gpu_device(gpus: tuple[Gpu, ...], behind_bytes: int) -> Device:
         size = gpu.total_bytes if gpu.free_bytes is None else gpu.free_bytes
         if size is None:
             raise ConfigError(
-                f"The memory of {gpu.name} cannot be read here. Say how much it has: memory=24GB."
+                f"The memory of {gpu.name} cannot be read here", "Say how much it has: memory=24GB"
             )
         free_bytes += size
         names.append(gpu.name if gpu.free_bytes is not None else f"{gpu.name}, as if all of it were free,")
@@ -59,7 +59,7 @@ def gpu_device(gpus: tuple[Gpu, ...], behind_bytes: int) -> Device:
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that a job started here would get, described without torch and without opening one."""
+    """Find the GPUs that a job started here would get, described without torch and without opening one."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def given_device(memory: str) -> Device:
-    """A GPU of so much memory, in front of this machine's host memory.
+    """Assume a GPU of so much memory, in front of this machine's host memory.
 
     Raises:
         ConfigError: not a size.

@@ -1,19 +1,17 @@
-"""Does a job fit in a device's memory, with how many rows, and what would fit? From predicted bytes alone."""
+"""Decide whether a job fits in a device's memory, with how many rows, and what would fit, from predicted bytes."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
 
-from pipeline.common.gpu import Gpu, have_bf16
-from pipeline.config.schema import QuantConfig
+from pipeline.config.quant import STORED_BITS, QuantConfig, settle_dtypes
 from pipeline.engine.limits import expected_limits
 from pipeline.memory import peaks as peaks
 from pipeline.memory import plan as memory
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.devices import Device
 from pipeline.memory.facts import Facts
-from pipeline.memory.plan import Quant
 from pipeline.prompts.lengths import PromptLengths
 
 FITS, OFFLOAD, TOO_LARGE = "fits", "fits with offload", "does not fit"
@@ -23,7 +21,7 @@ MOST_ROWS = 4096  # in flight; no device is faster with more
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the engine's config says of memory."""
+    """Hold what the engine's config says of memory."""
 
     memory_fraction: float
     prefill_tokens: int
@@ -32,15 +30,9 @@ class Settings:
     pack_weights: bool = True
 
 
-def planned(quant: QuantConfig, gpus: Iterable[Gpu], name: str | None = None) -> Quant:
-    """A quantization as the plan knows it, on these GPUs or the CPU; by default named as its method."""
-    method, dtypes = quant.method.value, (quant.dtype.value, quant.compute_dtype.value)
-    return Quant(name or method, method, dtypes[0], quant.double_quant, dtypes[1], have_bf16(gpus))
-
-
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A prompt file on one model and one device."""
+class Workload:
+    """A prompt file on one model and one device, to be planned."""
 
     model: str
     facts: Facts
@@ -48,10 +40,14 @@ class Job:
     device: Device
     settings: Settings
 
+    def settled(self, quant: QuantConfig) -> QuantConfig:
+        """Decide what `auto` is, for this model on this device."""
+        return settle_dtypes(quant, self.facts.architecture.dtype, self.device.gpus)
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the job takes with this many rows in flight, the longest ones."""
+    """Say what the job takes with this many rows in flight, the longest ones."""
 
     rows: int
     peak: peaks.RunPeak
@@ -60,6 +56,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """Name what would fit."""
+
     model: str
     quant: str
     total_bytes: int  # with one row
@@ -68,6 +66,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """Say whether it fits, and with how much in flight."""
+
     status: str
     rows: int  # in flight at once; more than the file has, if there is room
     all_rows: bool  # the whole prompt file
@@ -76,7 +76,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """A summary of the prompt file. Tokens."""
+    """Sum up the prompt file. Tokens."""
 
     counted_by: str
     rows: int
@@ -90,7 +90,7 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """A line of why a quantized model takes more than parameters × bits ÷ 8."""
+    """Give one line of why a quantized model takes more than parameters × bits ÷ 8."""
 
     what: str
     parameters: int
@@ -100,7 +100,7 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is predicted for one model and quantization. JSON has the same fields."""
+    """Hold all that is predicted for one model and quantization. JSON has the same fields."""
 
     model: str
     name: str
@@ -123,15 +123,16 @@ class Plan:
     best: Choice | None  # among what fits, the nearest to the checkpoint's own answers
 
 
-def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
-    """The figures for one quantization."""
-    arch = job.facts.architecture
+def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | None) -> Plan:
+    """Predict all figures for one quantization, called by this name."""
+    quant = workload.settled(quant)
+    arch = workload.facts.architecture
     return Plan(
-        model=job.model,
-        name=job.facts.name,
-        quant=quant.name,
-        facts_source=job.facts.source,
-        facts_differences=job.facts.differences,
+        model=workload.model,
+        name=workload.facts.name,
+        quant=name,
+        facts_source=workload.facts.source,
+        facts_differences=workload.facts.differences,
         parameters=memory.parameters(arch),
         parts=memory.parts(arch, quant),
         footprint_bytes=memory.footprint_bytes(arch, quant),
@@ -143,22 +144,24 @@ def make_plan(job: Job, quant: Quant, best: Choice | None) -> Plan:
             "full" if window is None else f"window {window}": size
             for window, size in memory.kv_bytes_per_token(arch, quant).items()
         },
-        prompts=_summary(job.lengths),
-        needs=tuple(need(job, quant, rows) for rows in SHOWN_ROWS),
-        load_peak=peaks.load_peak(arch, quant, gpus=job.device.gpus, packed=job.settings.pack_weights),
-        device=job.device,
-        verdict=_verdict(job, quant),
+        prompts=_summary(workload.lengths),
+        needs=tuple(need(workload, quant, rows) for rows in SHOWN_ROWS),
+        load_peak=peaks.load_peak(
+            arch, quant, gpus=workload.device.gpus, packed=workload.settings.pack_weights
+        ),
+        device=workload.device,
+        verdict=_verdict(workload, quant),
         best=best,
     )
 
 
-def need(job: Job, quant: Quant, rows: int) -> Need:
-    """The job's peak with its `rows` longest rows in flight; a shorter prompt file is repeated."""
-    samples = list(islice(cycle(job.lengths.samples), rows))
-    arch, settings = job.facts.architecture, job.settings
+def need(workload: Workload, quant: QuantConfig, rows: int) -> Need:
+    """Predict the peak with its `rows` longest rows in flight; a shorter prompt file is repeated."""
+    samples = list(islice(cycle(workload.lengths.samples), rows))
+    arch, settings = workload.facts.architecture, workload.settings
     prompt = max((tokens for tokens, _ in samples), default=0)
     lengths = Counter(sum(sample) for sample in samples)
-    ways = expected_limits(len(job.device.gpus))
+    ways = expected_limits(len(workload.device.gpus))
     groups = ((count, tokens) for tokens, count in lengths.items())
     kv_cache = memory.kv_cache_bytes(arch, quant, groups, limits=ways)
     if ways.cuts_windows:
@@ -170,97 +173,104 @@ def need(job: Job, quant: Quant, rows: int) -> Need:
         rows=rows,
         prefill_tokens=min(settings.prefill_tokens, sum(tokens for tokens, _ in samples)),
         columns=prompt,
-        sampled=job.lengths.sampled,
-        gpus=job.device.gpus,
+        sampled=workload.lengths.sampled,
+        gpus=workload.device.gpus,
         packed=settings.pack_weights,
     )
     return Need(rows, peak, peak.total)
 
 
-def _prefill_extra(arch: Architecture, quant: Quant, prompt: int, rows: int, prefill_tokens: int) -> int:
-    """What sliding layers hold beyond their window while a group of the longest prompts is prefilled."""
+def _prefill_extra(
+    arch: Architecture, quant: QuantConfig, prompt: int, rows: int, prefill_tokens: int
+) -> int:
+    """Predict what sliding layers hold beyond their window while a group of the longest prompts is prefilled."""
     group = [(min(rows, max(1, prefill_tokens // max(prompt, 1))), prompt)]
     whole = memory.kv_cache_bytes(arch, quant, group, prefilling=True)
     return whole - memory.kv_cache_bytes(arch, quant, group)
 
 
-def rows_that_fit(job: Job, quant: Quant, budget_bytes: int) -> int:
-    """The most rows whose peak stays within the budget, the longest first; 0 if not even one does."""
-    settings = job.settings
+def rows_that_fit(workload: Workload, quant: QuantConfig, budget_bytes: int) -> int:
+    """Find the most rows whose peak stays within the budget, the longest first; 0 if not even one does."""
+    settings = workload.settings
     low, high = 0, min(settings.max_rows or MOST_ROWS, MOST_ROWS)
     if settings.max_tokens_in_flight is not None:
-        tokens = accumulate(sum(sample) for sample in islice(cycle(job.lengths.samples), high))
+        tokens = accumulate(sum(sample) for sample in islice(cycle(workload.lengths.samples), high))
         high = max(1, sum(1 for total in tokens if total <= settings.max_tokens_in_flight))
     while low < high:  # a row more never takes less
         middle = (low + high + 1) // 2
-        if need(job, quant, middle).total_bytes <= budget_bytes:
+        if need(workload, quant, middle).total_bytes <= budget_bytes:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _verdict(job: Job, quant: Quant) -> Verdict:
-    budget = int(job.device.free_bytes * job.settings.memory_fraction)
-    rows = rows_that_fit(job, quant, budget)
-    packed = job.settings.pack_weights
-    loads = peaks.load_peak(job.facts.architecture, quant, gpus=job.device.gpus, packed=packed).needed
-    if rows > 0 and loads <= job.device.free_bytes:
-        return Verdict(FITS, rows, rows >= len(job.lengths.samples), budget)
-    status = OFFLOAD if _fits_with_offload(job, quant, budget) else TOO_LARGE
+def _verdict(workload: Workload, quant: QuantConfig) -> Verdict:
+    budget = int(workload.device.free_bytes * workload.settings.memory_fraction)
+    rows = rows_that_fit(workload, quant, budget)
+    packed = workload.settings.pack_weights
+    loads = peaks.load_peak(
+        workload.facts.architecture, quant, gpus=workload.device.gpus, packed=packed
+    ).needed
+    if rows > 0 and loads <= workload.device.free_bytes:
+        return Verdict(FITS, rows, rows >= len(workload.lengths.samples), budget)
+    status = OFFLOAD if _fits_with_offload(workload, quant, budget) else TOO_LARGE
     return Verdict(status, 1 if status == OFFLOAD else 0, False, budget)
 
 
-def _fits_with_offload(job: Job, quant: Quant, budget: int) -> bool:
-    """One module at a time on the device, the rest behind it; bitsandbytes' weights cannot be moved so."""
-    if quant.method != "none":
+def _fits_with_offload(workload: Workload, quant: QuantConfig, budget: int) -> bool:
+    """Try one module at a time on the device, the rest behind it; bitsandbytes' weights cannot be moved so."""
+    if quant.quantized:
         return False
-    arch = job.facts.architecture
+    arch = workload.facts.architecture
     sizes: dict[str, int] = {}
     for weight in memory.weights(arch):
         module = ".".join(weight.name.split(".")[:2])  # a layer, or what stands alone
         sizes[module] = sizes.get(module, 0) + memory.stored(weight, arch, quant)[1]
-    total = need(job, quant, 1).total_bytes
+    total = need(workload, quant, 1).total_bytes
     beside = total - memory.footprint_bytes(arch, quant)
-    return beside + max(sizes.values()) <= budget and total <= budget + job.device.offload_bytes
+    return beside + max(sizes.values()) <= budget and total <= budget + workload.device.offload_bytes
 
 
-def best_choice(job: Job, quants: list[Quant], others: Callable[[], list[Job]]) -> Choice | None:
-    """The first of `quants` that fits; else the same on the other models, the largest first.
+def best_choice(
+    workload: Workload, quants: Mapping[str, QuantConfig], others: Callable[[], list[Workload]]
+) -> Choice | None:
+    """Choose the first of `quants` that fits; else the same on the other models, the largest first.
 
     Args:
-        quants: what comes nearest to the checkpoint's own answers, first.
-        others: asked for only when nothing fits on the job's own model.
+        quants: by name, what comes nearest to the checkpoint's own answers first.
+        others: asked for only when nothing fits on the workload's own model.
     """
-    for candidate in _candidates(job, others):
-        for quant in quants:
+    for candidate in _candidates(workload, others):
+        for name, asked in quants.items():
+            quant = candidate.settled(asked)
             verdict = _verdict(candidate, quant)
             if verdict.status == FITS:
                 total = need(candidate, quant, 1).total_bytes
-                return Choice(candidate.model, quant.name, total, verdict.rows)
+                return Choice(candidate.model, name, total, verdict.rows)
     return None
 
 
-def _candidates(job: Job, others: Callable[[], list[Job]]) -> Iterator[Job]:
-    yield job
-    size = memory.parameters(job.facts.architecture)
+def _candidates(workload: Workload, others: Callable[[], list[Workload]]) -> Iterator[Workload]:
+    yield workload
+    size = memory.parameters(workload.facts.architecture)
     smaller = [other for other in others() if memory.parameters(other.facts.architecture) < size]
     yield from sorted(smaller, key=lambda other: -memory.parameters(other.facts.architecture))
 
 
-def _bits(arch: Architecture, quant: Quant) -> int:
-    by_method = {"int8": 8, "nf4": 4, "fp4": 4}
-    return by_method.get(quant.method) or 8 * memory.ELEMENT_BYTES[memory.plain_dtype(arch, quant)]
+def _bits(arch: Architecture, quant: QuantConfig) -> int:
+    """Return the bits of a weight, as people take it who work it out by hand."""
+    return quant.bits or STORED_BITS[memory.plain_dtype(arch, quant)]
 
 
-def _reasons(arch: Architecture, quant: Quant) -> Iterator[Reason]:
-    """What is quantized, what is not, and what is kept beside it."""
-    if quant.method == "none":
+def _reasons(arch: Architecture, quant: QuantConfig) -> Iterator[Reason]:
+    """Say what is quantized, what is not, and what is kept beside it."""
+    if not quant.quantized:
         return
     labels = {"embedding": "embedding and output head", "head": "embedding and output head", "norm": "norms"}
     sums: dict[tuple[str, str], list[int]] = {}
     for part in memory.parts(arch, quant):
-        quantized = part.dtype == quant.method
+        quantized = part.dtype == quant.method.value
         label = "linear layers" if quantized else labels.get(part.part, "biases and buffers")
         entry = sums.setdefault((label, part.dtype), [0, 0])
         entry[0] += part.parameters if part.part != "buffers" else 0

@@ -1,4 +1,4 @@
-"""Which GPUs a job would get, from what the drivers' own tools print and the environment hides. No torch.
+"""Find which GPUs a job would get, from what the drivers' own tools print and the environment hides.
 
 The parsers take text. A GPU that is there, but of which no tool tells, is one without numbers: not none.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.gpu import Gpu
+from pipeline.common.units import GB, MIB
 
-MIB = 1024**2
 QUERY = "uuid,memory.total,memory.free,compute_cap"
 # Files that a driver makes where it has a GPU. Intel's are every graphics card's.
 FILES = {"cuda": ("/dev/nvidiactl", "/dev/dxg"), "rocm": ("/dev/kfd",), "xpu": ("/dev/dri/renderD128",)}
@@ -21,7 +21,7 @@ UNREADABLE = {"cuda": "an NVIDIA GPU", "rocm": "an AMD GPU", "xpu": "an Intel GP
 
 
 def backends(torch_version: str, platform: str, machine: str) -> tuple[str, ...]:
-    """The kinds of GPU that an installed torch may use: its version says what it is built for.
+    """List the kinds of GPU that an installed torch may use: its version says what it is built for.
 
     A version without a suffix, as 2.11.0, may be built for anything but Apple's.
     """
@@ -35,7 +35,7 @@ def backends(torch_version: str, platform: str, machine: str) -> tuple[str, ...]
 
 
 def find_gpus(kinds: Iterable[str], environ: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The GPUs of the first of these kinds that this machine has, as far as the environment leaves them."""
+    """Find the GPUs of the first of these kinds that this machine has, as far as the environment leaves them."""
     kinds = tuple(kinds)
     for kind in kinds:
         found = {"cuda": _nvidia, "rocm": _amd, "xpu": _intel}[kind](environ)
@@ -51,7 +51,7 @@ def find_gpus(kinds: Iterable[str], environ: Mapping[str, str]) -> tuple[Gpu, ..
 
 
 def hides_all(kind: str, environ: Mapping[str, str]) -> bool:
-    """Whether the environment hides every GPU: its list begins with what can name none, as -1 or nothing."""
+    """Say whether the environment hides every GPU: its list begins with what can name none, as -1 or nothing."""
     names = {"cuda": ["CUDA_VISIBLE_DEVICES"], "xpu": ["ZE_AFFINITY_MASK"]}
     names["rocm"] = ["ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"]
     values = (environ[name] for name in names[kind] if name in environ)
@@ -59,7 +59,7 @@ def hides_all(kind: str, environ: Mapping[str, str]) -> bool:
 
 
 def visible(cards: Sequence[Sequence[Gpu]], names: str | None) -> tuple[Gpu, ...]:
-    """What CUDA shows of these cards, in the order of CUDA_VISIBLE_DEVICES.
+    """Return what CUDA shows of these cards, in the order of CUDA_VISIBLE_DEVICES.
 
     The list ends at the first name that names nothing; a GPU that is named twice hides all. Ids may be cut
     short as long as they are unique. Of slices, CUDA shows a process one.
@@ -90,7 +90,7 @@ def _named(cards: Sequence[Sequence[Gpu]], name: str) -> Gpu | None:
 
 
 def parse_nvidia(listed: str, queried: str) -> list[list[Gpu]]:
-    """The cards of `nvidia-smi -L`, each alone or as its MIG slices, with the numbers of QUERY, by id."""
+    """Read the cards of `nvidia-smi -L`, each alone or as its MIG slices, with the numbers of QUERY, by id."""
     numbers = {fields[0]: fields for line in queried.splitlines() if (fields := _fields(line))}
     cards: list[list[Gpu]] = []
     for line in listed.splitlines():
@@ -103,9 +103,9 @@ def parse_nvidia(listed: str, queried: str) -> list[list[Gpu]]:
 
 
 def _slice(card: Gpu, profile: str, uuid: str) -> Gpu:
-    """A part of a card. No query tells its memory: its size is its profile's, 1g.10gb, a little below the real."""
+    """Describe a part of a card. No query tells its memory: its profile does, as 1g.10gb, a little below the real."""
     size = re.search(r"\.(\d+)gb", profile)
-    total_bytes = int(size[1]) * 10**9 if size else None
+    total_bytes = int(size[1]) * GB if size else None
     return replace(card, name=f"{card.name} {profile}", total_bytes=total_bytes, free_bytes=None, uuid=uuid)
 
 
@@ -114,7 +114,7 @@ def _fields(line: str) -> list[str]:
 
 
 def _nvidia_card(name: str, uuid: str, fields: Sequence[str]) -> Gpu:
-    """Fields as in QUERY; what the driver does not tell is "[N/A]" there, or the query failed."""
+    """Read fields as in QUERY; what the driver does not tell is "[N/A]" there, or the query failed."""
     total, free, capability = [*fields, "", "", "", ""][1:4]
     version = re.fullmatch(r"(\d+)\.(\d+)", capability)
     return Gpu(
@@ -128,7 +128,7 @@ def _nvidia_card(name: str, uuid: str, fields: Sequence[str]) -> Gpu:
 
 
 def parse_rocm_smi(text: str) -> list[Gpu]:
-    """`rocm-smi --showproductname --showmeminfo vram --showuniqueid --json`."""
+    """Read `rocm-smi --showproductname --showmeminfo vram --showuniqueid --json`."""
     cards = _json(text)
     numbered = {
         int(name[4:]): {key.lower(): value for key, value in fields.items()}
@@ -147,7 +147,7 @@ def _rocm_card(fields: Mapping[str, Any]) -> Gpu:
 
 
 def parse_amd_smi(metric: str, static: str) -> list[Gpu]:
-    """`amd-smi metric --mem-usage --json`, with the names of `amd-smi static --asic --json`. Its MB are MiB."""
+    """Read `amd-smi metric --mem-usage --json`, with the names of `amd-smi static --asic --json`. Its MB are MiB."""
     names = {entry.get("gpu"): entry.get("asic", {}).get("market_name") for entry in _amd_entries(static)}
     found = []
     for entry in sorted(_amd_entries(metric), key=lambda entry: int(entry.get("gpu", 0))):
@@ -159,14 +159,14 @@ def parse_amd_smi(metric: str, static: str) -> list[Gpu]:
 
 
 def _amd_entries(text: str) -> list[dict[str, Any]]:
-    """A list, or in later versions one under "gpu_data"."""
+    """Take out the list; in later versions it is under "gpu_data"."""
     loaded = _json(text)
     entries = loaded.get("gpu_data") if isinstance(loaded, dict) else loaded
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def parse_xpu_smi(text: str) -> Gpu | None:
-    """`xpu-smi discovery -d 0 -j`."""
+    """Read `xpu-smi discovery -d 0 -j`."""
     fields = _json(text)
     if not isinstance(fields, dict) or "device_name" not in fields:
         return None
@@ -175,7 +175,7 @@ def parse_xpu_smi(text: str) -> Gpu | None:
 
 
 def _json(text: str) -> Any:
-    """A tool's JSON, behind whatever warnings it writes first; None if there is none."""
+    """Read a tool's JSON, behind whatever warnings it writes first; None if there is none."""
     start = re.search(r"^[\[{]", text, re.MULTILINE)
     try:
         return json.loads(text[start.start() :]) if start else None
@@ -184,7 +184,7 @@ def _json(text: str) -> Any:
 
 
 def _bytes(value: Any, unit: int) -> int | None:
-    """A number, one as text, or as {"value": …}; None for "N/A" and the like."""
+    """Read a number, one as text, or as {"value": …}; None for "N/A" and the like."""
     value = value.get("value") if isinstance(value, dict) else value
     return int(value) * unit if str(value).isdigit() else None
 
@@ -201,7 +201,7 @@ def _nvidia(environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
 
 
 def _amd(environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
-    """First ROCR's list, then HIP's of what that leaves; CUDA's counts where HIP's is missing."""
+    """Apply ROCR's list first, then HIP's of what that leaves; CUDA's counts where HIP's is missing."""
     shown = ("--showproductname", "--showmeminfo", "vram", "--showuniqueid", "--json")
     found = parse_rocm_smi(_run("rocm-smi", *shown)) or parse_amd_smi(
         _run("amd-smi", "metric", "--mem-usage", "--json"), _run("amd-smi", "static", "--asic", "--json")
@@ -214,7 +214,7 @@ def _amd(environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
 
 
 def _intel(environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
-    """A mask may name tiles, as 0.1: of these the memory is not known."""
+    """Ask xpu-smi. A mask may name tiles, as 0.1: of these the memory is not known."""
     listed = _json(_run("xpu-smi", "discovery", "-j"))
     entries = listed.get("device_list", []) if isinstance(listed, dict) else []
     ids = [str(entry["device_id"]) for entry in entries if "device_id" in entry]
@@ -223,7 +223,7 @@ def _intel(environ: Mapping[str, str]) -> tuple[Gpu, ...] | None:
 
 
 def masked(gpus: Sequence[Gpu], mask: str | None) -> tuple[Gpu, ...]:
-    """What ZE_AFFINITY_MASK leaves of Intel's GPUs."""
+    """Return what ZE_AFFINITY_MASK leaves of Intel's GPUs."""
     shown = visible([[gpu] for gpu in gpus], mask and re.sub(r"\.\d+", "", mask))
     return (
         tuple(replace(g, total_bytes=None, free_bytes=None) for g in shown) if "." in (mask or "") else shown
@@ -231,7 +231,7 @@ def masked(gpus: Sequence[Gpu], mask: str | None) -> tuple[Gpu, ...]:
 
 
 def _run(*command: str) -> str:
-    """What a tool prints; nothing where it is missing or fails."""
+    """Return what a tool prints; nothing where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Measured memory, in bytes. What cannot be measured is None and never 0."""
+"""Measure memory, in bytes. What cannot be measured is None and never 0."""
 
 import re
 import threading
@@ -22,7 +22,7 @@ SAMPLE_SEC = 0.05  # a peak shorter than this can be missed, where the kernel ke
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """One GPU that this process uses, as it sees it."""
+    """Describe one GPU that this process uses, as it sees it."""
 
     index: int
     name: str
@@ -36,7 +36,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """The most memory held at once during a phase."""
+    """Hold the most memory that was taken at once during a phase."""
 
     host_bytes: int | None  # resident set
     host_exact: bool  # kept by the kernel; else the largest sample
@@ -44,12 +44,12 @@ class Peaks:
 
 
 def footprint_bytes(model: PreTrainedModel) -> int:
-    """`get_memory_footprint()`: every parameter and buffer as stored, without the quantization state."""
+    """Measure `get_memory_footprint()`: every parameter and buffer as stored, without the quantization state."""
     return int(model.get_memory_footprint())  # type: ignore[no-untyped-call]
 
 
 def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
-    """What the footprint is made of: kind (one of KINDS) to stored dtype to bytes.
+    """Split the footprint: kind (one of KINDS) to stored dtype to bytes.
 
     4-bit weights are stored as uint8, two in a byte. A head that is tied to the embedding counts there.
     """
@@ -68,7 +68,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 
 
 def quantization_state_bytes(model: PreTrainedModel) -> int:
-    """What bitsandbytes keeps beside its packed weights: scales, nested scales and code tables.
+    """Measure what bitsandbytes keeps beside its packed weights: scales, nested scales and code tables.
 
     `get_memory_footprint()` leaves it out. Tensors that layers share count once.
     """
@@ -81,12 +81,12 @@ def quantization_state_bytes(model: PreTrainedModel) -> int:
 
 
 def devices() -> list[DeviceMemory]:
-    """Every GPU that this process has had tensors on since its peaks were reset; empty without one."""
+    """List every GPU that this process has had tensors on since its peaks were reset; empty without one."""
     return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]
 
 
 def peak_resident_bytes() -> int | None:
-    """The kernel's own peak of the resident set, since the process began or it was reset; else None."""
+    """Return the kernel's own peak of the resident set, since the process began or it was reset; else None."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -96,7 +96,7 @@ def peak_resident_bytes() -> int | None:
 
 
 def reset_peaks() -> bool:
-    """Start all peaks anew; whether the host's could be."""
+    """Start all peaks anew; say whether the host's could be."""
     for module in (torch.cuda, torch.xpu):
         if module.is_initialized():  # before, the peaks are 0, and it would raise
             for index in range(module.device_count()):
@@ -140,7 +140,7 @@ class PeakSampler:
             self._thread.join()
 
     def peaks(self) -> Peaks:
-        """The peaks so far, or those of the whole phase once it has ended."""
+        """Return the peaks so far, or those of the whole phase once it has ended."""
         if self._final is not None:
             return self._final
         self._largest = max(self._largest, resident_bytes())
@@ -180,7 +180,7 @@ def _quantization_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _tensors_of(state: Any) -> Iterator[Tensor]:
-    """The tensors of a 4-bit quantization state, and of the nested state of its scales."""
+    """Find the tensors of a 4-bit quantization state, and of the nested state of its scales."""
     if state is None:
         return
     for name in ("absmax", "code", "offset"):
@@ -190,7 +190,7 @@ def _tensors_of(state: Any) -> Iterator[Tensor]:
 
 
 def _device(module: Any, index: int) -> DeviceMemory:
-    """Of torch.cuda or torch.xpu. Asking for the free memory opens the GPU, which is in use already."""
+    """Read a GPU of torch.cuda or torch.xpu. Asking for the free memory opens the GPU, which is in use already."""
     free, total = module.mem_get_info(index)
     reserved = module.memory_reserved(index)
     return DeviceMemory(

@@ -1,18 +1,16 @@
-"""Estimates of what a load and a run take at their fullest, from the architecture alone: no weights, no torch.
+"""Estimate what a load and a run take at their fullest, from the architecture alone.
 
-Exact are the parts that memory_plan.py knows; activations, logits, scratch and the context are estimates.
+Exact are the parts that plan.py knows; activations, logits, scratch and the context are estimates.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 from pipeline.common.gpu import Gpu
-from pipeline.config.schema import settled_dtype
+from pipeline.common.units import MIB
+from pipeline.config.quant import BLOCK, ELEMENT_BYTES, Dtype, QuantConfig
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import (
-    BLOCK,
-    ELEMENT_BYTES,
-    Quant,
     checkpoint_bytes,
     footprint_bytes,
     plain_dtype,
@@ -22,7 +20,8 @@ from pipeline.memory.plan import (
 
 Gpus = tuple[Gpu, ...]  # those that the model lies on; () is the CPU
 
-MIB = 1024**2
+BF16 = Dtype.bfloat16.value
+
 CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
 # Fitted to SmolLM2 on one CPU: code and buffers that the libraries add from loading to the first passes, and
 # the heap that 8-bit products leave in pieces.
@@ -33,15 +32,17 @@ SAMPLING_BYTES, GPU_SAMPLING_BYTES = 12, 17
 
 
 def logits_bytes(
-    arch: Architecture, quant: Quant, rows: int, *, sampled: bool = False, gpus: Gpus = ()
+    arch: Architecture, quant: QuantConfig, rows: int, *, sampled: bool = False, gpus: Gpus = ()
 ) -> int:
-    """One row of logits a sequence; sampling works on float32 copies of them."""
+    """Predict one row of logits for each row of the batch; sampling works on float32 copies of them."""
     copies = (GPU_SAMPLING_BYTES if gpus else SAMPLING_BYTES) if sampled else 0
     return rows * arch.vocab_size * (ELEMENT_BYTES[plain_dtype(arch, quant)] + copies)
 
 
-def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int, gpus: Gpus = ()) -> int:
-    """The largest that is alive at once in a layer of one forward pass; not the logits.
+def activation_bytes(
+    arch: Architecture, quant: QuantConfig, tokens: int, columns: int, gpus: Gpus = ()
+) -> int:
+    """Estimate the most that is alive at once in a layer of one forward pass; not the logits.
 
     On a CPU, either the MLP (its input, residuals and norm; gate, up and product, or fused gate_up, gate's activation
     and product) or attention (the same input; queries, rotated, padded, the result; keys, values, both
@@ -63,14 +64,14 @@ def activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int
     attention += element * max(tokens, columns) * 2 * queries + (1 + element) * tokens * columns
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
-    if quant.method == "int8":
+    if quant.bits == 8:
         widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
         int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
     return max(mlp, attention, norm, int8)
 
 
-def _gpu_activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns: int) -> int:
-    """The same on a GPU, where attention is one kernel: neither scores nor repeated keys are ever stored.
+def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, columns: int) -> int:
+    """Estimate the same on a GPU, where attention is one kernel: neither scores nor repeated keys are ever stored.
 
     Estimated from the code, not fitted. The boolean masks, one for each kind of window, last for the whole
     pass; in a layer, the kernel has its mask as floats. An int8 product has its input in 8 bits, its results
@@ -85,7 +86,7 @@ def _gpu_activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns
     attention = element * tokens * (4 * hidden + 4 * queries + 2 * keys + columns)
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
-    if quant.method == "int8":
+    if quant.bits == 8:
         widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
         results = 4 + 2 + (0 if dtype == "float16" else element)
         int8 = tokens * (element * (4 * hidden + inner) + hidden + results * widest)
@@ -93,20 +94,20 @@ def _gpu_activation_bytes(arch: Architecture, quant: Quant, tokens: int, columns
 
 
 @cache
-def scratch_bytes(arch: Architecture, quant: Quant, gpus: Gpus) -> int:
-    """4-bit: the largest matrix, dequantized for a product of many rows. A GPU's products have a workspace, too.
+def scratch_bytes(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> int:
+    """Estimate what products work in: 4-bit, the largest matrix, dequantized for many rows; a GPU's workspace.
 
-    On a CPU it is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
+    On a CPU this is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
     """
-    largest = largest_quantizable(arch) if quant.method in ("nf4", "fp4") else 0
+    largest = largest_quantizable(arch) if quant.four_bit else 0
     if not gpus:
         return 8 * largest
-    compute = settled_dtype(quant.compute_dtype, "bfloat16", bf16=quant.bf16)
-    return sum(ELEMENT_BYTES[compute] * largest + _workspace_bytes(gpu) for gpu in gpus)
+    element = ELEMENT_BYTES[quant.product_dtype]
+    return sum(element * largest + _workspace_bytes(gpu) for gpu in gpus)
 
 
 def _workspace_bytes(gpu: Gpu) -> int:
-    """What torch allocates for cuBLAS at its first product, by its own defaults."""
+    """Return what torch allocates for cuBLAS at its first product, by its own defaults."""
     if gpu.backend != "cuda":
         return 0
     return 32 * MIB if (gpu.capability or (0, 0)) >= (9, 0) else 8 * MIB + 128 * 1024
@@ -114,23 +115,23 @@ def _workspace_bytes(gpu: Gpu) -> int:
 
 @cache
 def largest_quantizable(arch: Architecture) -> int:
-    """The weights of the largest linear layer that is not the output head."""
+    """Count the weights of the largest linear layer that is not the output head."""
     return max(w.count for w in weights(arch) if w.quantizable)
 
 
-def packed_bytes(arch: Architecture, quant: Quant) -> int:
-    """What packing the bf16 linear layers on a CPU holds twice: a head that is also the embedding.
+def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict what packing the bf16 linear layers on a CPU holds twice: a head that is also the embedding.
 
     The other layers' unpacked weights are freed as they are packed.
     """
-    if plain_dtype(arch, quant) != "bfloat16" or not arch.tie_word_embeddings:
+    if plain_dtype(arch, quant) != BF16 or not arch.tie_word_embeddings:
         return 0
-    return ELEMENT_BYTES["bfloat16"] * arch.vocab_size * arch.hidden_size
+    return ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
 class RunPeak:
-    """What a run holds at its fullest, part by part. Bytes; `total` is their sum."""
+    """Hold what a run takes at its fullest, part by part. Bytes; `total` is their sum."""
 
     footprint: int
     quant_state: int
@@ -143,6 +144,7 @@ class RunPeak:
 
     @property
     def total(self) -> int:
+        """Return the sum of all parts."""
         return (
             self.footprint
             + self.quant_state
@@ -157,7 +159,7 @@ class RunPeak:
 
 def run_peak(
     arch: Architecture,
-    quant: Quant,
+    quant: QuantConfig,
     *,
     kv_cache: int,
     rows: int,
@@ -167,7 +169,7 @@ def run_peak(
     gpus: Gpus,
     packed: bool = False,
 ) -> RunPeak:
-    """A full batch while one more prefill passes through.
+    """Estimate a full batch while one more prefill passes through.
 
     Args:
         kv_cache: bytes, as from `kv_cache_bytes`.
@@ -189,13 +191,14 @@ def run_peak(
     )
 
 
-def _host_bytes(quant: Quant) -> int:
-    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.method == "int8" else 0)
+def _host_bytes(quant: QuantConfig) -> int:
+    """Return what the libraries take on a host."""
+    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.bits == 8 else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPeak:
-    """What loading holds at its fullest. Bytes."""
+    """Hold what loading takes at its fullest. Bytes."""
 
     held: int  # in tensors; on a host, with what the libraries take
     mapped: int  # file pages that the system can take back at will
@@ -203,12 +206,12 @@ class LoadPeak:
 
     @property
     def needed(self) -> int:
-        """What has to be free."""
+        """Return what has to be free."""
         return self.held + self.context
 
 
-def load_peak(arch: Architecture, quant: Quant, *, gpus: Gpus, packed: bool = False) -> LoadPeak:
-    """Weights as they will be stored; on a GPU beside them what quantizing the largest one takes.
+def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: bool = False) -> LoadPeak:
+    """Estimate the weights as they will be stored; on a GPU beside them what quantizing the largest one takes.
 
     On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those
     very pages: nothing is held twice, unless they are packed.
@@ -217,25 +220,25 @@ def load_peak(arch: Architecture, quant: Quant, *, gpus: Gpus, packed: bool = Fa
     if gpus:
         held = stored_bytes + len(gpus) * quantizing_bytes(arch, quant)
         return LoadPeak(held, mapped=0, context=len(gpus) * CUDA_CONTEXT_BYTES)
-    as_is = quant.method == "none" and plain_dtype(arch, quant) == arch.dtype
+    as_is = not quant.quantized and plain_dtype(arch, quant) == arch.dtype
     if packed:
         stored_bytes += packed_bytes(arch, quant)
-        as_is = as_is and plain_dtype(arch, quant) != "bfloat16"
+        as_is = as_is and plain_dtype(arch, quant) != BF16
     return LoadPeak(stored_bytes + HOST_RUNTIME_BYTES, 0 if as_is else checkpoint_bytes(arch), context=0)
 
 
-def quantizing_bytes(arch: Architecture, quant: Quant) -> int:
-    """What a GPU holds beside the stored weights while the largest linear layer is quantized.
+def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Estimate what a GPU holds beside the stored weights while the largest linear layer is quantized.
 
     transformers 5 (core_model_loading.py) converts dtypes on the host, and what is not quantized arrives as it
     stays: the embedding and the head are never held twice. Its warm-up allocates the footprint beforehand, and
     frees it. What is quantized arrives one matrix at a time, unquantized. 8 bits: beside a copy in float16.
     4 bits: beside its scales in float32, and once more less their mean where they are quantized, too.
     """
-    if quant.method == "none":
+    if not quant.quantized:
         return 0
     largest = largest_quantizable(arch)
     arrived = ELEMENT_BYTES[plain_dtype(arch, quant)] * largest
-    if quant.method == "int8":
-        return arrived + ELEMENT_BYTES["float16"] * largest
+    if quant.bits == 8:
+        return arrived + ELEMENT_BYTES[Dtype.float16.value] * largest
     return arrived + (2 * 4 * largest // BLOCK if quant.double_quant else 0)

@@ -1,7 +1,7 @@
-"""Predicted bytes of a model, from its architecture alone: no weights, no torch.
+"""Predict the bytes of a model from its architecture alone.
 
 Exact to the byte: the footprint (what `get_memory_footprint()` of the loaded model returns), the
-quantization state, and the KV cache of given rectangles. Estimates are in memory_peaks.py.
+quantization state, and the KV cache of given rectangles. Estimates are in peaks.py.
 """
 
 import math
@@ -9,26 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from pipeline.config.schema import settled_dtype
+from pipeline.config.quant import BLOCK, ELEMENT_BYTES, STATE_BLOCK, Dtype, QuantConfig
 from pipeline.engine.limits import CPU, Limits
 from pipeline.memory.architecture import Architecture
-
-BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
-STATE_BLOCK = 256  # scales that share a scale of their own in double quantization
-
-ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Quant:
-    """A quantization, in plain strings: the `quant=` config."""
-
-    name: str
-    method: str = "none"  # none, int8, nf4 or fp4
-    dtype: str = "auto"  # of what is not quantized; auto is the checkpoint's own
-    double_quant: bool = False
-    compute_dtype: str = "auto"  # of 4-bit products; auto is bfloat16
-    bf16: bool = True  # the device multiplies in bfloat16 itself; where not, auto is float16 for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +40,7 @@ class Part:
 
 @cache
 def weights(arch: Architecture) -> tuple[Weight, ...]:
-    """Every parameter and buffer that the model registers, in the order of its layers.
+    """List every parameter and buffer that the model registers, in the order of its layers.
 
     Source: the modeling files of transformers 5. A head that is tied to the embedding is not held twice.
     """
@@ -106,30 +89,28 @@ def _linear(name: str, part: str, outputs: int, inputs: int, bias: bool) -> list
 
 
 def parameters(arch: Architecture) -> int:
-    """How many weights the model has; buffers are not weights."""
+    """Count the weights of the model; buffers are not weights."""
     return sum(w.count for w in weights(arch) if w.part != "buffers")
 
 
-def plain_dtype(arch: Architecture, quant: Quant) -> str:
-    """The dtype of what is not quantized, of activations and of the KV cache."""
-    return settled_dtype(quant.dtype, arch.dtype, bf16=quant.bf16)
+def plain_dtype(arch: Architecture, quant: QuantConfig) -> str:
+    """Return the dtype of what is not quantized, of activations and of the KV cache."""
+    return arch.dtype if quant.dtype is Dtype.auto else quant.dtype.value
 
 
-def stored(weight: Weight, arch: Architecture, quant: Quant) -> tuple[str, int]:
-    """The dtype and the bytes of one tensor. Rotary frequencies stay float32; 4-bit packs two in a byte."""
+def stored(weight: Weight, arch: Architecture, quant: QuantConfig) -> tuple[str, int]:
+    """Return the dtype and the bytes of one tensor. Rotary frequencies stay float32."""
     if weight.part == "buffers" and weight.shape:
         return "float32", 4 * weight.count
-    if weight.quantizable and quant.method == "int8":
-        return "int8", weight.count
-    if weight.quantizable and quant.method in ("nf4", "fp4"):
-        return quant.method, (weight.count + 1) // 2
+    if weight.quantizable and quant.quantized:
+        return quant.method.value, quant.stored_bytes(weight.count)
     dtype = plain_dtype(arch, quant)
     return dtype, ELEMENT_BYTES[dtype] * weight.count
 
 
 @cache
-def parts(arch: Architecture, quant: Quant) -> tuple[Part, ...]:
-    """The footprint by part and stored dtype, in the order of the model."""
+def parts(arch: Architecture, quant: QuantConfig) -> tuple[Part, ...]:
+    """Split the footprint by part and stored dtype, in the order of the model."""
     sums: dict[tuple[str, str], list[int]] = {}
     for weight in weights(arch):
         dtype, size = stored(weight, arch, quant)
@@ -139,23 +120,23 @@ def parts(arch: Architecture, quant: Quant) -> tuple[Part, ...]:
     return tuple(Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items())
 
 
-def footprint_bytes(arch: Architecture, quant: Quant) -> int:
-    """What `get_memory_footprint()` of the loaded model returns: parameters and buffers."""
+def footprint_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict what `get_memory_footprint()` of the loaded model returns: parameters and buffers."""
     return sum(part.bytes for part in parts(arch, quant))
 
 
 @cache
-def quant_state_bytes(arch: Architecture, quant: Quant, *, repacked: bool = False) -> int:
-    """What bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
+def quant_state_bytes(arch: Architecture, quant: QuantConfig, *, repacked: bool = False) -> int:
+    """Predict what bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
 
     Args:
         repacked: True for 4-bit on a CPU with AVX512-BF16, where the first product lays the weights out anew
             and turns their scales into bfloat16, double quantization or not.
     """
     matrices = [w for w in weights(arch) if w.quantizable]
-    if quant.method == "int8":
+    if quant.bits == 8:
         return sum(4 * w.shape[0] for w in matrices)  # a float32 scale for each output
-    if quant.method in ("nf4", "fp4"):
+    if quant.four_bit:
         return sum(_state_bytes_4bit(w.count, quant.double_quant, repacked) for w in matrices)
     return 0
 
@@ -172,12 +153,12 @@ def _state_bytes_4bit(count: int, double_quant: bool, repacked: bool) -> int:
 
 
 def checkpoint_bytes(arch: Architecture) -> int:
-    """The tensors of the checkpoint's files."""
+    """Predict the tensors of the checkpoint's files."""
     return ELEMENT_BYTES[arch.dtype] * parameters(arch)
 
 
-def kv_bytes_per_token(arch: Architecture, quant: Quant) -> dict[int | None, int]:
-    """Bytes of keys and values of one token, by kind of layer: its sliding window in tokens, None is full.
+def kv_bytes_per_token(arch: Architecture, quant: QuantConfig) -> dict[int | None, int]:
+    """Predict the bytes of one token's keys and values, by kind of layer: its sliding window in tokens, None is full.
 
     2 · H_kv · D · element bytes, times the layers of that kind.
     """
@@ -187,13 +168,13 @@ def kv_bytes_per_token(arch: Architecture, quant: Quant) -> dict[int | None, int
 
 def kv_cache_bytes(
     arch: Architecture,
-    quant: Quant,
+    quant: QuantConfig,
     rectangles: Iterable[tuple[int, int]],
     *,
     limits: Limits = CPU,
     prefilling: bool = False,
 ) -> int:
-    """The buffers of these rectangles, or of rows in pages.
+    """Predict the buffers of these rectangles, or of rows in pages.
 
     A rectangle has allocated a chunk of columns beyond its longest row; a sliding layer keeps, of the
     columns before these, only the window - 1 that the next token sees, once its prefill is over. Pages keep
@@ -214,6 +195,6 @@ def kv_cache_bytes(
     return total
 
 
-def _kv_layer_bytes(arch: Architecture, quant: Quant) -> int:
-    """One token in one layer."""
+def _kv_layer_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict one token in one layer."""
     return 2 * arch.num_key_value_heads * arch.head_dim * ELEMENT_BYTES[plain_dtype(arch, quant)]

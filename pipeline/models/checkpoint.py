@@ -1,22 +1,14 @@
-"""Where a model's files are: a local folder, a folder in models_dir, or the hub's cache. No torch.
+"""Find a model's files: in a local folder, in a folder of models_dir, or in the hub's cache.
 
-Everything that can be wrong with the files is found here, before any weight is read.
+All that can be wrong with the files is found here, before any weight is read.
 """
 
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
 from pipeline.common.errors import LoadError
@@ -25,11 +17,8 @@ from pipeline.config.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-# Other copies of the weights, which some repositories keep beside the ones that transformers reads.
-OTHER_COPIES = ["*/*.safetensors", "*/*.bin", "consolidated*", "training_args.bin", "*.fp16.*"]
-# The base of the hub's network errors: httpx or its successor, whichever this hub client uses.
-NetworkError: type[Exception] = HfHubHTTPError.__mro__[1]
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +29,54 @@ class Checkpoint:
     folder: Path  # holds config.json
     revision: str | None  # the hub's commit; None for a folder
 
+    @property
+    def again(self) -> str:
+        """Say how to get files anew that are broken."""
+        if self.revision is None:
+            return "Copy or download the folder again"
+        return f"Run `hf download {self.source} --revision {self.revision} --force-download`"
 
-def find_model(name: str, models_dir: str) -> str:
-    """The folder of this name, else the one in models_dir with its last part, else the name, for the hub."""
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
-    staged = Path(models_dir).expanduser() / Path(name).name
-    return str(staged) if (staged / "config.json").is_file() else name
+    @property
+    def has_weights(self) -> bool:
+        """Say whether there are safetensors, or an index of them; `locate` looks into them."""
+        return any((self.folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+
+    def read_config(self) -> dict[str, Any]:
+        """Read the model's config.json as it is.
+
+        Raises:
+            LoadError: it is not a JSON object.
+        """
+        path = self.folder / CONFIG
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{path}: not JSON ({error})", self.again) from error
+        if not isinstance(config, dict):
+            raise LoadError(f"{path}: not a JSON object", self.again)
+        return config
+
+
+def local_folder(name: str, models_dir: str) -> Path | None:
+    """Find the folder of this name, else the one in models_dir with its last part; None is the hub's."""
+    folder = Path(name).expanduser()
+    staged = staged_folder(name, models_dir)
+    return folder if folder.is_dir() else staged if (staged / CONFIG).is_file() else None
+
+
+def staged_folder(name: str, models_dir: str) -> Path:
+    """Say where in models_dir a model of this name belongs."""
+    return Path(models_dir).expanduser() / Path(name).name
+
+
+def find_checkpoint(model: ModelConfig, models_dir: str, file: str = CONFIG) -> Checkpoint | None:
+    """Find a model on this machine that has this file; None where the hub has to be asked."""
+    if (folder := local_folder(model.name, models_dir)) is not None:
+        return Checkpoint(str(folder), folder, None) if (folder / file).is_file() else None
+    from pipeline.models import hub  # half of what a plan imports, and not needed for a local folder
+
+    cached = hub.cached_folder(model, file)
+    return None if cached is None else Checkpoint(model.name, cached, hub.commit_of(cached))
 
 
 def locate(model: ModelConfig, models_dir: str, *, weights: bool) -> Checkpoint:
@@ -55,93 +85,30 @@ def locate(model: ModelConfig, models_dir: str, *, weights: bool) -> Checkpoint:
     Raises:
         LoadError: there is no such model, or no way to it, or a file is missing or broken.
     """
-    source = find_model(model.name, models_dir)
-    if Path(source).is_dir():
+    if (folder := local_folder(model.name, models_dir)) is not None:
         if model.revision is not None:
-            log.warning("%s is a local folder: revision=%s is not looked at", source, model.revision)
-        checkpoint = Checkpoint(source, Path(source), None)
+            log.warning("%s is a local folder: revision=%s is not looked at", folder, model.revision)
+        checkpoint = Checkpoint(str(folder), folder, None)
     else:
-        checkpoint = _download(model, models_dir, weights)
-    if not (checkpoint.folder / "config.json").is_file():
+        from pipeline.models import hub
+
+        near = did_you_mean_model(model.name, models_dir)
+        folder = hub.download(model, staged_folder(model.name, models_dir), near, weights=weights)
+        checkpoint = Checkpoint(model.name, folder, hub.commit_of(folder))
+    if not (checkpoint.folder / CONFIG).is_file():
         raise LoadError(
-            f"{checkpoint.source}: no config.json, so this is not a model of transformers. "
-            "Set model.name to the folder that holds config.json and the weights"
-            + _nearest(model.name, models_dir)
+            f"{checkpoint.source}: no {CONFIG}, so this is not a model of transformers",
+            f"Set model.name to the folder that holds {CONFIG} and the weights"
+            + did_you_mean_model(model.name, models_dir),
         )
     if weights:
         _check_weights(checkpoint, model.safetensors_only)
     return checkpoint
 
 
-def read_config(checkpoint: Checkpoint) -> dict[str, object]:
-    """The model's config.json as it is.
-
-    Raises:
-        LoadError: it is not a JSON object.
-    """
-    path = checkpoint.folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{path}: not JSON ({error}). {_again(checkpoint)}") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path}: not a JSON object. {_again(checkpoint)}")
-    return config
-
-
-def _download(model: ModelConfig, models_dir: str, weights: bool) -> Checkpoint:
-    patterns = SMALL_FILES + (["*.py"] if model.trust_remote_code else [])
-    if weights:
-        patterns += ["*.safetensors"] if model.safetensors_only else ["*.safetensors", "*.bin"]
-        log.info("%s: looking in the hub's cache, and downloading what is missing there", model.name)
-    try:
-        folder = snapshot_download(
-            model.name, revision=model.revision, allow_patterns=patterns, ignore_patterns=OTHER_COPIES
-        )
-    except (OSError, HFValidationError, NetworkError) as error:
-        raise LoadError(_hub_message(error, model, models_dir)) from error
-    # The cache names a snapshot's folder after its commit.
-    return Checkpoint(model.name, Path(folder), Path(folder).name)
-
-
-def _hub_message(error: BaseException, model: ModelConfig, models_dir: str) -> str:
-    name, page = model.name, f"https://huggingface.co/{model.name}"
-    if isinstance(error, HFValidationError):
-        return (
-            f"{name}: no such folder, and not a name on the hub either (ORG/NAME). "
-            "Correct model.name" + _nearest(name, models_dir)
-        )
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{name}: gated, and this account has no access to it. Accept the terms at {page}, log in with "
-            "`hf auth login` (or set HF_TOKEN), and run the same command again"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{name}: no such model on the hub, or a private one. Correct model.name, or log in with "
-            "`hf auth login` if it is private" + _nearest(name, models_dir)
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name}: no revision {model.revision!r}. Branches and tags are at {page}/tree/main"
-    refused = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if refused in (401, 403):
-        return (
-            f"{name}: the hub refused the access token ({refused}). Log in again with `hf auth login`, "
-            "or correct HF_TOKEN"
-        )
-    if isinstance(error, LocalEntryNotFoundError | NetworkError | ConnectionError):
-        staged = Path(models_dir) / Path(name).name
-        return (
-            f"{name}: not in {models_dir} or the hub's cache, and the hub cannot be reached. With a network, "
-            f"run `hf download {name} --local-dir {staged}` and bring that folder here"
-            + _nearest(name, models_dir)
-        )
-    return f"{name}: could not be downloaded: {error}. Check the disk's free space and HF_HOME's permissions"
-
-
-def _nearest(name: str, models_dir: str) -> str:
-    """The folder of models_dir whose name is most like this one, as the end of a message."""
-    folders = [config.parent.name for config in Path(models_dir).expanduser().glob("*/config.json")]
+def did_you_mean_model(name: str, models_dir: str) -> str:
+    """Name the folder of models_dir whose name is most like this one, to end a sentence with."""
+    folders = [config.parent.name for config in Path(models_dir).expanduser().glob(f"*/{CONFIG}")]
     near = nearest(Path(name).name, folders)
     return f"; did you mean model.name={Path(models_dir) / near}?" if near else ""
 
@@ -154,53 +121,44 @@ def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
         if not any(folder.glob("*.bin")):
             kind = "safetensors weights" if safetensors_only else "weights"
             raise LoadError(
-                f"{checkpoint.source}: no {kind} there. {_again(checkpoint)}{_pickle_hint(checkpoint)}"
+                f"{checkpoint.source}: no {kind} there", checkpoint.again + _pickle_hint(checkpoint)
             )
         if safetensors_only:
             raise LoadError(
-                f"{folder}: only pickle weights, which can run code when they are opened. If you trust them, "
-                "set model.safetensors_only=false"
+                f"{folder}: only pickle weights, which can run code when they are opened",
+                "If you trust them, set model.safetensors_only=false",
             )
     for shard in shards:
         _check_shard(shard, checkpoint)
 
 
 def _shards(checkpoint: Checkpoint) -> list[Path]:
-    single = checkpoint.folder / "model.safetensors"
-    index = checkpoint.folder / "model.safetensors.index.json"
+    single, index = checkpoint.folder / WEIGHTS, checkpoint.folder / WEIGHTS_INDEX
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LoadError(f"{index}: not an index of weights ({error!r}). {_again(checkpoint)}") from error
+        raise LoadError(f"{index}: not an index of weights ({error!r})", checkpoint.again) from error
     return [checkpoint.folder / name for name in sorted(names)]
 
 
 def _check_shard(shard: Path, checkpoint: Checkpoint) -> None:
     if not shard.is_file():
-        raise LoadError(f"{shard}: this part of the weights is missing. {_again(checkpoint)}")
+        raise LoadError(f"{shard}: this part of the weights is missing", checkpoint.again)
     with shard.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             raise LoadError(
-                f"{shard}: a git-lfs pointer and not the weights. Run `git lfs pull` in {shard.parent}"
+                f"{shard}: a git-lfs pointer and not the weights", f"Run `git lfs pull` in {shard.parent}"
             )
     try:
         with safe_open(shard, framework="np"):
             pass
     except SafetensorError as error:
-        raise LoadError(f"{shard}: corrupt or cut short ({error}). {_again(checkpoint)}") from error
-
-
-def _again(checkpoint: Checkpoint) -> str:
-    if checkpoint.revision is None:
-        return "Copy or download the folder again"
-    return f"Run `hf download {checkpoint.source} --revision {checkpoint.revision} --force-download`"
+        raise LoadError(f"{shard}: corrupt or cut short ({error})", checkpoint.again) from error
 
 
 def _pickle_hint(checkpoint: Checkpoint) -> str:
-    return (
-        ""
-        if checkpoint.revision is None
-        else ", or, if it has only pickle weights, set model.safetensors_only=false"
-    )
+    if checkpoint.revision is None:
+        return ""
+    return ", or, if it has only pickle weights, set model.safetensors_only=false"

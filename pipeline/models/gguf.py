@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.common.errors import LoadError
+from pipeline.models.loading_checks import first_line
 
 
 def convert(gguf: Path, folder: Path, dtype: str) -> bool:
@@ -41,15 +42,15 @@ def convert(gguf: Path, folder: Path, dtype: str) -> bool:
 
 def _check(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise LoadError("the gguf package is not installed. Run: pip install 'llm-job-pipeline[gguf]'")
+        raise LoadError("the gguf package is not installed", "Run: pip install 'llm-job-pipeline[gguf]'")
     if not gguf.is_file():
-        raise LoadError(f"{gguf}: no such file. Give the path of a .gguf file on this machine")
+        raise LoadError(f"{gguf}: no such file", "Give the path of a .gguf file on this machine")
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise LoadError(f"{gguf}: not a GGUF file (it does not begin with GGUF). Download it again")
+            raise LoadError(f"{gguf}: not a GGUF file (it does not begin with GGUF)", "Download it again")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoadError(
-            f"{folder}: there is something else already. Remove it, or choose another folder with --to"
+            f"{folder}: there is something else already", "Remove it, or choose another folder with --to"
         )
 
 
@@ -61,8 +62,8 @@ def _save(gguf: Path, folder: Path, dtype: str) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
         raise LoadError(
-            f"{gguf}: transformers cannot read it: {str(error).strip().splitlines()[0]} "
-            "Choose a GGUF of another architecture, or the model's own safetensors"
+            f"{gguf}: transformers cannot read it: {first_line(error)}",
+            "Choose a GGUF of another architecture, or the model's own safetensors",
         ) from error
     # transformers takes a model from a GGUF for a quantized one, and refuses to save it or to
     # quantize it again, though its weights are plain by now.
@@ -74,6 +75,6 @@ def _save(gguf: Path, folder: Path, dtype: str) -> None:
 
 
 def _dense() -> dict[str, Any]:
-    """Newer releases can leave the weights packed, and do so when they find a kernel for it."""
+    """Ask for plain weights: newer releases leave them packed when they find a kernel for that."""
     config = getattr(transformers, "GgufConfig", None)
     return {"quantization_config": config(dequantize=True)} if config else {}

@@ -4,7 +4,7 @@ import gc
 import importlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,13 +22,13 @@ from transformers import logging as transformers_logging
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.common.gpu import Gpu, have_bf16
+from pipeline.common.gpu import Gpu
 from pipeline.common.host import resident_bytes
-from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod, settled_dtype
+from pipeline.config.quant import Dtype, QuantConfig, settle_dtypes
+from pipeline.config.schema import ModelConfig
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.checkpoint import Checkpoint, locate, read_config
-from pipeline.models.checkpoint import find_model as find_model
+from pipeline.models.checkpoint import Checkpoint, locate
 from pipeline.models.loading_checks import (
     SMALLER,
     check_architecture,
@@ -38,15 +38,15 @@ from pipeline.models.loading_checks import (
     explained,
     first_line,
 )
-from pipeline.models.stored_format import as_quant
+from pipeline.models.stored_format import as_quant, bitsandbytes_settings
 
 log = logging.getLogger(__name__)
-
-BF16 = Dtype.bfloat16.value
 
 
 @dataclass
 class Loaded:
+    """Hold a model, ready to run, and what is known of how it came here."""
+
     model: PreTrainedModel | None  # None once released
     tokenizer: Any
     quant: QuantConfig  # with the dtypes that this device computes in
@@ -71,7 +71,7 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
-    """The model's tokenizer.
+    """Load a model's tokenizer.
 
     Raises:
         LoadError: it cannot be found or read.
@@ -81,7 +81,7 @@ def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
 
 
 def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
-    """The model, in eval mode on its device or devices, with its tokenizer.
+    """Load a model in eval mode on its device or devices, with its tokenizer.
 
     Raises:
         LoadError: it cannot be found, read, quantized or fitted in memory.
@@ -90,10 +90,10 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     quiet_transformers()
     check_device(model.device_map)
     checkpoint = locate(model, models_dir, weights=True)
-    check_architecture(checkpoint, model, quant)
+    check_architecture(checkpoint, model)
     stored = check_format(checkpoint, model, quant)
     tokenizer = _read_tokenizer(checkpoint, model)
-    quant = as_quant(read_config(checkpoint), quant)
+    quant = as_quant(checkpoint.read_config(), quant)
     quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes()
@@ -115,20 +115,20 @@ def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:
         raise LoadError(
-            f"{checkpoint.source}: its tokenizer cannot be read: {first_line(error)} "
-            "The folder needs tokenizer.json, or the files that this tokenizer is made from"
+            f"{checkpoint.source}: its tokenizer cannot be read: {first_line(error)}",
+            "The folder needs tokenizer.json, or the files that this tokenizer is made from",
         ) from error
 
 
 def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
-    """What reading the weights would import, so that it does not count as theirs."""
+    """Import what reading the weights would, so that it does not count as theirs."""
     importlib.import_module("accelerate")
-    if quant.method is not QuantMethod.none:
+    if quant.quantized:
         importlib.import_module("bitsandbytes")
     if not torch.cuda.is_available():
         load_kernels()
     if not model.trust_remote_code:
-        kind = CONFIG_MAPPING[str(read_config(checkpoint)["model_type"])]
+        kind = CONFIG_MAPPING[str(checkpoint.read_config()["model_type"])]
         MODEL_FOR_CAUSAL_LM_MAPPING[kind]
 
 
@@ -151,13 +151,14 @@ def _read_weights(
             **quantized,
         )
     except Exception as error:
-        raise LoadError(explained(error, checkpoint, quant, stored)) from error
+        raise LoadError(*explained(error, checkpoint, quant, stored)) from error
     network, report = pair
     # transformers fills weights that the files lack with random numbers, and only warns.
     if missing := sorted(report["missing_keys"]):
         raise LoadError(
-            f"{checkpoint.source}: its files lack {len(missing)} of the model's weights, as {missing[0]}. "
-            "config.json and the weights do not belong together: copy or download the folder again"
+            f"{checkpoint.source}: its files lack {len(missing)} of the model's weights, as {missing[0]}: "
+            "config.json and the weights do not belong together",
+            checkpoint.again,
         )
     check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
     if stored and not getattr(network, "is_quantized", True):
@@ -165,8 +166,8 @@ def _read_weights(
         terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
     if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
         raise LoadError(
-            f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory. "
-            f"{SMALLER}, or set model.offload_dir=DIR to keep the rest on disk (slow)"
+            f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory",
+            f"{SMALLER}, or set model.offload_dir=DIR to keep the rest on disk (slow)",
         )
     network.eval()
     assert isinstance(network, PreTrainedModel)
@@ -174,19 +175,12 @@ def _read_weights(
 
 
 def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
-    """Decide what `auto` is on these GPUs, and say so where it is not bfloat16.
-
-    Args:
-        own: the checkpoint's dtype; None where its config does not name one, and `auto` stays.
-        gpus: () is the CPU.
-    """
-    bf16 = have_bf16(gpus)
-    compute = Dtype(settled_dtype(quant.compute_dtype.value, BF16, bf16=bf16))
-    dtype = Dtype(settled_dtype(quant.dtype.value, own or Dtype.auto.value, bf16=bf16))
-    settled = replace(quant, compute_dtype=compute, dtype=quant.dtype if dtype.value == own else dtype)
-    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
-    if settled.dtype is not quant.dtype or (four_bit and not bf16 and quant.compute_dtype is Dtype.auto):
-        _say_once(next(gpu.name for gpu in gpus if not gpu.bf16))
+    """Decide what `auto` is on these GPUs (config/quant.py), and say so where it is not bfloat16."""
+    settled = settle_dtypes(quant, own, gpus)
+    slow = next((gpu.name for gpu in gpus if not gpu.bf16), None)
+    products = quant.four_bit and quant.compute_dtype is Dtype.auto
+    if slow is not None and (settled.dtype is not quant.dtype or products):
+        _say_once(slow)
     return settled
 
 
@@ -198,40 +192,30 @@ def _say_once(gpu: str) -> None:
 
 
 def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:
-    """The dtypes that a loaded model computes in: of what is not quantized, and of 4-bit products."""
-    four_bit = quant.method in (QuantMethod.nf4, QuantMethod.fp4)
+    """Return the dtypes that a loaded model computes in: of what is not quantized, and of 4-bit products."""
     return {
         "plain": str(model.dtype).removeprefix("torch."),
-        "products_4bit": quant.compute_dtype.value if four_bit else None,
+        "products_4bit": quant.compute_dtype.value if quant.four_bit else None,
     }
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str | None:
-    """As its config names it, for the whole or for the text part."""
-    config: dict[str, Any] = read_config(checkpoint)
+    """Read the dtype that its config names, for the whole or for the text part."""
+    config = checkpoint.read_config()
     values = {**(config.get("text_config") or {}), **config}
     found = values.get("dtype") or values.get("torch_dtype")
     return found and str(found)
 
 
 def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """As transformers wants it; None for weights that stay as they are."""
-    if quant.method is QuantMethod.none:
+    """Say it as transformers wants it; None for weights that stay as they are."""
+    if not quant.quantized:
         return None
-    if quant.method is QuantMethod.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    # bitsandbytes' own default for the products is float32, whatever the weights are.
-    compute_dtype = getattr(torch, settled_dtype(quant.compute_dtype.value, BF16, bf16=True))
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant.method.value,
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    return BitsAndBytesConfig(**bitsandbytes_settings(quant))  # type: ignore[no-untyped-call]
 
 
 def _max_memory(limits: dict[str, str] | None) -> dict[int | str, str] | None:
-    """accelerate knows a GPU by its number; a YAML key is text."""
+    """Turn the names of GPUs into numbers, as accelerate knows them; a YAML key is text."""
     if limits is None:
         return None
     return {int(device) if device.isdigit() else device: limit for device, limit in limits.items()}

@@ -1,4 +1,4 @@
-"""What a checkpoint must be so that it can be loaded, and what to say where it is not. All raise LoadError."""
+"""Check that a checkpoint can be loaded, and say what to do where it cannot. All raise LoadError."""
 
 import re
 from typing import Any
@@ -10,8 +10,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.config.schema import ModelConfig, QuantConfig, QuantMethod
-from pipeline.models.checkpoint import Checkpoint, read_config
+from pipeline.config.quant import QuantConfig
+from pipeline.config.schema import ModelConfig
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
@@ -31,16 +32,16 @@ def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None
             aside.add(part)
         elif not _HARMLESS.search(name) and not _predicts_ahead(network, name):
             raise LoadError(
-                f"{checkpoint.source}: its files have weights that the model does not use, as {name}. config.json "
-                "and the weights do not belong together, or this transformers does not read their format: "
-                "copy or download the folder again, or choose another copy of the model"
+                f"{checkpoint.source}: its files have weights that the model does not use, as {name}: config.json "
+                "and the weights do not belong together, or this transformers does not read their format",
+                f"{checkpoint.again}, or choose another copy of the model",
             )
     if aside:
         terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
 
 
 def _owner(network: Any, name: str) -> tuple[Any, str]:
-    """The innermost module of the model that a weight's name leads to, and the first part that it lacks."""
+    """Find the innermost module of the model that a weight's name leads to, and the first part that it lacks."""
     owner, path = network, list[str]()
     for part in name.split("."):
         path.append(part)
@@ -52,7 +53,7 @@ def _owner(network: Any, name: str) -> tuple[Any, str]:
 
 
 def _predicts_ahead(network: Any, name: str) -> bool:
-    """Whether it is of a layer behind the last, for tokens further ahead."""
+    """Say whether it is of a layer behind the last, for tokens further ahead."""
     config = network.config.get_text_config()
     found = re.search(r"\blayers\.(\d+)\.", name)
     extra = getattr(config, "num_nextn_predict_layers", None) or 0
@@ -60,6 +61,7 @@ def _predicts_ahead(network: Any, name: str) -> bool:
 
 
 def check_device(device_map: Any) -> None:
+    """Refuse a GPU that is not there."""
     wanted = device_map.values() if isinstance(device_map, dict) else [device_map]
     gpus = torch.cuda.device_count()
     for device in wanted:
@@ -67,36 +69,37 @@ def check_device(device_map: Any) -> None:
         kind, _, index = name.partition(":")
         if kind == "cuda" and int(index or 0) >= gpus:
             have = f"this machine has {gpus} GPUs" if gpus else "no GPU can be used here"
-            raise LoadError(f"model.device_map wants {name}, but {have}. Use device_map=auto, or cpu")
+            raise LoadError(f"model.device_map wants {name}, but {have}", "Use device_map=auto, or cpu")
 
 
-def check_architecture(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
-    config = read_config(checkpoint)
+def check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse what this transformers does not know as a causal language model."""
+    config = checkpoint.read_config()
     kind = config.get("model_type")
-    known = kind in CONFIG_MAPPING
     if model.trust_remote_code and "auto_map" in config:
-        known = True
-    elif "auto_map" in config and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
         raise LoadError(
-            f"{checkpoint.source}: needs Python code that comes with the model. Read that code, and if you "
-            "trust it, set model.trust_remote_code=true"
+            f"{checkpoint.source}: needs Python code that comes with the model",
+            "Read that code, and if you trust it, set model.trust_remote_code=true",
         )
-    elif known and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model. Choose another model")
-    if not known:
-        raise LoadError(
-            f"{checkpoint.source}: this transformers does not know the architecture {kind!r}. "
-            "Upgrade it (pip install -U transformers), or choose another model"
-        )
+    if kind in CONFIG_MAPPING:
+        raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model", "Choose another model")
+    raise LoadError(
+        f"{checkpoint.source}: this transformers does not know the architecture {kind!r}",
+        "Upgrade it (pip install -U transformers), or choose another model",
+    )
 
 
 def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> str | None:
-    """The format that the weights are quantized in already; None for plain ones.
+    """Name the format that the weights are quantized in already; None for plain ones.
 
     Raises:
         LoadError: it cannot be read here, or is to be quantized again.
     """
-    config: dict[str, Any] = read_config(checkpoint)
+    config = checkpoint.read_config()
     found = checkpoint_format(config)
     if found is None:
         return None
@@ -104,55 +107,53 @@ def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig)
         quantizer = AutoHfQuantizer.from_config(config["quantization_config"], pre_quantized=True)
         quantizer.validate_environment(device_map=model.device_map)
     except Exception as error:
-        raise LoadError(_unreadable(error, checkpoint, found)) from error
-    if quant.method is not QuantMethod.none:
+        raise LoadError(*_unreadable(error, checkpoint, found)) from error
+    if quant.quantized:
         raise LoadError(
-            f"{checkpoint.source}: its weights are quantized already, {label(found)}. Use quant=none, or for "
-            f"quant={quant.method.value} the model's plain weights"
+            f"{checkpoint.source}: its weights are quantized already, {label(found)}",
+            f"Use quant=none, or for quant={quant.method.value} the model's plain weights",
         )
     return found
 
 
-def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> str:
+def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> tuple[str, str]:
     fix = "Install the package that this names, or choose" if isinstance(error, ImportError) else "Choose"
     return (
         f"{checkpoint.source}: its weights are quantized already, {label(found)}, and cannot be read here: "
-        f"{first_line(error)} {fix} a copy of the model with plain weights"
+        f"{first_line(error)}",
+        f"{fix} a copy of the model with plain weights",
     )
 
 
-def explained(error: Exception, checkpoint: Checkpoint, quant: QuantConfig, stored: str | None) -> str:
-    """What went wrong in transformers, torch, accelerate or bitsandbytes, in our words."""
-    text = str(error)
+def explained(
+    error: Exception, checkpoint: Checkpoint, quant: QuantConfig, stored: str | None
+) -> tuple[str, str]:
+    """Say what went wrong in transformers, torch, accelerate or bitsandbytes, and what to do, in our words."""
+    text, source = str(error), checkpoint.source
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text.lower():
-        return f"{checkpoint.source}: not enough memory to load it. {SMALLER if not stored else 'Try a smaller model'}"
+        return f"{source}: not enough memory to load it", "Try a smaller model" if stored else SMALLER
     if stored:
         return _unreadable(error, checkpoint, stored)
     if "ignore_mismatched_sizes" in text:
-        return (
-            f"{checkpoint.source}: its weights have another shape than its config.json says. "
-            "They do not belong together: copy or download the folder again"
+        found = (
+            "its weights have another shape than its config.json says, so that they do not belong together"
         )
+        return f"{source}: {found}", checkpoint.again
     if "dispatched on the CPU or the disk" in text:
-        return (
-            f"{checkpoint.source}: quantized weights cannot spill from GPU to CPU, or from CPU to disk, and "
-            f"they exceed the free memory or model.max_memory. {SMALLER}, or quant=none, which may spill"
+        found = (
+            "quantized weights cannot spill from GPU to CPU, or from CPU to disk, and they exceed the free"
         )
-    if quant.method is not QuantMethod.none and isinstance(error, NotImplementedError | ImportError):
-        return (
-            f"{checkpoint.source}: quantization {quant.method.value} is not available on this device: "
-            f"{first_line(error)} Use quant=none, or model.device_map=cpu"
-        )
+        return f"{source}: {found} memory or model.max_memory", f"{SMALLER}, or quant=none, which may spill"
+    if quant.quantized and isinstance(error, NotImplementedError | ImportError):
+        found = f"quantization {quant.method.value} is not available on this device: {first_line(error)}"
+        return f"{source}: {found}", "Use quant=none, or model.device_map=cpu"
     if "attn_implementation" in text or "FlashAttention" in text:
-        return (
-            f"{checkpoint.source}: {first_line(error)} "
-            "Unset model.attn_implementation, or set it to sdpa or eager"
-        )
-    return (
-        f"{checkpoint.source}: transformers could not load it: {first_line(error)} The log has the traceback"
-    )
+        fix = "Unset model.attn_implementation, or set it to sdpa or eager"
+        return f"{source}: {first_line(error)}", fix
+    return f"{source}: transformers could not load it: {first_line(error)}", "The log has the traceback"
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of what it says, or its name where it says nothing, as a sentence."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return line if line[-1] in ".!?" else line + "."

@@ -1,4 +1,4 @@
-"""Two models read the same tokens: how much less likely one finds them, and how far its predictions differ.
+"""Let two models read the same tokens: how much less likely one finds them, and how far its predictions differ.
 
 Teacher-forced, many rows in one pass: padded on the right, where causal attention never looks, with an
 explicit mask. Both models are in memory, and the logits of one pass, whatever the number of rows.
@@ -21,7 +21,7 @@ LOGITS_BYTES = 128 << 20  # of one pass, float32; each model's, and about as muc
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """Tokens to read, of which those from `first` on are scored; at least one comes before."""
+    """Hold tokens to read, of which those from `first` on are scored; at least one comes before."""
 
     token_ids: tuple[int, ...]
     first: int
@@ -29,7 +29,7 @@ class TextRow:
 
 @dataclass(frozen=True, slots=True)
 class RowScore:
-    """One row's sums over its scored tokens, in nats."""
+    """Hold one row's sums over its scored tokens, in nats."""
 
     tokens: int
     nll: float  # negative log-likelihood under the model
@@ -40,12 +40,12 @@ class RowScore:
 
 @dataclass
 class Scores:
-    """The scores of all rows."""
+    """Hold the scores of all rows."""
 
     rows: list[RowScore] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Plain data: means per token with 95 % intervals; the divergence's distribution; counts."""
+        """Return plain data: means per token with 95 % intervals; the divergence's distribution; counts."""
         nll = mean_over_rows((row.nll, row.tokens) for row in self.rows)
         own = mean_over_rows((row.baseline_nll, row.tokens) for row in self.rows)
         ratio = mean_over_rows((row.nll - row.baseline_nll, row.tokens) for row in self.rows)
@@ -68,7 +68,7 @@ class Scores:
 
 
 def score(model: Any, baseline: Any, rows: Iterable[TextRow]) -> Iterator[RowScore]:
-    """Each row's score, longest row first.
+    """Score each row, longest row first.
 
     Args:
         model, baseline: causal language models with one vocabulary, in eval mode; may be the same.
@@ -85,7 +85,7 @@ def score(model: Any, baseline: Any, rows: Iterable[TextRow]) -> Iterator[RowSco
 
 
 def passes(rows: Iterable[TextRow], max_tokens: int) -> Iterator[list[TextRow]]:
-    """Rows in groups of near-equal length, each at most `max_tokens` with its padding, or one row."""
+    """Group rows of near-equal length, each at most `max_tokens` with its padding, or one row."""
     batch: list[TextRow] = []
     for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
         if batch and (len(batch) + 1) * len(batch[0].token_ids) > max_tokens:
@@ -116,7 +116,7 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def _score_pass(
     model: Any, baseline: Any, batch: Sequence[TextRow], token_ids: Tensor, mask: Tensor
 ) -> Iterator[RowScore]:
-    """token_ids, mask: [B, T]. N is the number of scored tokens of all rows."""
+    """Score one pass. token_ids, mask: [B, T]. N is the number of scored tokens of all rows."""
     places = torch.arange(token_ids.shape[1])
     first = torch.tensor([row.first for row in batch])[:, None]
     if int(first.min()) < 1:
@@ -142,7 +142,7 @@ def _score_pass(
 
 
 def _logprobs(model: Any, token_ids: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What the model predicts after these places: [N, V] float32, natural logarithms."""
+    """Compute what the model predicts after these places: [N, V] float32, natural logarithms."""
     device = model.get_input_embeddings().weight.device
     logits = model(input_ids=token_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     wanted = logits[rows.to(logits.device), columns.to(logits.device)]
@@ -150,7 +150,7 @@ def _logprobs(model: Any, token_ids: Tensor, mask: Tensor, rows: Tensor, columns
 
 
 def _top1(rows: Sequence[RowScore]) -> Interval | None:
-    """By rows as the other means; where all agree or none, that says nothing of the doubt: then Wilson's."""
+    """Average by rows as the others; where all agree or none, that says nothing of the doubt: then Wilson's."""
     hits, tokens = sum(row.same_top for row in rows), sum(row.tokens for row in rows)
     if hits in (0, tokens):
         return proportion(hits, tokens)
@@ -158,7 +158,7 @@ def _top1(rows: Sequence[RowScore]) -> Interval | None:
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """By rank, because torch.quantile takes no more than 16 million values."""
+    """Find it by rank, because torch.quantile takes no more than 16 million values."""
     return values.sort().values[min(len(values) - 1, int(q * len(values)))]
 
 

@@ -1,39 +1,65 @@
-"""The format that a checkpoint's weights are quantized in, as its config.json says. No torch."""
+"""Read the format that a checkpoint's weights are quantized in from its config.json, and write bitsandbytes' own."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.schema import Dtype, QuantConfig, QuantMethod
+from pipeline.config.quant import STORED_BITS, Dtype, QuantConfig, QuantMethod
+
+_MARK = " (checkpoint)"  # ends the name of a format that came with the weights
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str | None:
-    """As int8, nf4, fp8 or gptq; None for weights that are plain numbers."""
-    settings = config.get("quantization_config")
+    """Name the format, as int8, nf4, fp8 or gptq; None for weights that are plain numbers."""
+    settings: Any = config.get("quantization_config")
     if not settings:
         return None
     if not isinstance(settings, Mapping):
         return "unknown"
     if settings.get("load_in_8bit"):
-        return QuantMethod.int8.value
+        return QuantMethod.int8.name
     if settings.get("load_in_4bit"):
-        return str(settings.get("bnb_4bit_quant_type", QuantMethod.fp4.value))
+        return str(settings.get("bnb_4bit_quant_type", QuantMethod.fp4.name))
     return str(settings.get("quant_method", "unknown"))
 
 
 def label(found: str) -> str:
-    """How a plan, a check and a report name it."""
-    return f"{found} (checkpoint)"
+    """Name a format as a plan, a check and a report do."""
+    return found + _MARK
+
+
+def is_label(name: str) -> bool:
+    """Say whether a quantization's name is that of a checkpoint's own format."""
+    return name.endswith(_MARK)
+
+
+def label_bits(name: str) -> float:
+    """Return the bits of a weight in a checkpoint's own format, as near as its name tells."""
+    return STORED_BITS.get(name.removesuffix(_MARK), 8 if "8" in name else 4)
+
+
+def bitsandbytes_settings(quant: QuantConfig) -> dict[str, Any]:
+    """Write a quantization as bitsandbytes' config has it in transformers; `as_quant` reads it."""
+    if not quant.four_bit:
+        return {"load_in_8bit": True}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant.method.value,
+        "bnb_4bit_use_double_quant": quant.double_quant,
+        # bitsandbytes' own default for the products is float32, whatever the weights are.
+        "bnb_4bit_compute_dtype": quant.product_dtype,
+    }
 
 
 def as_quant(config: Mapping[str, Any], quant: QuantConfig) -> QuantConfig:
-    """What bitsandbytes' own checkpoints are quantized to; `quant` for all others."""
+    """Read what bitsandbytes' own checkpoints are quantized to; `quant` for all others."""
     settings, found = config.get("quantization_config"), checkpoint_format(config)
-    if not isinstance(settings, Mapping) or found not in ("int8", "nf4", "fp4"):
+    method = QuantMethod.__members__.get(str(found))
+    if not isinstance(settings, Mapping) or method is None or method.bits is None:
         return quant
+    stored = QuantConfig(method, quant.dtype)
+    if stored.four_bit:
+        stored.double_quant = bool(settings.get("bnb_4bit_use_double_quant"))
     compute = str(settings.get("bnb_4bit_compute_dtype"))
-    return QuantConfig(
-        QuantMethod(found),
-        quant.dtype,
-        double_quant=found != "int8" and bool(settings.get("bnb_4bit_use_double_quant")),
-        compute_dtype=Dtype(compute) if compute in ("float16", "bfloat16") else Dtype.float32,
-    )
+    known = (Dtype.float16.value, Dtype.bfloat16.value)
+    stored.compute_dtype = Dtype(compute) if compute in known else Dtype.float32
+    return stored

@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from pipeline.common.errors import OutputError
+from pipeline.config import quant as quants
 from pipeline.job.energy import merge_energy
 from pipeline.job.folder import MANIFEST, ROWS, STATS, read_json, read_rows
+from pipeline.models.stored_format import is_label, label_bits
 
 SCORES = "scores.json"
 MARKS = (ROWS, STATS, MANIFEST, ".hydra", "pipeline.log")  # a folder with one of them is a job's
@@ -101,7 +103,7 @@ def read_job(folder: Path) -> Job:
     return Job(
         folder=folder,
         model=choices["model"],
-        quant=stored if stored.endswith("(checkpoint)") else choices["quant"],
+        quant=stored if is_label(stored) else choices["quant"],
         generation=choices["generation"],
         prompt_set=str(config.get("prompt_set") or folder.resolve().parent.name),
         config=config,
@@ -115,18 +117,10 @@ def read_job(folder: Path) -> Job:
 
 
 def precision(job: Job) -> float:
-    """How near to exact a job's arithmetic is: bits of its weights, more of a mantissa first."""
-    quant = job.config.get("quant", {})
-    method, dtype = quant.get("method", job.quant), quant.get("dtype", job.quant)
-    if job.quant.endswith("(checkpoint)"):
-        return 8.0 if "8" in job.quant else 4.0
-    if method in ("int8", "nf4", "fp4", "nf4_single", "fp4_double"):
-        return (
-            8.0
-            if method == "int8"
-            else 4.0 + method.startswith("nf4") * 0.1 - bool(quant.get("double_quant")) * 0.05
-        )
-    return {"float32": 32.0, "fp32": 32.0, "float16": 16.2, "fp16": 16.2, "auto": 16.1}.get(dtype, 16.0)
+    """Say how near to exact a job's arithmetic is: the higher, the nearer."""
+    if is_label(job.quant):
+        return label_bits(job.quant)
+    return quants.precision(quants.read_quant(job.config.get("quant"), job.quant))
 
 
 def _choices(hydra: dict[str, Any]) -> dict[str, str] | None:

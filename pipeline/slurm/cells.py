@@ -10,13 +10,12 @@ from pipeline.common.gpu import Gpu
 from pipeline.common.request import GenerationParams
 from pipeline.common.terminal import say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
+from pipeline.config.quant import settle_dtypes
 from pipeline.config.schema import Config, Resume, SubmitConfig, root
 from pipeline.job.counts import Standing, read_events, read_standing
-from pipeline.memory.architecture import architecture
-from pipeline.memory.fit import planned
+from pipeline.memory.facts import find_facts
 from pipeline.memory.peaks import load_peak
 from pipeline.memory.plan import kv_bytes_per_token
-from pipeline.models.checkpoint import locate, read_config
 from pipeline.prompts.count import count_prompts
 from pipeline.prompts.reader import find_prompts, parse_shard
 from pipeline.slurm import client as cluster
@@ -82,14 +81,17 @@ def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
     return cells, submit
 
 
-def needed_bytes(config: Config, gpus: int) -> int | None:
-    """The least memory that a cell can run in: its weights as it loads them, and one row. None: not known.
+def needed_bytes(config: Config, gpus: int) -> int:
+    """Predict the least memory that a cell can run in: its weights as it loads them, and one row.
 
-    Of the GPUs together, or without one of the host.
+    That is of the GPUs together, or without one of the host.
+
+    Raises:
+        ConfigError: the memory plan does not know the model.
     """
-    arch = architecture(read_config(locate(config.model, config.models_dir, weights=False)))
+    arch = find_facts(config.model, config.models_dir).architecture
     cards = (Gpu("cuda", "a GPU of the cluster"),) * gpus
-    quant = planned(config.quant, cards)
+    quant = settle_dtypes(config.quant, arch.dtype, cards)
     row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
     return load_peak(arch, quant, gpus=cards).needed + row + (0 if gpus else PYTHON_BYTES)
 

@@ -1,4 +1,4 @@
-"""The module tree of a model as it will be loaded, from its config alone: no weight is read or made.
+"""Show the module tree of a model as it will be loaded, from its config alone: no weight is read or made.
 
 transformers builds the model on torch's meta device, and its quantizer puts bitsandbytes' layers in, as
 `from_pretrained` would. Bytes are those of the stored tensors.
@@ -7,21 +7,19 @@ transformers builds the model on torch's meta device, and its quantizer puts bit
 import json
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common.errors import ConfigError, LoadError
-from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod
-from pipeline.memory.architecture import Architecture, architecture
-from pipeline.memory.plan import Quant, footprint_bytes, quant_state_bytes
-from pipeline.models.checkpoint import find_model, locate
+from pipeline.config.quant import Dtype, QuantConfig, quant_name
+from pipeline.config.schema import ModelConfig
+from pipeline.memory.architecture import MEASURE, known_architecture
+from pipeline.memory.plan import footprint_bytes, quant_state_bytes
+from pipeline.models.checkpoint import CONFIG, find_checkpoint, locate
 from pipeline.models.loading import quantization, quiet_transformers
 from pipeline.models.stored_format import checkpoint_format, label
 
@@ -30,7 +28,7 @@ _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A module, or `count` neighbours that are the same; parameters and bytes are those of all of them."""
+    """Hold a module, or `count` neighbours that are the same; parameters and bytes are those of all of them."""
 
     name: str  # "layers.0-31" where folded
     kind: str  # the class
@@ -45,7 +43,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureView:
-    """Bytes are `get_memory_footprint()` of the loaded model; `predicted_bytes` is the memory plan's figure."""
+    """Hold the whole tree.
+
+    Bytes are `get_memory_footprint()` of the loaded model; `predicted_bytes` is the memory plan's figure.
+    """
 
     model: str
     source: str  # of the config
@@ -59,7 +60,7 @@ class ArchitectureView:
 
 
 def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -> ArchitectureView:
-    """The whole tree; `pruned` and `matching` make it smaller.
+    """Build the whole tree; `pruned` and `matching` make it smaller.
 
     Raises:
         ConfigError: transformers does not know the architecture.
@@ -69,54 +70,62 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
     config, source = model_config(model, models_dir)
     if (stored := checkpoint_format(config.to_dict())) is not None:
         raise ConfigError(
-            f"{source}: the weights are quantized already, {label(stored)}. What they take is known once they are "
-            "loaded: read stats.json"
+            f"{source}: the weights are quantized already, {label(stored)}, and what they take is known once they "
+            "are loaded",
+            MEASURE,
         )
     network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
-    tree = _tree("", network, str(quant.method.value), set())
-    arch, plan_quant = _known(config), _plan_quant(quant)
+    tree = _tree("", network, quant, set())
+    arch = known_architecture(config.to_dict())
     return ArchitectureView(
         model=model.name,
         source=source,
-        quant=plan_quant.name,
+        quant=quant_name(quant),
         tree=tree,
         parameters=tree.parameters,
         bytes=tree.bytes,
-        predicted_bytes=footprint_bytes(arch, plan_quant) if arch else None,
-        quant_state_bytes=quant_state_bytes(arch, plan_quant) if arch else None,
+        predicted_bytes=footprint_bytes(arch, quant) if arch else None,
+        quant_state_bytes=quant_state_bytes(arch, quant) if arch else None,
         windows=list(arch.windows) if arch else [],
     )
 
 
 def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig, str]:
-    """From a config.json on this machine, else the facts in conf/model, else the hub; and which it was."""
-    folder = find_model(model.name, models_dir)
-    if not Path(folder).is_dir():
-        folder = _cached_folder(model) or folder
+    """Read a config.json on this machine, else the facts in conf/model, else the hub's; and say which it was.
+
+    Raises:
+        ConfigError: the facts in conf/model are wrong.
+        LoadError: there is no config to be had, or it cannot be read.
+    """
+    checkpoint = find_checkpoint(model, models_dir)
     facts = model.architecture
-    if not Path(folder).is_dir() and facts and facts.get("of") == model.name:
+    if checkpoint is None and facts and facts.get("of") == model.name:
         values = {key: value for key, value in facts.items() if key not in ("of", "model_type")}
         try:
             return CONFIG_MAPPING[str(facts["model_type"])](**values), "conf/model"
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"model.architecture: not a config of transformers ({error}).") from error
-    if not Path(folder).is_dir():
-        folder = str(locate(model, models_dir, weights=False).folder)
-    path = Path(folder) / "config.json"
+            raise ConfigError(
+                f"model.architecture: not a config of transformers ({error})", "Correct conf/model/NAME.yaml"
+            ) from error
+    checkpoint = checkpoint or locate(model, models_dir, weights=False)
+    path = checkpoint.folder / CONFIG
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise LoadError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from error
+        raise LoadError(
+            f"{path}: transformers cannot read it: {str(error).splitlines()[0]}", checkpoint.again
+        ) from error
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not isinstance(layers, int) or layers < 1:
         raise LoadError(
-            f"{path}: num_hidden_layers={layers!r}. A model's config needs a positive whole number here"
+            f"{path}: num_hidden_layers={layers!r}: a model's config needs a positive whole number here",
+            checkpoint.again,
         )
     return config, str(path)
 
 
 def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
-    """The model with tensors that have a shape and a dtype but no memory."""
+    """Build the model with tensors that have a shape and a dtype but no memory."""
     own = getattr(config, "dtype", None) or torch.float32
     dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
     try:
@@ -127,7 +136,8 @@ def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = 
     except ValueError as error:
         raise ConfigError(
             f"{config.model_type}: not a causal language model of this transformers "
-            f"({str(error).splitlines()[0][:200]})"
+            f"({str(error).splitlines()[0][:200]})",
+            "Choose another model",
         ) from error
     if (settings := quantization(quant)) is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
@@ -137,7 +147,7 @@ def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = 
 
 
 def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:
-    """The biases of bitsandbytes' layers are float32 until they are loaded, in the model's dtype."""
+    """Give biases the model's dtype: in bitsandbytes' layers they are float32 until they are loaded."""
     for module in network.modules():
         bias = getattr(module, "bias", None)
         if isinstance(bias, nn.Parameter):
@@ -145,12 +155,12 @@ def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def pruned(node: Node, depth: int) -> Node:
-    """The tree to this depth; 0 is the model alone."""
+    """Cut the tree at this depth; 0 is the model alone."""
     return replace(node, children=[pruned(child, depth - 1) for child in node.children] if depth > 0 else [])
 
 
 def matching(node: Node, pattern: str) -> Node | None:
-    """The modules whose name or class matches, with all that they lie in; None if there are none.
+    """Find the modules whose name or class matches, with all that they lie in; None if there are none.
 
     Raises:
         ConfigError: not a regular expression.
@@ -159,7 +169,7 @@ def matching(node: Node, pattern: str) -> Node | None:
         found = re.compile(pattern, re.IGNORECASE)
     except re.error as error:
         raise ConfigError(
-            f"filter={pattern}: not a regular expression ({error}). As filter=q_proj."
+            f"filter={pattern}: not a regular expression ({error})", "Write it as filter=q_proj"
         ) from error
     if found.search(node.name) or found.search(node.kind):
         return node
@@ -167,8 +177,8 @@ def matching(node: Node, pattern: str) -> Node | None:
     return replace(node, children=kept) if kept else None
 
 
-def _tree(name: str, module: nn.Module, method: str, seen: set[int]) -> Node:
-    children = _folded([_tree(n, child, method, seen) for n, child in module.named_children()])
+def _tree(name: str, module: nn.Module, quant: QuantConfig, seen: set[int]) -> Node:
+    children = _folded([_tree(n, child, quant, seen) for n, child in module.named_children()])
     parameters, size, dtypes, note = 0, 0, list[str](), ""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         is_buffer = not isinstance(tensor, nn.Parameter)
@@ -176,7 +186,7 @@ def _tree(name: str, module: nn.Module, method: str, seen: set[int]) -> Node:
             note = "the embedding's weight"
             continue
         seen.add(id(tensor))
-        dtype, held = stored(tensor, method)
+        dtype, held = stored(tensor, quant)
         dtypes.append(dtype)
         parameters += 0 if is_buffer else tensor.numel()
         size += held
@@ -187,18 +197,15 @@ def _tree(name: str, module: nn.Module, method: str, seen: set[int]) -> Node:
     return Node(name, type(module).__name__, _shape(module), 1, parameters, dtype, size, note, children)
 
 
-def stored(tensor: Tensor, method: str) -> tuple[str, int]:
-    """The dtype and the bytes of a tensor once it is loaded: bitsandbytes' weights are packed only then."""
-    kind = type(tensor).__name__
-    if kind == "Params4bit":
-        return method, (tensor.numel() + 1) // 2
-    if kind == "Int8Params":
-        return "int8", tensor.numel()
+def stored(tensor: Tensor, quant: QuantConfig) -> tuple[str, int]:
+    """Return the dtype and the bytes of a tensor once it is loaded: bitsandbytes' weights are packed only then."""
+    if type(tensor).__name__ in ("Params4bit", "Int8Params"):
+        return quant.method.value, quant.stored_bytes(tensor.numel())
     return str(tensor.dtype).removeprefix("torch."), tensor.nbytes
 
 
 def _folded(children: list[Node]) -> list[Node]:
-    """Neighbours that differ in nothing but their name, as one."""
+    """Fold neighbours that differ in nothing but their name into one."""
     kept: list[list[Node]] = []
     for child in children:
         if kept and child.name.isdigit() and replace(child, name=kept[-1][0].name) == kept[-1][0]:
@@ -220,35 +227,10 @@ def _folded(children: list[Node]) -> list[Node]:
 
 
 def _shape(module: nn.Module) -> str:
-    """What goes in and what comes out; the weight's shape of other modules that have one."""
+    """Say what goes in and what comes out; the weight's shape of other modules that have one."""
     sizes = [getattr(module, name, None) for name in _SHAPES]
     pair = sizes[:2] if None not in sizes[:2] else sizes[2:]
     if None not in pair:
         return f"{pair[0]} → {pair[1]}" + (" + bias" if getattr(module, "bias", None) is not None else "")
     weight = getattr(module, "weight", None)
     return "×".join(map(str, weight.shape)) if isinstance(weight, Tensor) else ""
-
-
-def _known(config: PreTrainedConfig) -> Architecture | None:
-    """For the memory plan, which knows fewer architectures than transformers."""
-    values = config.to_dict()
-    try:
-        return architecture({**values, "dtype": str(values.get("dtype") or "float32").removeprefix("torch.")})
-    except (ConfigError, KeyError, TypeError):
-        return None
-
-
-def _plan_quant(quant: QuantConfig) -> Quant:
-    method, dtype = quant.method.value, quant.dtype.value
-    label = method if quant.method is not QuantMethod.none else "none" if dtype == "auto" else dtype
-    if quant.double_quant:
-        label += ", double quantization"
-    return Quant(label, method, dtype, quant.double_quant, quant.compute_dtype.value)
-
-
-def _cached_folder(model: ModelConfig) -> str | None:
-    try:
-        path = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    except HFValidationError:
-        return None
-    return str(Path(path).parent) if isinstance(path, str) else None

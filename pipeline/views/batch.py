@@ -1,4 +1,4 @@
-"""Several prompts as one padded rectangle: ids, attention mask and position ids, padded on either side."""
+"""Show several prompts as one batch: ids, attention mask and position ids, padded on either side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rectangle:
-    """B rows, T columns; T is the longest row."""
+class PaddedRows:
+    """Hold the rows, padded on one side: B rows, T columns; T is the longest row."""
 
     side: Side
     input_ids: list[list[int]]  # [B, T]
@@ -21,15 +21,17 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class BatchView:
+    """Hold the rows padded on the left, as a job runs them, and on the right."""
+
     pad_token_id: int
     prompts: list[str]  # as they are named on the screen: the rows' ids
     lengths: list[int]
-    left: Rectangle
-    right: Rectangle
+    left: PaddedRows
+    right: PaddedRows
 
 
 def batch_view(rows: Sequence[Sequence[int]], pad_token_id: int, names: Sequence[str]) -> BatchView:
-    """Both rectangles of these rows of token ids."""
+    """Pad these rows of token ids on either side."""
     return BatchView(
         pad_token_id,
         list(names),
@@ -39,7 +41,8 @@ def batch_view(rows: Sequence[Sequence[int]], pad_token_id: int, names: Sequence
     )
 
 
-def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> Rectangle:
+def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> PaddedRows:
+    """Pad these rows of token ids on one side."""
     width = max((len(row) for row in rows), default=0)
 
     def fill(row: Sequence[int], pad: int) -> list[int]:
@@ -47,7 +50,7 @@ def padded(rows: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> Rect
         return [*pads, *row] if side == "left" else [*row, *pads]
 
     cells = width * len(rows)
-    return Rectangle(
+    return PaddedRows(
         side,
         [fill(row, pad_token_id) for row in rows],
         [fill([1] * len(row), 0) for row in rows],

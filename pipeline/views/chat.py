@@ -1,4 +1,4 @@
-"""What the model is really sent for one prompt row: whose text each token is, and what the template adds."""
+"""Show what the model is really sent for one prompt row: whose text each token is, and what the template adds."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _THINKING = re.compile(r"enable_thinking|<think>")
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring tokens of one kind.
+    """Hold neighbouring tokens of one kind.
 
     The kind is control (a special token), role (a role's name after one), template (words that the
     template adds by itself), or the role of the message whose content it is: system, user, assistant, tool.
@@ -32,6 +32,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ChatView:
+    """Hold a rendered prompt, and what its template does."""
+
     id: str  # the row's
     source: str
     has_template: bool
@@ -49,7 +51,7 @@ class ChatView:
 
 
 def chat_view(row: PromptRow, chat: Chat) -> ChatView:
-    """The ids that a job sends for this row, told apart.
+    """Tell the ids apart that a job sends for this row.
 
     Raises:
         PromptError: as `render`.
@@ -82,7 +84,7 @@ def chat_view(row: PromptRow, chat: Chat) -> ChatView:
 
 
 def _generation_prompt(row: PromptRow, chat: Chat, text: str) -> str:
-    """What the template writes only when an answer is asked for: the end of `text`, or nothing."""
+    """Return what the template writes only when an answer is asked for: the end of `text`, or nothing."""
     if chat.template is None:
         return ""
 
@@ -106,7 +108,7 @@ def _generation_prompt(row: PromptRow, chat: Chat, text: str) -> str:
 
 
 def _kinds(row: PromptRow, chat: Chat, text: str) -> list[str]:
-    """The kind of each byte of the rendered text: a message's role, or template."""
+    """Tell the kind of each byte of the rendered text: a message's role, or template."""
     kinds = [TEMPLATE] * len(text.encode())
     place = 0
     for message in conversation(row, chat):
@@ -143,7 +145,7 @@ def _segments(tokenizer: Any, token_ids: list[int], kinds: list[str], generation
 
 
 def _role_name(tokenizer: Any, following: list[int]) -> int:
-    """Bytes of the role's name that these tokens begin with."""
+    """Count the bytes of the role's name that these tokens begin with."""
     text = b"".join(token_bytes(tokenizer, token_id) for token_id in following).decode(errors="replace")
     match = _ROLE_NAME.match(text)
     return len(match[0].encode()) if match else 0

@@ -1,4 +1,4 @@
-"""Screens of the views on the model: the module tree, and one step with its attention."""
+"""Draw the views on the model: the module tree, and one step with its attention."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -10,9 +10,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.common.errors import ConfigError
+from pipeline.common.units import small_bytes
 from pipeline.views.architecture import ArchitectureView, Node
 from pipeline.views.draw_text import facts, shown
-from pipeline.views.step import Attention, StepView
+from pipeline.views.step import AttentionHead, StepView
 
 _SHADES = " ░▒▓█"
 _LABEL = 10
@@ -20,15 +21,15 @@ _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def draw_architecture(view: ArchitectureView, console: Console) -> None:
-    """One line a module: name, class, shape, parameters, dtype, bytes."""
-    state = f"{_mb(view.quant_state_bytes)} beside it" if view.quant_state_bytes else "none"
+    """Draw one line a module: name, class, shape, parameters, dtype, bytes."""
+    state = f"{small_bytes(view.quant_state_bytes)} beside it" if view.quant_state_bytes else "none"
     facts(
         console,
         [
             ("model", f"{view.model}, quant={view.quant}"),
             ("config", view.source),
             ("parameters", f"{view.parameters:,}"),
-            ("total", f"{_mb(view.bytes)} as loaded (get_memory_footprint)"),
+            ("total", f"{small_bytes(view.bytes)} as loaded (get_memory_footprint)"),
             ("quantization state", state),
             ("attention", _window_words(view.windows)),
         ],
@@ -41,7 +42,7 @@ def draw_architecture(view: ArchitectureView, console: Console) -> None:
 
 
 def draw_step(view: StepView, console: Console) -> None:
-    """The way up through the layers, then the candidates for the next token."""
+    """Draw the way up through the layers, then the candidates for the next token."""
     console.print(Text(" → ".join(_stations(view)), style="bold"))
     places = _table("place", "|x|", "p", "top token by the logit lens")
     for place in view.places:
@@ -75,8 +76,8 @@ def draw_step(view: StepView, console: Console) -> None:
         _draw_attention(view.attention, view.token_texts, console)
 
 
-def write_png(attention: Attention, texts: Sequence[str], path: str) -> None:
-    """The attention of one head as a picture.
+def write_png(attention: AttentionHead, texts: Sequence[str], path: str) -> None:
+    """Write the attention of one head as a picture.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -87,7 +88,7 @@ def write_png(attention: Attention, texts: Sequence[str], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            f"png={path}: needs matplotlib. Install it: pip install 'llm-job-pipeline[report]'."
+            f"png={path}: needs matplotlib", "Install it: pip install 'llm-job-pipeline[report]'"
         ) from error
     size = max(4.0, 0.3 * len(texts) + 1.5)
     figure = Figure(figsize=(size, size), layout="constrained")
@@ -103,11 +104,13 @@ def write_png(attention: Attention, texts: Sequence[str], path: str) -> None:
     try:
         figure.savefig(Path(path).expanduser(), format="png", dpi=120)
     except OSError as error:
-        raise ConfigError(f"png={path}: cannot be written ({error.strerror or error}).") from error
+        raise ConfigError(
+            f"png={path}: cannot be written ({error.strerror or error})", "Choose another file"
+        ) from error
 
 
 def _in_font(text: str, glyphs: Container[int]) -> str:
-    """Characters that the font lacks, as Korean in matplotlib's own, by their code."""
+    """Spell characters that the font lacks, as Korean in matplotlib's own, by their code."""
     made = "".join(c if ord(c) in glyphs else f"\\u{ord(c):04x}" for c in text)
     return made.replace("$", "\\$")
 
@@ -127,14 +130,14 @@ def _label(node: Node) -> Text:
     if node.parameters or node.bytes:
         dtypes = " + ".join(_SHORT.get(dtype, dtype) for dtype in node.dtype.split(" + "))
         line.append(f"  {_millions(node.parameters)}  {dtypes}  ", "dim")
-        line.append(_mb(node.bytes))
+        line.append(small_bytes(node.bytes))
     if node.note:
         line.append(f"  is {node.note}", "dim")
     return line
 
 
 def _millions(count: int) -> str:
-    """58.7M weights; the exact number is in the JSON."""
+    """Show 58.7M weights; the exact number is in the JSON."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:,.1f}{letter}"
@@ -143,15 +146,6 @@ def _millions(count: int) -> str:
 
 def _has_folds(node: Node) -> bool:
     return node.count > 1 or any(_has_folds(child) for child in node.children)
-
-
-def _mb(size: int | None) -> str:
-    """10⁶ bytes; small ones in kB and bytes, so that a norm is not 0.0 MB."""
-    if size is None:
-        return "-"
-    if size >= 1e5:
-        return f"{size / 1e6:,.1f} MB"
-    return f"{size / 1e3:,.1f} kB" if size >= 1000 else f"{size} B"
 
 
 def _window_words(windows: list[int | None]) -> str:
@@ -182,8 +176,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _draw_attention(attention: Attention, texts: Sequence[str], console: Console) -> None:
-    """Two columns of the screen a cell; the last tokens, if not all have room."""
+def _draw_attention(attention: AttentionHead, texts: Sequence[str], console: Console) -> None:
+    """Draw two columns of the screen a cell; the last tokens, if not all have room."""
     room = max(4, (console.width - _LABEL - 8) // 2)
     first = max(0, len(texts) - room)
     note = f", the last {room} tokens" if first else ""

@@ -1,4 +1,4 @@
-"""Screens of the views on text: tokens, chat, batch. Colours tell kinds apart, and words say them again."""
+"""Draw the views on text: tokens, chat, batch. Colours tell kinds apart, and words say them again."""
 
 import unicodedata
 
@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.views.batch import BatchView, Rectangle
+from pipeline.views.batch import BatchView, PaddedRows
 from pipeline.views.chat import ChatView, Segment
 from pipeline.views.tokens import Token, TokensView
 
@@ -26,7 +26,7 @@ _LISTED = 12  # special tokens on the screen; all of them are in the JSON
 
 
 def shown(text: str, *, blanks: bool = True) -> str:
-    """Text that a terminal can show and does not obey: invisible characters spelt out, blanks as ␣."""
+    """Spell a text so that a terminal can show it and does not obey: invisible characters spelt out, blanks as ␣."""
     made: list[str] = []
     for i, character in enumerate(text):
         kind = unicodedata.category(character)
@@ -43,7 +43,7 @@ def shown(text: str, *, blanks: bool = True) -> str:
 
 
 def draw_tokens(view: TokensView, console: Console) -> None:
-    """Facts, then a line for each token; the text is last, so that right-to-left text moves nothing else."""
+    """Draw facts, then a line for each token; the text is last, so that right-to-left text moves nothing else."""
     roles = [f"{'/'.join(s.roles)} {s.text} {s.id}" for s in view.special_tokens if s.roles]
     others = [f"{s.text} {s.id}" for s in view.special_tokens if not s.roles]
     listed = ", ".join(others[:_LISTED]) + (
@@ -76,7 +76,7 @@ def draw_tokens(view: TokensView, console: Console) -> None:
 
 
 def draw_chat(view: ChatView, console: Console) -> None:
-    """The prompt as it is sent, in colours, then segment by segment with ids."""
+    """Draw the prompt as it is sent, in colours, then segment by segment with ids."""
     added = "; ".join(shown(text, blanks=False) for text in view.added) or "nothing"
     kinds = dict.fromkeys(segment.kind for segment in view.segments)
     facts(
@@ -111,9 +111,9 @@ def draw_chat(view: ChatView, console: Console) -> None:
 
 
 def draw_batch(view: BatchView, console: Console) -> None:
-    """Left padding, then right; of a wide rectangle its first and last columns."""
-    for rectangle in (view.left, view.right):
-        _draw_rectangle(rectangle, view, console)
+    """Draw left padding, then right; of wide rows their first and last columns."""
+    for padded in (view.left, view.right):
+        _draw_padded(padded, view, console)
     console.print(
         Text(
             "Left, because every row then ends in the same column: the batch writes all its next tokens there, "
@@ -124,7 +124,7 @@ def draw_batch(view: BatchView, console: Console) -> None:
 
 
 def facts(console: Console, rows: list[tuple[str, str]]) -> None:
-    """Names and values, one a line; a long value goes on below itself."""
+    """Draw names and values, one a line; a long value goes on below itself."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -182,8 +182,8 @@ def _keep_lines(text: str) -> str:
     return "\n".join(shown(line, blanks=False) for line in text.split("\n"))
 
 
-def _draw_rectangle(rectangle: Rectangle, view: BatchView, console: Console) -> None:
-    width = len(rectangle.input_ids[0])
+def _draw_padded(padded: PaddedRows, view: BatchView, console: Console) -> None:
+    width = len(padded.input_ids[0])
     room = max(2, (console.width - _NAMES - 6 - _CELL) // _CELL)
     columns = (
         list(range(width))
@@ -192,23 +192,23 @@ def _draw_rectangle(rectangle: Rectangle, view: BatchView, console: Console) -> 
     )
     console.print(
         Text(
-            f"{rectangle.side} padding: {len(view.prompts)} rows × {width} columns, {rectangle.padding:.0%} padding",
+            f"{padded.side} padding: {len(view.prompts)} rows × {width} columns, {padded.padding:.0%} padding",
             style="bold",
         )
     )
     console.print(_line("", "column", [str(c) for c in columns], columns, style="dim"))
     for row, name in enumerate(view.prompts):
-        mask = rectangle.attention_mask[row]
+        mask = padded.attention_mask[row]
         for label, values in (
-            ("ids", rectangle.input_ids[row]),
+            ("ids", padded.input_ids[row]),
             ("mask", mask),
-            ("pos", rectangle.position_ids[row]),
+            ("pos", padded.position_ids[row]),
         ):
             line = _line(
                 name if label == "ids" else "", label, [str(values[c]) for c in columns], columns, mask
             )
             console.print(line)
-    ends = sorted(set(rectangle.next_columns))
+    ends = sorted(set(padded.next_columns))
     where = (
         f"column {ends[0]} for all rows" if len(ends) == 1 else f"columns {', '.join(map(str, ends))}: ragged"
     )

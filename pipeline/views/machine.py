@@ -1,4 +1,4 @@
-"""Checks of the machine: versions, devices, bitsandbytes' real ability, Slurm. Plain data, no network."""
+"""Check the machine: versions, devices, bitsandbytes' real ability, Slurm. Plain data, no network."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from pipeline.common.gpu import Gpu
+from pipeline.common.units import GB, gigabytes
 from pipeline.engine.accelerators import KINDS, describe, free_bytes, visible_devices
 from pipeline.engine.cpu import load_kernels
 from pipeline.memory.devices import visible_gpus
@@ -23,6 +24,8 @@ from pipeline.memory.gpu_tools import hides_all
 
 
 class State(Enum):
+    """Say how a finding is to be taken."""
+
     green = "ok"
     yellow = "look"  # works, but not as well as it could
     red = "broken"  # a job would fail
@@ -30,7 +33,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at, what was found, and what to do about it."""
+    """Hold what was looked at, what was found, and what to do about it."""
 
     name: str
     state: State
@@ -55,7 +58,7 @@ QUANTIZATION_TOLERANCE = 0.2  # of nf4 weights against the real ones: about 0.1 
 
 
 def check_versions() -> list[Check]:
-    """Python, each library that decides whether a job runs, and combinations known to be bad."""
+    """Check Python, each library that decides whether a job runs, and combinations known to be bad."""
     python = ".".join(map(str, sys.version_info[:3]))
     made = [
         Check("python", State.green, python)
@@ -67,7 +70,7 @@ def check_versions() -> list[Check]:
 
 
 def check_version(name: str, needs: str, why: str, version: str | None) -> Check:
-    """One library against what it needs to be."""
+    """Hold one library against what it needs to be."""
     install = f"pip install '{name}{needs}'"
     if version is None:
         return Check(name, State.red, "not installed", f"{install}.")
@@ -77,6 +80,7 @@ def check_version(name: str, needs: str, why: str, version: str | None) -> Check
 
 
 def installed(name: str) -> str | None:
+    """Return the version that is installed; None for none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -84,12 +88,12 @@ def installed(name: str) -> str | None:
 
 
 def check_devices() -> list[Check]:
-    """The host and every GPU, with free memory; and a GPU that this torch cannot use."""
+    """Show the host and every GPU with their free memory, and a GPU that this torch cannot use."""
     memory = psutil.virtual_memory()
-    words = f"{psutil.cpu_count()} cores, {_gb(memory.available)} of {_gb(memory.total)} free"
+    words = f"{psutil.cpu_count()} cores, {gigabytes(memory.available)} of {gigabytes(memory.total)} free"
     capability = torch.backends.cpu.get_cpu_capability()
     made = [Check("cpu", State.green, f"{words}, {capability}")]
-    if memory.available < 1e9:
+    if memory.available < GB:
         made[0] = Check(
             "cpu", State.yellow, words, "Free some memory: even the smallest model wants about 1 GB."
         )
@@ -104,12 +108,12 @@ def check_devices() -> list[Check]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and every GPU that bitsandbytes is made for."""
+    """List the CPU, and every GPU that bitsandbytes is made for."""
     return [torch.device("cpu"), *(device for device in visible_devices() if device.type in KINDS)]
 
 
 def check_kernels() -> list[Check]:
-    """Where jobs run on the CPU: its kernels for models in bf16."""
+    """Look for the kernels for models in bf16, where jobs run on the CPU."""
     if torch.cuda.device_count():
         return []
     if load_kernels() is None:
@@ -145,7 +149,7 @@ def check_bitsandbytes(device: torch.device) -> list[Check]:
 
 
 def check_slurm() -> list[Check]:
-    """Whether jobs can be submitted from here."""
+    """Say whether jobs can be submitted from here."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return [Check("slurm", State.green, f"inside job {job}")]
     if shutil.which("sbatch") is None:
@@ -177,7 +181,7 @@ def check_slurm() -> list[Check]:
 
 
 def check_gpu(name: str, gpu: Gpu, architectures: list[str]) -> Check:
-    """A GPU in words, and whether this torch and what others left of it will do.
+    """Describe a GPU in words, and say whether this torch and what others left of it will do.
 
     Args:
         name: as torch calls it.
@@ -202,8 +206,8 @@ def _describe(gpu: Gpu) -> Iterator[str]:
         yield "a MIG slice"
     if gpu.capability:
         yield "compute capability {}.{}".format(*gpu.capability)
-    total = "an unknown size" if gpu.total_bytes is None else _gb(gpu.total_bytes)
-    yield f"{'an unknown part' if gpu.free_bytes is None else _gb(gpu.free_bytes)} of {total} free"
+    total = "an unknown size" if gpu.total_bytes is None else gigabytes(gpu.total_bytes)
+    yield f"{'an unknown part' if gpu.free_bytes is None else gigabytes(gpu.free_bytes)} of {total} free"
     yield "bfloat16" if gpu.bf16 else "no bfloat16 of its own: auto is float16"
 
 
@@ -221,7 +225,7 @@ def _no_gpu() -> Check:
 
 @torch.inference_mode()
 def _nf4_error(device: torch.device) -> float:
-    """Relative error of the 4-bit product; or of the quantization itself if that is beyond bounds."""
+    """Measure the relative error of the 4-bit product; or of the quantization itself if that is beyond bounds."""
     bf16 = device.type not in KINDS or describe(device).bf16
     dtype = torch.bfloat16 if bf16 else torch.float16
     weight, x = _weight(), _input().to(device, dtype)
@@ -246,23 +250,19 @@ def _int8_error(device: torch.device) -> float:
 
 
 def _bitsandbytes() -> tuple[Any, Any]:
-    """Its layers and its functions, imported only here, so that a broken installation is a finding."""
+    """Return its layers and its functions, imported only here, so that a broken installation is a finding."""
     return import_module("bitsandbytes.nn"), import_module("bitsandbytes.functional")
 
 
 def _weight() -> torch.Tensor:
-    """[256, 512] float32, always the same."""
+    """Make [256, 512] float32, always the same."""
     return torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
 
 
 def _input() -> torch.Tensor:
-    """[4, 512] float32."""
+    """Make [4, 512] float32."""
     return torch.randn(4, 512, generator=torch.Generator().manual_seed(1))
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"

@@ -1,11 +1,11 @@
-"""Checks of one model: the way to its files, its tokenizer and template, room for weights and outputs."""
+"""Check one model: the way to its files, its tokenizer and template, room for weights and outputs."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,10 +17,12 @@ from huggingface_hub.errors import (
 
 from pipeline.common.errors import ConfigError, LoadError, PipelineError
 from pipeline.common.request import GenerationParams, PromptRow
-from pipeline.config.schema import Config, ModelConfig, QuantMethod
+from pipeline.common.units import GB, gigabytes, megabytes
+from pipeline.config.quant import SUGGESTED, QuantConfig
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.memory.devices import find_device
-from pipeline.memory.facts import model_folder
-from pipeline.models.checkpoint import Checkpoint, NetworkError, find_model, locate
+from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
+from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.loading_checks import check_format
 from pipeline.models.stored_format import label
@@ -29,13 +31,12 @@ from pipeline.views.architecture import ArchitectureView, architecture_view
 from pipeline.views.chat import chat_view
 from pipeline.views.machine import Check, State
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-OUTPUTS_BYTES = 1_000_000_000  # about a million completions
+OUTPUTS_BYTES = GB  # about a million completions
 TIMEOUT_SEC = 10
 
 
 def check_login() -> list[Check]:
-    """Whether there is a hub token; only that, never the token."""
+    """Say whether there is a hub token; only that, never the token."""
     if get_token() is None:
         return [Check("hub login", State.green, "no token; public models need none")]
     where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token file"
@@ -43,26 +44,25 @@ def check_login() -> list[Check]:
 
 
 def check_access(model: ModelConfig, models_dir: str) -> list[Check]:
-    """Where the files are; on the hub, whether they may be had and which revision is in the cache."""
-    folder = find_model(model.name, models_dir)
-    if Path(folder).is_dir():
+    """Say where the files are; on the hub, whether they may be had and which revision is in the cache."""
+    if (folder := local_folder(model.name, models_dir)) is not None:
         try:
             locate(model, models_dir, weights=True)
         except PipelineError as error:
             return [_from_error("model files", error)]
         return [Check("model files", State.green, f"{folder}: config and weights are there; no hub needed")]
-    revision = _cached(model, "config.json")
-    weights = any(_cached(model, name) for name in WEIGHT_FILES)
+    checkpoint = find_checkpoint(model, models_dir)
+    weights = _has_weights(checkpoint)
     offline = constants.HF_HUB_OFFLINE
-    state = f"revision {revision[:12]}" if revision else "nothing"
+    state = f"revision {str(checkpoint.revision)[:12]}" if checkpoint else "nothing"
     cached = Check("hub cache", State.green, f"{state}, {'with' if weights else 'without'} weights")
     if weights and offline:
         return [cached]
-    return [cached, _ask_hub(model, weights, folder, models_dir)]
+    return [cached, _ask_hub(model, weights, staged_folder(model.name, models_dir))]
 
 
 def check_tokenizer(config: Config) -> list[Check]:
-    """BOS once, an end and a pad, a template, its thinking switch and its date."""
+    """Look for BOS once, an end and a pad, a template, its thinking switch and its date."""
     try:
         tokenizer = load_tokenizer(config.model, config.models_dir)
         chat = prepare_chat(
@@ -96,35 +96,40 @@ def check_tokenizer(config: Config) -> list[Check]:
 
 
 def check_room(config: Config) -> list[Check]:
-    """Memory for the weights, disk for weights that are still to come, and for outputs."""
-    if (folder := model_folder(config.model, config.models_dir, "config.json")) is not None:
+    """Look for memory for the weights, disk for weights that are still to come, and for outputs."""
+    if (checkpoint := find_checkpoint(config.model, config.models_dir)) is not None:
         try:
-            stored = check_format(Checkpoint(str(folder), folder, None), config.model, config.quant)
+            stored = check_format(checkpoint, config.model, config.quant)
         except LoadError as error:
             return [_from_error("quantization", error), _check_outputs(config)]
         if stored is not None:
-            return [*_of_format(label(stored)), _check_outputs(config)]
+            return [*_check_stored(label(stored)), _check_outputs(config)]
     try:
         view = architecture_view(config.model, config.quant, config.models_dir)
     except PipelineError as error:
         return [_from_error("model config", error), _check_outputs(config)]
-    made = [_check_memory(view)]
-    local = Path(find_model(config.model.name, config.models_dir)).is_dir()
-    if not local and not any(_cached(config.model, name) for name in WEIGHT_FILES):
+    made = [_check_memory(view, config.quant)]
+    local = checkpoint is not None and checkpoint.revision is None
+    if not local and not _has_weights(checkpoint):
         made.append(_check_download(config, view.parameters))
     return [*made, _check_outputs(config)]
 
 
-def _ask_hub(model: ModelConfig, weights: bool, folder: str, models_dir: str) -> Check:
-    name, page = model.name, f"https://huggingface.co/{model.name}"
-    staged = Path(models_dir) / Path(folder).name
+def _has_weights(checkpoint: Checkpoint | None) -> bool:
+    return checkpoint is not None and checkpoint.has_weights
+
+
+def _ask_hub(model: ModelConfig, weights: bool, staged: Path) -> Check:
+    name = model.name
     try:
         info = HfApi().model_info(name, revision=model.revision, timeout=TIMEOUT_SEC)
     except GatedRepoError:
-        fix = f"Accept the terms at {page}, then `hf auth login`."
+        fix = f"Accept the terms at {page(name)}, then `hf auth login`."
         return Check("hub access", State.red, f"{name} is gated, and this account has no access", fix)
     except RevisionNotFoundError:
-        return Check("hub access", State.red, f"no revision {model.revision!r}", f"See {page}/tree/main.")
+        return Check(
+            "hub access", State.red, f"no revision {model.revision!r}", f"See {page(name)}/tree/main."
+        )
     except RepositoryNotFoundError:
         return Check(
             "hub access", State.red, f"no model {name}, or a private one", "Correct model.name, or log in."
@@ -146,7 +151,7 @@ def _ask_hub(model: ModelConfig, weights: bool, folder: str, models_dir: str) ->
             "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached", weights, name, staged
         )
     if info.gated and not _may_download(model):
-        fix = f"Accept the terms at {page}, then `hf auth login`."
+        fix = f"Accept the terms at {page(name)}, then `hf auth login`."
         return Check(
             "hub access", State.red, f"{name} is gated ({info.gated}), and this account has no access", fix
         )
@@ -157,7 +162,7 @@ def _ask_hub(model: ModelConfig, weights: bool, folder: str, models_dir: str) ->
 def _unreachable(why: str, weights: bool, name: str, staged: Path) -> Check:
     if weights:
         return Check("hub access", State.green, f"{why}; the cache has all that is needed")
-    fix = f"Where there is a network: hf download {name} --local-dir {staged}, and bring that folder here."
+    fix = f"Where there is a network, {bring(name, staged)}."
     return Check("hub access", State.red, f"{why}, and the weights are not on this machine", fix)
 
 
@@ -169,15 +174,6 @@ def _may_download(model: ModelConfig) -> bool:
     except (HfHubHTTPError, NetworkError, OSError):
         return True  # not an answer; the download itself will tell
     return True
-
-
-def _cached(model: ModelConfig, file: str) -> str | None:
-    """The commit whose snapshot in the hub's cache has this file."""
-    try:
-        path = try_to_load_from_cache(model.name, file, revision=model.revision)
-    except HFValidationError:
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _check_bos(count: int) -> Check:
@@ -200,33 +196,23 @@ def _check_ends(tokenizer: Any) -> list[Check]:
     return made
 
 
-def _check_memory(view: ArchitectureView) -> Check:
+def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
     need = view.bytes + (view.quant_state_bytes or 0)
-    words = f"{need / 1e6:,.1f} MB of weights"
+    words = f"{megabytes(need)} of weights"
     try:
         device = find_device(None)
     except ConfigError as error:
-        found = str(error).partition(". ")[0]
         fix = "python -m pipeline.commands.plan memory=24GB says whether it fits in so much."
-        return Check("memory", State.yellow, f"{words}. {found}", fix)
+        return Check("memory", State.yellow, f"{words}. {error.found}", fix)
     gpus, free = device.gpus, device.free_bytes
-    where = f"{free / 1e9:,.1f} GB free on {device.name}"
+    where = f"{gigabytes(free)} free on {device.name}"
     more = "python -m pipeline.commands.plan says what else would fit."
     if need < 0.8 * free:
         return Check("memory", State.green, f"{words}, {where}")
     if need < free:
         return Check("memory", State.yellow, f"{words}, {where}: little is left for prompts", more)
-    smaller = (
-        "a smaller model"
-        if view.quant.startswith((QuantMethod.nf4.value, QuantMethod.fp4.value))
-        else "quant=nf4"
-    )
-    spills = (
-        gpus
-        and need < free + device.offload_bytes
-        and view.quant in ("none", "float32", "float16", "bfloat16")
-    )
-    if spills:
+    smaller = "a smaller model" if quant.four_bit else f"quant={list(SUGGESTED)[-1]}"
+    if gpus and need < free + device.offload_bytes and not quant.quantized:
         return Check(
             "memory",
             State.yellow,
@@ -236,8 +222,8 @@ def _check_memory(view: ArchitectureView) -> Check:
     return Check("memory", State.red, f"{words}, {where}: does not fit", f"Try {smaller}. {more}")
 
 
-def _of_format(stored: str) -> list[Check]:
-    """Of a checkpoint that is quantized already."""
+def _check_stored(stored: str) -> list[Check]:
+    """Say what is known of a checkpoint that is quantized already."""
     fix = "Run a few rows with limit=4 and read stats.json."
     return [
         Check("quantization", State.green, stored),
@@ -248,7 +234,7 @@ def _of_format(stored: str) -> list[Check]:
 def _check_download(config: Config, parameters: int) -> Check:
     need = 2 * parameters  # 16-bit checkpoints, as nearly all are
     free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
-    words = f"about {need / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free in {constants.HF_HUB_CACHE}"
+    words = f"about {gigabytes(need)} to download, {gigabytes(free)} free in {constants.HF_HUB_CACHE}"
     if free < 1.1 * need:
         return Check("disk for weights", State.red, words, "Set HF_HOME to a larger disk, or models_dir=DIR.")
     return Check("disk for weights", State.green, words)
@@ -257,7 +243,7 @@ def _check_download(config: Config, parameters: int) -> Check:
 def _check_outputs(config: Config) -> Check:
     folder = _existing(Path(config.outputs_dir))
     free = shutil.disk_usage(folder).free
-    words = f"{free / 1e9:,.1f} GB free in {config.outputs_dir}"
+    words = f"{gigabytes(free)} free in {config.outputs_dir}"
     if not os.access(folder, os.W_OK):
         return Check("disk for outputs", State.red, f"{folder} cannot be written", "Set outputs_dir=DIR.")
     if free < OUTPUTS_BYTES:
@@ -266,11 +252,9 @@ def _check_outputs(config: Config) -> Check:
 
 
 def _existing(folder: Path) -> Path:
-    """The nearest folder above that is there already."""
+    """Find the nearest folder above that is there already."""
     return next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
 
 
 def _from_error(name: str, error: PipelineError) -> Check:
-    """An error's message says what is wrong and, after its first sentence, what to do."""
-    found, _, fix = str(error).partition(". ")
-    return Check(name, State.red, found, fix)
+    return Check(name, State.red, error.found, error.fix)

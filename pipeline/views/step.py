@@ -1,4 +1,4 @@
-"""One forward pass of the real model, taken apart: embedding, layers, final norm, head, next token.
+"""Take one forward pass of the real model apart: embedding, layers, final norm, head, next token.
 
 The pass is the model's own, `model(ids)`; hooks only look at what flows by.
 """
@@ -18,8 +18,8 @@ from pipeline.views.tokens import token_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The last position's residual stream at one place on its way up."""
+class Residual:
+    """Hold the last position's residual stream at one place on its way up."""
 
     name: str  # embedding, layer 0 …, final norm
     norm: float  # its Euclidean length
@@ -29,8 +29,8 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Next:
-    """A candidate for the next token."""
+class Candidate:
+    """Hold a candidate for the next token."""
 
     token_id: int
     text: str
@@ -40,8 +40,8 @@ class Next:
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """One head of one layer: row t is how token t spreads its attention over tokens 0 … t."""
+class AttentionHead:
+    """Hold one head of one layer: row t is how token t spreads its attention over tokens 0 … t."""
 
     layer: int
     head: int
@@ -50,14 +50,16 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class StepView:
+    """Hold one forward pass, from the tokens to the candidates for the next one."""
+
     token_ids: list[int]
     token_texts: list[str]
     shape: dict[str, int]  # tokens, hidden_size, layers, heads, vocabulary
-    places: list[Place]
-    next: list[Next]  # the k most probable, best first
+    places: list[Residual]
+    next: list[Candidate]  # the k most probable, best first
     kept: int  # tokens that the filters leave to draw from
     entropy_bits: float  # of the softmax of the logits
-    attention: Attention | None
+    attention: AttentionHead | None
 
 
 @torch.inference_mode()
@@ -108,8 +110,8 @@ def step_view(
 
 
 @torch.inference_mode()
-def attention(model: Any, ids: Tensor, layer: int, head: int) -> Attention:
-    """Computed by transformers' eager attention, the only one that returns its weights. ids: [1, T].
+def attention(model: Any, ids: Tensor, layer: int, head: int) -> AttentionHead:
+    """Compute one head with transformers' eager attention, the only one that returns its weights. ids: [1, T].
 
     Raises:
         ConfigError: no such layer or head, or the model returns no weights.
@@ -132,18 +134,19 @@ def attention(model: Any, ids: Tensor, layer: int, head: int) -> Attention:
         hook.remove()
         model.set_attn_implementation(before)
     if not found:
-        raise ConfigError(f"layer={layer}: this model gives no attention weights. Leave layer= out.")
-    return Attention(layer, head, found[0].tolist())
+        raise ConfigError(f"layer={layer}: this model gives no attention weights", "Leave layer= out")
+    return AttentionHead(layer, head, found[0].tolist())
 
 
 def _parts(model: Any) -> tuple[nn.ModuleList, nn.Module]:
-    """The decoder's layers and its final norm."""
+    """Find the decoder's layers and its final norm."""
     decoder = model.get_decoder()
     layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module):
         raise ConfigError(
             f"{type(model).__name__}: the step view needs a decoder with `layers` and a final `norm`, "
-            "as Llama, Gemma, Phi and Qwen have. The other views work with this model."
+            "as Llama, Gemma, Phi and Qwen have",
+            "Choose another view=: the others work with this model",
         )
     return layers, norm
 
@@ -152,18 +155,18 @@ def _attention_module(layer: nn.Module) -> nn.Module:
     for name, module in layer.named_children():
         if "attn" in name.lower() or "attention" in name.lower():
             return module
-    raise ConfigError(f"{type(layer).__name__}: has no attention. Choose another layer=.")
+    raise ConfigError(f"{type(layer).__name__}: has no attention", "Choose another layer=")
 
 
 def _checked(key: str, value: int, count: int) -> int:
     if not -count <= value < count:
-        raise ConfigError(f"{key}={value}: the model has {count}, so {key}=0 to {key}={count - 1}.")
+        raise ConfigError(f"{key}={value}: the model has {count}", f"Choose {key}=0 to {key}={count - 1}")
     return value % count
 
 
 @contextmanager
 def _residuals(model: Any, layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Collects the last position's residual stream: before the first layer, and after each. Each [hidden]."""
+    """Collect the last position's residual stream: before the first layer, and after each. Each [hidden]."""
     seen: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -183,23 +186,25 @@ def _residuals(model: Any, layers: nn.ModuleList) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _places(model: Any, norm: nn.Module, seen: list[Tensor], tokenizer: Any) -> list[Place]:
-    """The logit lens (nostalgebraist 2020): the final norm and the head, applied at every place."""
+def _places(model: Any, norm: nn.Module, seen: list[Tensor], tokenizer: Any) -> list[Residual]:
+    """Look through the logit lens (nostalgebraist 2020): the final norm and the head, applied at every place."""
     head = model.get_output_embeddings()
     device = next(norm.parameters()).device
     names = ["embedding", *(f"layer {i}" for i in range(len(seen) - 1)), "final norm"]
     normed = [norm(state.to(device)[None])[0] for state in seen]
     states = [*seen, normed[-1]]
-    made: list[Place] = []
+    made: list[Residual] = []
     for name, state, ready in zip(names, states, [*normed, normed[-1]], strict=True):
         probability, token_id = torch.softmax(head(ready[None])[0].float(), -1).max(-1)
         text = _readable(tokenizer, int(token_id))
-        made.append(Place(name, float(state.float().norm()), int(token_id), text, float(probability)))
+        made.append(Residual(name, float(state.float().norm()), int(token_id), text, float(probability)))
     return made
 
 
-def _candidates(logits: Tensor, params: GenerationParams, k: int, tokenizer: Any) -> tuple[list[Next], int]:
-    """The k most probable tokens, and how many the filters keep. logits: [V] float32."""
+def _candidates(
+    logits: Tensor, params: GenerationParams, k: int, tokenizer: Any
+) -> tuple[list[Candidate], int]:
+    """Find the k most probable tokens, and how many the filters keep. logits: [V] float32."""
     probabilities = torch.softmax(logits, -1)
     best = logits.topk(min(k, len(logits))).indices.tolist()
     if params.greedy:
@@ -215,12 +220,12 @@ def _candidates(logits: Tensor, params: GenerationParams, k: int, tokenizer: Any
         kept = int((left > 0).sum())
         after = dict(zip(ids[0].tolist(), (left / left.sum())[0].tolist(), strict=True))
     made = [
-        Next(i, _readable(tokenizer, i), float(logits[i]), float(probabilities[i]), after.get(i, 0.0))
+        Candidate(i, _readable(tokenizer, i), float(logits[i]), float(probabilities[i]), after.get(i, 0.0))
         for i in best
     ]
     return made, kept
 
 
 def _readable(tokenizer: Any, token_id: int) -> str:
-    """A token's text; bytes that are no whole character as \\xed."""
+    """Return a token's text; bytes that are no whole character as \\xed."""
     return token_bytes(tokenizer, token_id).decode(errors="backslashreplace")

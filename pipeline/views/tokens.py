@@ -1,4 +1,4 @@
-"""A text as its tokenizer sees it: ids, the bytes behind each token, and whether it comes back unchanged."""
+"""Show a text as its tokenizer sees it: ids, the bytes behind each token, and whether it comes back unchanged."""
 
 import re
 import unicodedata
@@ -15,7 +15,7 @@ _ROLES = ("bos", "eos", "pad", "unk")
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a text."""
+    """Hold one token of a text."""
 
     index: int
     id: int
@@ -27,6 +27,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
+    """Hold a token that is no text."""
+
     id: int
     text: str
     roles: tuple[str, ...]  # of bos, eos, pad and unk
@@ -34,7 +36,10 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True)
 class TokensView:
-    """`added_before` and `added_after` are what the tokenizer puts around a text unless told not to."""
+    """Hold a text as tokens.
+
+    `added_before` and `added_after` are what the tokenizer puts around a text unless told not to.
+    """
 
     text: str
     vocabulary: int  # with special and added tokens
@@ -49,7 +54,7 @@ class TokensView:
 
 
 def tokens_view(tokenizer: Any, text: str) -> TokensView:
-    """The text's own tokens, without those that the tokenizer adds around it."""
+    """Split a text in its own tokens, without those that the tokenizer adds around it."""
     token_ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     before, after = _added(tokenizer, text, token_ids)
     round_trip = str(
@@ -70,7 +75,7 @@ def tokens_view(tokenizer: Any, text: str) -> TokensView:
 
 
 def split_tokens(tokenizer: Any, token_ids: Sequence[int]) -> list[Token]:
-    """Every token with its bytes; those that split a character also with what they make together."""
+    """Show every token with its bytes; those that split a character also with what they make together."""
     raws = [token_bytes(tokenizer, token_id) for token_id in token_ids]
     added = tokenizer.added_tokens_decoder
     groups = _whole_characters(raws, [token_id in added for token_id in token_ids])
@@ -81,7 +86,7 @@ def split_tokens(tokenizer: Any, token_ids: Sequence[int]) -> list[Token]:
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """The bytes that a token stands for in the middle of a text.
+    """Return the bytes that a token stands for in the middle of a text.
 
     A byte-level vocabulary (GPT-2's and its heirs) writes each byte as a printable character; SentencePiece
     writes a blank as ▁ and a lone byte as <0xED>.
@@ -99,12 +104,13 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 
 
 def is_byte_level(tokenizer: Any) -> bool:
+    """Say whether its vocabulary is made of bytes, as GPT-2's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is not None and "ByteLevel" in repr(backend.decoder)
 
 
 def special_tokens(tokenizer: Any) -> list[SpecialToken]:
-    """Special and added tokens, by id."""
+    """List special and added tokens, by id."""
     roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
     found = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
     found |= {i: tokenizer.convert_ids_to_tokens(i) for i in roles.values() if i is not None}
@@ -131,7 +137,7 @@ def _text(raw: bytes) -> str | None:
 
 
 def _whole_characters(raws: list[bytes], special: list[bool]) -> dict[int, str]:
-    """By token index, the text of each run of tokens that only together are whole characters."""
+    """Find each run of tokens that only together are whole characters: its text, by token index."""
     found: dict[int, str] = {}
     run: list[int] = []
     for i, raw in enumerate(raws):

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.commands.import_gguf import main
-from pipeline.config.schema import ModelConfig, QuantConfig, QuantMethod
+from pipeline.config.quant import QuantConfig, QuantMethod
+from pipeline.config.schema import ModelConfig
 from pipeline.models.loading import load_model
 
 HIDDEN, HEADS, KV_HEADS, MLP = 64, 4, 2, 128

@@ -15,14 +15,14 @@ from pipeline.commands.plan import main
 from pipeline.common.errors import ConfigError
 from pipeline.common.units import parse_bytes
 from pipeline.config.compose import options, read_config
+from pipeline.config.quant import QUANTS, SUGGESTED
 from pipeline.config.schema import ModelConfig, root
 from pipeline.memory.devices import Device, given_device
 from pipeline.memory.facts import find_facts
-from pipeline.memory.fit import Job, Settings, best_choice, make_plan, need, rows_that_fit
-from pipeline.memory.plan import Quant
+from pipeline.memory.fit import Settings, Workload, best_choice, make_plan, need, rows_that_fit
 from pipeline.prompts.lengths import assumed_lengths, by_characters, by_tokenizer
 
-NF4 = Quant("nf4", "nf4", double_quant=True)
+NF4 = QUANTS["nf4"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +74,13 @@ def test_the_total_of_each_need_is_the_sum_of_its_parts_and_grows_with_the_rows(
     assert totals == [sum(row["peak"].values()) for row in plan["needs"]] == sorted(set(totals))
 
 
-def job(model: str, gpu_bytes: int, host_bytes: int = 64 * 10**9) -> Job:
+def job(model: str, gpu_bytes: int, host_bytes: int = 64 * 10**9) -> Workload:
     """Prompts of 512 tokens and 256 new ones, on a GPU of so much memory."""
     config = read_config([f"model={model}"])
     facts = find_facts(config.model, config.models_dir)
     settings = Settings(0.85, 2048, max_rows=None, max_tokens_in_flight=None)
     device = Device("a GPU", (H100,), gpu_bytes, host_bytes)
-    return Job(model, facts, assumed_lengths(256, 131_072, sampled=False), device, settings)
+    return Workload(model, facts, assumed_lengths(256, 131_072, sampled=False), device, settings)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +97,14 @@ def test_less_memory_turns_the_verdict_and_the_best_choice(
     gigabytes: float, status: str, best: tuple[str, str] | None
 ) -> None:
     memory = int(gigabytes * 10**9)
-    quants = [Quant("none"), Quant("int8", "int8"), Quant("nf4_single", "nf4"), NF4]
     llama = job("llama", memory)
-    choice = best_choice(llama, quants, lambda: [job(name, memory) for name in options("model")])
-    assert make_plan(llama, quants[0], choice).verdict.status == status
+    choice = best_choice(llama, SUGGESTED, lambda: [job(name, memory) for name in options("model")])
+    assert make_plan(llama, "none", QUANTS["none"], choice).verdict.status == status
     assert (choice and (choice.model, choice.quant)) == best
 
 
 def test_offload_needs_room_behind_the_gpu() -> None:
-    plan = make_plan(job("llama", 9 * 10**9, host_bytes=10**9), Quant("none"), None)
+    plan = make_plan(job("llama", 9 * 10**9, host_bytes=10**9), "none", QUANTS["none"], None)
     assert plan.verdict.status == "does not fit"
 
 

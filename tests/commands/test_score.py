@@ -9,7 +9,8 @@ import transformers
 
 from pipeline.commands.score import parse, score_jobs, text_rows
 from pipeline.common.errors import ConfigError, JobError
-from pipeline.config.schema import Config, Dtype, GenerationConfig, ModelConfig, QuantConfig, QuantMethod
+from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
+from pipeline.config.schema import Config, GenerationConfig, ModelConfig
 from pipeline.job.runner import Job
 from pipeline.models.loading import load_model
 from pipeline.models.scoring import Scores, TextRow, pad_right, passes, score

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.common.errors import ConfigError
 from pipeline.config.compose import compose_config, job_folder, options, read_config, sweep_cells
-from pipeline.config.schema import Config, Dtype, QuantMethod, root
+from pipeline.config.quant import Dtype, QuantMethod
+from pipeline.config.schema import Config, root
 from pipeline.prompts.reader import find_prompts, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]

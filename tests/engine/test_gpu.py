@@ -8,11 +8,11 @@ import yaml
 from machines import APPLE, H100, MAX_1550, MI300, MIG_SLICE, RTX_3060, T4, UNREADABLE
 
 from pipeline.common.gpu import Gpu, have_bf16
-from pipeline.config.schema import Dtype, QuantConfig, QuantMethod, root
+from pipeline.config.quant import Dtype, QuantConfig, QuantMethod, settle_dtypes
+from pipeline.config.schema import root
 from pipeline.engine.accelerators import chosen
 from pipeline.job.manifest import manifest
-from pipeline.memory.architecture import architecture
-from pipeline.memory.fit import planned
+from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import footprint_bytes, parts, plain_dtype
 from pipeline.models.loading import settle
 
@@ -81,8 +81,10 @@ def test_what_auto_comes_to(
 
 
 def test_a_plan_counts_float16_where_there_is_no_bfloat16() -> None:
-    arch = architecture(yaml.safe_load((root() / "conf/model/llama.yaml").read_text())["architecture"])
-    old, new = (planned(QuantConfig(QuantMethod.nf4), gpus) for gpus in ((T4,), (RTX_3060,)))
+    arch = Architecture.read(yaml.safe_load((root() / "conf/model/llama.yaml").read_text())["architecture"])
+    old, new = (
+        settle_dtypes(QuantConfig(QuantMethod.nf4), arch.dtype, gpus) for gpus in ((T4,), (RTX_3060,))
+    )
     assert (plain_dtype(arch, old), plain_dtype(arch, new)) == ("float16", "bfloat16")
     assert footprint_bytes(arch, old) == footprint_bytes(arch, new)
     assert {part.dtype for part in parts(arch, old)} == {"float16", "nf4", "float32"}

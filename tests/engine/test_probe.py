@@ -13,7 +13,7 @@ from pipeline.common.errors import LoadError
 from pipeline.engine.forward import FlatForward, PaddedForward, layer_windows
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.probe import choose_forward
-from pipeline.memory.architecture import architecture
+from pipeline.memory.architecture import Architecture
 
 SMALL = {
     "vocab_size": 300,
@@ -230,7 +230,7 @@ def test_a_key_that_the_architecture_does_not_read_is_not_obeyed(name):
     windows = layer_windows(config)
     assert windows == ((16, 16) if name in ("MistralConfig", "Phi3Config") else (None, None))
     if name.startswith(("Llama", "Mistral", "Phi3", "Qwen2")):
-        assert architecture(config.to_dict()).windows == windows
+        assert Architecture.read(config.to_dict()).windows == windows
     forward, report = choose_forward(copy.deepcopy(model))
     assert report["path"] == "rectangles"
     requests = mixed_requests()

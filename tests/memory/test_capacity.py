@@ -18,10 +18,11 @@ from torch._subclasses import FakeTensorMode
 
 from pipeline.common.gpu import Gpu
 from pipeline.common.host import control_group_rests
+from pipeline.config.quant import QUANTS
 from pipeline.config.schema import root
 from pipeline.engine.limits import CPU
 from pipeline.engine.stats import EngineStats
-from pipeline.memory.architecture import architecture
+from pipeline.memory.architecture import Architecture, known_architecture
 from pipeline.memory.capacity import (
     Capacity,
     Place,
@@ -31,13 +32,13 @@ from pipeline.memory.capacity import (
     tokens_on_all,
     tokens_that_fit,
 )
-from pipeline.memory.compare import PARTS, Setup, error_percent, known_architecture, predicted
-from pipeline.memory.plan import Quant, kv_bytes_per_token, kv_cache_bytes
+from pipeline.memory.compare import PARTS, Setup, error_percent, predicted
+from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes
 
-FP32 = Quant("fp32", dtype="float32")
-LLAMA = architecture({"model_type": "llama", "dtype": "float32", "head_dim": 16, **SMALL})
-GEMMA = architecture({"model_type": "gemma3_text", "dtype": "float32", "sliding_window": 16, **SMALL})
-LLAMA_8B = architecture(yaml.safe_load((root() / "conf/model/llama.yaml").read_text())["architecture"])
+FP32 = QUANTS["fp32"]
+LLAMA = Architecture.read({"model_type": "llama", "dtype": "float32", "head_dim": 16, **SMALL})
+GEMMA = Architecture.read({"model_type": "gemma3_text", "dtype": "float32", "sliding_window": 16, **SMALL})
+LLAMA_8B = Architecture.read(yaml.safe_load((root() / "conf/model/llama.yaml").read_text())["architecture"])
 
 
 @pytest.mark.parametrize("budget", [10**6, 3 * 10**7])
@@ -49,7 +50,9 @@ def test_the_tokens_that_fit_fill_the_budget_and_not_more(budget):
 
 
 def test_sliding_windows_leave_room_for_more_tokens():
-    whole = architecture({"model_type": "gemma3_text", "dtype": "float32", **SMALL, "sliding_window": 10**6})
+    whole = Architecture.read(
+        {"model_type": "gemma3_text", "dtype": "float32", **SMALL, "sliding_window": 10**6}
+    )
     assert tokens_that_fit(GEMMA, FP32, 10**7, 8) > 1.2 * tokens_that_fit(whole, FP32, 10**7, 8)
 
 
@@ -68,7 +71,7 @@ def on(gpu: Gpu, layers: range) -> Place:
 
 def test_the_fullest_gpu_bounds_the_tokens() -> None:
     """Of two unequal cards, each holds the keys and values of its own layers."""
-    quant, rows = Quant("none"), 8
+    quant, rows = QUANTS["none"], 8
     large, small = on(H100, range(28)), on(RTX_3060, range(28, 32))
     budgets = [9 * GB, GB]
     both = tokens_on_all(LLAMA_8B, quant, (large, small), budgets, rows)
@@ -84,7 +87,7 @@ def test_the_fullest_gpu_bounds_the_tokens() -> None:
 
 def test_sliding_layers_on_a_card_of_their_own_bound_nothing_beyond_their_window() -> None:
     config = {"model_type": "gemma3_text", "dtype": "float32", "sliding_window": 16, **SMALL}
-    gemma = architecture({**config, "num_hidden_layers": 12})
+    gemma = Architecture.read({**config, "num_hidden_layers": 12})
     full = tuple(i for i, window in enumerate(gemma.windows) if window is None)
     sliding = tuple(i for i, window in enumerate(gemma.windows) if window is not None)
     cards = Place("a", 10**7, sliding, (H100,)), Place("b", 10**7, full, (H100,))
@@ -95,7 +98,7 @@ def test_sliding_layers_on_a_card_of_their_own_bound_nothing_beyond_their_window
 def test_a_prompt_is_refused_by_the_card_that_it_does_not_fit_on() -> None:
     tiny_card = replace(RTX_3060, free_bytes=2 * GB)
     capacity = Capacity(
-        8, 1000, LLAMA_8B, Quant("none"), (on(H100, range(16)), on(tiny_card, range(16, 32))), 2048
+        8, 1000, LLAMA_8B, QUANTS["none"], (on(H100, range(16)), on(tiny_card, range(16, 32))), 2048
     )
     assert capacity.refusal(4000) is None
     assert "2,000.0 MB are free on NVIDIA GeForce RTX 3060" in str(capacity.refusal(60_000))

@@ -86,7 +86,7 @@ def test_a_job_that_cannot_fit_is_refused_before_a_weight_is_read(smollm2_dir, t
     refused = job(500 * MB, large)
     assert "LoadError" in refused.stderr
     assert re.search(r"loading it takes 57\d\.\d MB", refused.stderr), "538.1 MB of weights and the libraries"
-    assert "quant=bf16 would fit" in refused.stderr
+    assert "quant=none would fit" in refused.stderr
     assert "memory_check=warn" in refused.stderr
     assert "Loading" not in refused.stderr
     tried = job(500 * MB, [*large, "memory_check=warn"])

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, Request
+from pipeline.config.quant import QUANTS, QuantConfig, QuantMethod
 from pipeline.config.schema import root
 from pipeline.engine.kv_cache import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
-from pipeline.memory.architecture import Architecture, architecture, differences
+from pipeline.memory.architecture import Architecture, differences
 from pipeline.memory.peaks import activation_bytes, load_peak, run_peak
 from pipeline.memory.plan import (
-    Quant,
     footprint_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -35,17 +35,6 @@ from pipeline.memory.plan import (
     quant_state_bytes,
 )
 
-QUANTS = {
-    "none": Quant("none"),
-    "fp32": Quant("fp32", dtype="float32"),
-    "fp16": Quant("fp16", dtype="float16"),
-    "bf16": Quant("bf16", dtype="bfloat16"),
-    "int8": Quant("int8", "int8"),
-    "nf4": Quant("nf4", "nf4", double_quant=True),
-    "nf4_single": Quant("nf4_single", "nf4"),
-    "fp4": Quant("fp4", "fp4"),
-    "fp4_double": Quant("fp4_double", "fp4", double_quant=True),
-}
 SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -81,22 +70,22 @@ def tiny(family: str) -> dict[str, object]:
 
 def facts(model: str) -> Architecture:
     text = (root() / "conf" / "model" / f"{model}.yaml").read_text()
-    return architecture(yaml.safe_load(text)["architecture"])
+    return Architecture.read(yaml.safe_load(text)["architecture"])
 
 
-def load(folder: Path, quant: Quant) -> PreTrainedModel:
+def load(folder: Path, quant: QuantConfig) -> PreTrainedModel:
     config = None
-    if quant.method == "int8":
+    if quant.method is QuantMethod.int8:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    elif quant.method != "none":
+    elif quant.method is not QuantMethod.none:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=quant.method,
+            bnb_4bit_quant_type=quant.method.value,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=quant.dtype, quantization_config=config, device_map="cpu"
+        folder, dtype=quant.dtype.value, quantization_config=config, device_map="cpu"
     )
 
 
@@ -143,7 +132,7 @@ def test_smollm2_takes_the_predicted_bytes_in_every_quantization(smollm2: Path, 
 
 def test_the_facts_in_conf_are_those_of_the_models_own_config(smollm2: Path) -> None:
     config = json.loads((smollm2 / "config.json").read_text())
-    assert differences(facts("smollm2"), architecture(config)) == []
+    assert differences(facts("smollm2"), Architecture.read(config)) == []
 
 
 def test_known_footprints_of_smollm2() -> None:
@@ -169,7 +158,7 @@ def test_llama_8b_in_4_bits_takes_5591_mb_and_not_4015() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_takes_the_predicted_bytes(tiny_folders: dict[str, Path], family: str, name: str) -> None:
     quant = QUANTS[name]
-    arch = architecture(json.loads((tiny_folders[family] / "config.json").read_text()))
+    arch = Architecture.read(json.loads((tiny_folders[family] / "config.json").read_text()))
     model = load(tiny_folders[family], quant)
     assert footprint_bytes(arch, quant) == model.get_memory_footprint()
     assert quant_state_bytes(arch, quant) == real_state_bytes(model)
@@ -180,7 +169,7 @@ def test_facts_and_a_saved_config_give_the_same_architecture(
     tiny_folders: dict[str, Path], family: str
 ) -> None:
     saved = json.loads((tiny_folders[family] / "config.json").read_text())
-    assert differences(architecture(tiny(family)), architecture(saved)) == []
+    assert differences(Architecture.read(tiny(family)), Architecture.read(saved)) == []
 
 
 @pytest.mark.parametrize("model", ["llama", "llama1b", "phi", "gemma", "qwen", "deepseek", "smollm2"])
@@ -196,7 +185,7 @@ def test_each_named_model_has_the_shape_that_transformers_builds(model: str) -> 
 def test_weights_and_kv_bytes_per_token_are_those_of_transformers(
     tiny_folders: dict[str, Path], family: str
 ) -> None:
-    arch = architecture(json.loads((tiny_folders[family] / "config.json").read_text()))
+    arch = Architecture.read(json.loads((tiny_folders[family] / "config.json").read_text()))
     model = load(tiny_folders[family], QUANTS["none"])
     assert parameters(arch) == model.num_parameters()
     assert footprint_bytes(arch, QUANTS["none"]) == model.get_memory_footprint()
@@ -224,7 +213,7 @@ def test_float32_doubles_the_kv_cache_and_quantized_weights_do_not_shrink_it() -
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 def test_the_kv_cache_takes_the_bytes_that_the_engine_allocates(family: str) -> None:
-    arch, quant = architecture(tiny(family)), QUANTS["bf16"]
+    arch, quant = Architecture.read(tiny(family)), QUANTS["bf16"]
     rows = [Sequence(Request(str(i), (1,) * 50, GenerationParams()), 0) for i in range(3)]
     rectangle = allocate(rows, [50, 50, 50], arch.windows)
     keys = torch.ones(150, arch.num_key_value_heads, arch.head_dim, dtype=torch.bfloat16)
@@ -378,4 +367,4 @@ def test_only_one_matrix_at_a_time_is_held_twice_while_loading(
 )
 def test_what_is_not_known_is_an_error_that_says_so(config: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        architecture(config)
+        Architecture.read(config)

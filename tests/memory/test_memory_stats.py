@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from pipeline.common.host import resident_bytes
-from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod
+from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
+from pipeline.config.schema import ModelConfig
 from pipeline.engine.accelerators import used_indices
 from pipeline.memory import measured as memory_stats
 from pipeline.memory.measured import (

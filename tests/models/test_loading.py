@@ -21,8 +21,10 @@ from machines import H100, T4
 from safetensors.torch import load_file, save_file
 
 from pipeline.common.errors import LoadError
-from pipeline.config.schema import Dtype, ModelConfig, QuantConfig, QuantMethod
-from pipeline.models.loading import _say_once, computed_in, find_model, load_model, load_tokenizer, release
+from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
+from pipeline.config.schema import ModelConfig
+from pipeline.models.checkpoint import local_folder
+from pipeline.models.loading import _say_once, computed_in, load_model, load_tokenizer, release
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1", COMMIT)
@@ -80,17 +82,17 @@ def grow_embedding(file: Path, rows: int) -> None:
 
 class TestWhereAModelIsFound:
     def test_a_local_folder_comes_first(self, tiny_dir):
-        assert find_model(str(tiny_dir), "none") == str(tiny_dir)
+        assert local_folder(str(tiny_dir), "none") == tiny_dir
 
     def test_then_the_folder_in_models_dir_with_the_models_own_name(self, tiny_dir):
-        assert find_model("org/tiny", str(tiny_dir.parent)) == str(tiny_dir)
+        assert local_folder("org/tiny", str(tiny_dir.parent)) == tiny_dir
 
     def test_a_folder_in_models_dir_without_a_model_is_passed_over(self, tiny_dir):
         (tiny_dir / "config.json").unlink()
-        assert find_model("org/tiny", str(tiny_dir.parent)) == "org/tiny"
+        assert local_folder("org/tiny", str(tiny_dir.parent)) is None
 
     def test_then_the_hub(self, tmp_path):
-        assert find_model("org/name", str(tmp_path)) == "org/name"
+        assert local_folder("org/name", str(tmp_path)) is None
 
 
 class TestLoad:

@@ -8,7 +8,8 @@ import torch
 import transformers
 from engine_runs import alone, mixed_requests, run, tokens
 
-from pipeline.config.schema import Dtype, ModelConfig, QuantConfig
+from pipeline.config.quant import Dtype, QuantConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.engine.cpu.packing import PackedLinear, pack_weights
 from pipeline.engine.forward import FlatForward
 from pipeline.engine.host_memory import release_files

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from pipeline.commands.plan import main as plan
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.compose import job_folder, read_config
-from pipeline.config.schema import ModelConfig, QuantConfig, QuantMethod
+from pipeline.config.quant import QuantConfig, QuantMethod
+from pipeline.config.schema import ModelConfig
 from pipeline.job.folder import read_json
 from pipeline.models.loading import load_model
 from pipeline.report.jobs import precision, read_job
