@@ -193,7 +193,7 @@ class TestWhatAUserReads:
         """
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (3, "")
-        assert done.stderr.endswith("Run: pip install 'llm-job-pipeline[gguf]'\n")
+        assert done.stderr.endswith("Run: pip install 'llm-job-pipeline[gguf]'.\n")
 
     def test_help_and_a_wrong_option_answer_at_once(self):
         start = time.perf_counter()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, Request
-from pipeline.config.quant import QUANTS, QuantConfig, QuantMethod
+from pipeline.config.quant import QUANTS, Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import root
 from pipeline.engine.kv_cache import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
@@ -348,7 +348,7 @@ def test_only_one_matrix_at_a_time_is_held_twice_while_loading(
     embedding held twice would be 20 % to 66 %.
     """
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the profiler sees this thread alone
-    quant = replace(QUANTS[name], dtype="float32")
+    quant = replace(QUANTS[name], dtype=Dtype.float32)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         load(smollm2, quant)
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -178,6 +178,7 @@ def test_nothing_is_written_to_the_terminal(tiny_folder):
     script = f"""if True:
         import logging, torch
         logging.basicConfig(filename={os.devnull!r})
+        from pipeline.config.quant import *
         from pipeline.config.schema import *
         from pipeline.models.loading import load_model
         int8 = QuantConfig(QuantMethod.int8, Dtype.bfloat16)
@@ -284,6 +285,7 @@ class TestWhatAUserReads:
         grow_embedding(tiny_dir / "model.safetensors", rows=2**29)
         script = f"""if True:
             import resource
+            from pipeline.config.quant import *
             from pipeline.config.schema import *
             from pipeline.models.loading import load_model
             resource.setrlimit(resource.RLIMIT_AS, (100 * 2**30, 100 * 2**30))
