@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.common.units import in_megabytes, megabytes
+from pipeline.common.units import in_megabytes, kilobytes, megabytes
 from pipeline.config.quant import STORED_BITS
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
 
@@ -189,7 +189,7 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
             in_megabytes(plan.simple_bytes),
             in_megabytes(plan.footprint_bytes),
             in_megabytes(plan.quant_state_bytes),
-            f"{sum(plan.kv_bytes_per_token.values()) / 1e3:,.1f} kB",
+            kilobytes(sum(plan.kv_bytes_per_token.values())),
             in_megabytes(plan.load_peak.needed),
             in_megabytes(plan.needs[0].total_bytes),
             in_megabytes(at_32.total_bytes) if at_32 else "",

@@ -2,7 +2,7 @@
 
 import re
 
-MB, GB = 10**6, 10**9
+KB, MB, GB = 10**3, 10**6, 10**9
 MIB, GIB = 2**20, 2**30
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -18,9 +18,14 @@ def megabytes(size_bytes: float | None) -> str:
 
 def small_bytes(size_bytes: float) -> str:
     """Show bytes as 1,234.5 MB, 1.2 kB or 576 B, so that a norm's weights are not 0.0 MB."""
-    if size_bytes >= 10**5:
+    if size_bytes >= MB // 10:
         return megabytes(size_bytes)
-    return f"{size_bytes / 10**3:,.1f} kB" if size_bytes >= 10**3 else f"{size_bytes} B"
+    return kilobytes(size_bytes) if size_bytes >= KB else f"{size_bytes} B"
+
+
+def kilobytes(size_bytes: float) -> str:
+    """Show bytes as 131.1 kB."""
+    return f"{size_bytes / KB:,.1f} kB"
 
 
 def in_megabytes(size_bytes: float, *, exact: bool = False) -> str:
