@@ -95,6 +95,7 @@ QUANTS = {
 }
 # What to offer where something else does not fit: of the same size, the nearest alone.
 SUGGESTED = {name: QUANTS[name] for name in ("none", "bf16", "int8", "nf4_single", "nf4")}
+SMALLEST = next(reversed(SUGGESTED))
 
 
 def quant_name(quant: QuantConfig) -> str:

@@ -38,17 +38,17 @@ def check_memory(config: Config) -> None:
     refusal = _refusal(config, facts, host_free_bytes())
     if refusal is None:
         return
+    found, fix = refusal
     if config.memory_check is MemoryCheck.refuse:
-        refusal.fix += " Pass memory_check=warn to try all the same."
-        raise refusal
-    terminal.say(f"Warning: {refusal}", style="yellow")
+        raise LoadError(found, f"{fix} Pass memory_check=warn to try all the same")
+    terminal.say(f"Warning: {found}. {fix}", style="yellow")
 
 
 def _only_cpu(device_map: Any) -> bool:
     return set(device_map.values() if isinstance(device_map, dict) else [device_map]) == {"cpu"}
 
 
-def _refusal(config: Config, facts: Facts, free_bytes: int) -> LoadError | None:
+def _refusal(config: Config, facts: Facts, free_bytes: int) -> tuple[str, str] | None:
     """Say why the model with one row of one token does not fit, and what would; None if it does."""
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
     workload = Workload(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
@@ -61,7 +61,7 @@ def _refusal(config: Config, facts: Facts, free_bytes: int) -> LoadError | None:
     instead = (
         f"quant={best.quant} would fit" if best else "No quantization of it would fit: take a smaller model"
     )
-    return LoadError(
+    return (
         f"{facts.name}: loading it takes {megabytes(loads)} and running one row at least {megabytes(runs)}, "
         f"and {megabytes(free_bytes)} of this machine's memory are free",
         f"{instead}; `python -m pipeline.commands.plan` with the same arguments shows what takes how much.",

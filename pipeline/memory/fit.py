@@ -7,8 +7,7 @@ from itertools import accumulate, cycle, islice
 
 from pipeline.config.quant import STORED_BITS, QuantConfig, settle_dtypes
 from pipeline.engine.limits import expected_limits
-from pipeline.memory import peaks as peaks
-from pipeline.memory import plan as memory
+from pipeline.memory import peaks, plan
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.devices import Device
 from pipeline.memory.facts import Facts
@@ -108,7 +107,7 @@ class Plan:
     facts_source: str
     facts_differences: tuple[str, ...]
     parameters: int
-    parts: tuple[memory.Part, ...]
+    parts: tuple[plan.Part, ...]
     footprint_bytes: int
     quant_state_bytes: int
     repacked_state_bytes: int  # 4-bit, once used on a CPU with AVX512-BF16
@@ -133,16 +132,16 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
         quant=name,
         facts_source=workload.facts.source,
         facts_differences=workload.facts.differences,
-        parameters=memory.parameters(arch),
-        parts=memory.parts(arch, quant),
-        footprint_bytes=memory.footprint_bytes(arch, quant),
-        quant_state_bytes=memory.quant_state_bytes(arch, quant),
-        repacked_state_bytes=memory.quant_state_bytes(arch, quant, repacked=True),
-        simple_bytes=memory.parameters(arch) * _bits(arch, quant) // 8,
+        parameters=plan.parameters(arch),
+        parts=plan.parts(arch, quant),
+        footprint_bytes=plan.footprint_bytes(arch, quant),
+        quant_state_bytes=plan.quant_state_bytes(arch, quant),
+        repacked_state_bytes=plan.quant_state_bytes(arch, quant, repacked=True),
+        simple_bytes=plan.parameters(arch) * _bits(arch, quant) // 8,
         reasons=tuple(_reasons(arch, quant)),
         kv_bytes_per_token={
             "full" if window is None else f"window {window}": size
-            for window, size in memory.kv_bytes_per_token(arch, quant).items()
+            for window, size in plan.kv_bytes_per_token(arch, quant).items()
         },
         prompts=_summary(workload.lengths),
         needs=tuple(need(workload, quant, rows) for rows in SHOWN_ROWS),
@@ -163,7 +162,7 @@ def need(workload: Workload, quant: QuantConfig, rows: int) -> Need:
     lengths = Counter(sum(sample) for sample in samples)
     ways = expected_limits(len(workload.device.gpus))
     groups = ((count, tokens) for tokens, count in lengths.items())
-    kv_cache = memory.kv_cache_bytes(arch, quant, groups, limits=ways)
+    kv_cache = plan.kv_cache_bytes(arch, quant, groups, limits=ways)
     if ways.cuts_windows:
         kv_cache += _prefill_extra(arch, quant, prompt, len(samples), settings.prefill_tokens)
     peak = peaks.run_peak(
@@ -185,8 +184,8 @@ def _prefill_extra(
 ) -> int:
     """Predict what sliding layers hold beyond their window while a group of the longest prompts is prefilled."""
     group = [(min(rows, max(1, prefill_tokens // max(prompt, 1))), prompt)]
-    whole = memory.kv_cache_bytes(arch, quant, group, prefilling=True)
-    return whole - memory.kv_cache_bytes(arch, quant, group)
+    whole = plan.kv_cache_bytes(arch, quant, group, prefilling=True)
+    return whole - plan.kv_cache_bytes(arch, quant, group)
 
 
 def rows_that_fit(workload: Workload, quant: QuantConfig, budget_bytes: int) -> int:
@@ -224,11 +223,11 @@ def _fits_with_offload(workload: Workload, quant: QuantConfig, budget: int) -> b
         return False
     arch = workload.facts.architecture
     sizes: dict[str, int] = {}
-    for weight in memory.weights(arch):
+    for weight in plan.weights(arch):
         module = ".".join(weight.name.split(".")[:2])  # a layer, or what stands alone
-        sizes[module] = sizes.get(module, 0) + memory.stored(weight, arch, quant)[1]
+        sizes[module] = sizes.get(module, 0) + plan.stored(weight, arch, quant)[1]
     total = need(workload, quant, 1).total_bytes
-    beside = total - memory.footprint_bytes(arch, quant)
+    beside = total - plan.footprint_bytes(arch, quant)
     return beside + max(sizes.values()) <= budget and total <= budget + workload.device.offload_bytes
 
 
@@ -253,14 +252,14 @@ def best_choice(
 
 def _candidates(workload: Workload, others: Callable[[], list[Workload]]) -> Iterator[Workload]:
     yield workload
-    size = memory.parameters(workload.facts.architecture)
-    smaller = [other for other in others() if memory.parameters(other.facts.architecture) < size]
-    yield from sorted(smaller, key=lambda other: -memory.parameters(other.facts.architecture))
+    size = plan.parameters(workload.facts.architecture)
+    smaller = [other for other in others() if plan.parameters(other.facts.architecture) < size]
+    yield from sorted(smaller, key=lambda other: -plan.parameters(other.facts.architecture))
 
 
 def _bits(arch: Architecture, quant: QuantConfig) -> int:
     """Return the bits of a weight, as people take it who work it out by hand."""
-    return quant.bits or STORED_BITS[memory.plain_dtype(arch, quant)]
+    return quant.bits or STORED_BITS[plan.plain_dtype(arch, quant)]
 
 
 def _reasons(arch: Architecture, quant: QuantConfig) -> Iterator[Reason]:
@@ -269,7 +268,7 @@ def _reasons(arch: Architecture, quant: QuantConfig) -> Iterator[Reason]:
         return
     labels = {"embedding": "embedding and output head", "head": "embedding and output head", "norm": "norms"}
     sums: dict[tuple[str, str], list[int]] = {}
-    for part in memory.parts(arch, quant):
+    for part in plan.parts(arch, quant):
         quantized = part.dtype == quant.method.value
         label = "linear layers" if quantized else labels.get(part.part, "biases and buffers")
         entry = sums.setdefault((label, part.dtype), [0, 0])

@@ -10,14 +10,14 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.config.quant import QuantConfig
+from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
 _HARMLESS = re.compile(r"(inv_freq|masked_bias|\battn\.bias|attention\.bias|position_ids|[kv]_scale)$")
-SMALLER = "Try a smaller quantization (quant=nf4) or a smaller model"
+SMALLER = f"Try a smaller quantization (quant={SMALLEST}) or a smaller model"
 
 
 def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from pipeline.common.errors import ConfigError, LoadError, PipelineError
 from pipeline.common.request import GenerationParams, PromptRow
 from pipeline.common.units import GB, gigabytes, megabytes
-from pipeline.config.quant import SUGGESTED, QuantConfig
+from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.memory.devices import find_device
 from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
@@ -110,7 +110,7 @@ def check_room(config: Config) -> list[Check]:
         return [_from_error("model config", error), _check_outputs(config)]
     made = [_check_memory(view, config.quant)]
     local = checkpoint is not None and checkpoint.revision is None
-    if not local and not _has_weights(checkpoint):
+    if not (local or _has_weights(checkpoint)):
         made.append(_check_download(config, view.parameters))
     return [*made, _check_outputs(config)]
 
@@ -211,7 +211,7 @@ def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
         return Check("memory", State.green, f"{words}, {where}")
     if need < free:
         return Check("memory", State.yellow, f"{words}, {where}: little is left for prompts", more)
-    smaller = "a smaller model" if quant.four_bit else f"quant={list(SUGGESTED)[-1]}"
+    smaller = "a smaller model" if quant.four_bit else f"quant={SMALLEST}"
     if gpus and need < free + device.offload_bytes and not quant.quantized:
         return Check(
             "memory",

@@ -47,13 +47,13 @@ def test_a_quantization_is_called_by_its_name_and_read_back_from_what_a_job_wrot
 
 
 def test_settings_without_a_name_are_named_one_by_one() -> None:
-    quant = replace(QUANTS["nf4"], compute_dtype=Dtype.float32)
-    assert quant_name(quant) == "method=nf4 double_quant=true compute_dtype=float32"
+    quant = replace(QUANTS["nf4"], dtype=Dtype.float16, compute_dtype=Dtype.float32)
+    assert quant_name(quant) == "method=nf4 dtype=float16 double_quant=true compute_dtype=float32"
 
 
 def test_fewer_bits_are_less_precise_and_equal_bits_are_in_the_order_of_the_table() -> None:
-    ranked = sorted(QUANTS, key=lambda name: -precision(QUANTS[name]))
-    assert ranked == ["fp32", "none", "fp16", "bf16", "int8", "nf4_single", "nf4", "fp4", "fp4_double"]
+    expected = ["fp32", "none", "fp16", "bf16", "int8", "nf4_single", "nf4", "fp4", "fp4_double"]
+    assert sorted(reversed(expected), key=lambda name: -precision(QUANTS[name])) == expected
     assert precision(replace(QUANTS["nf4"], dtype=Dtype.float16)) < precision(QUANTS["fp4_double"])
 
 
