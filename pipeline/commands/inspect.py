@@ -1,4 +1,4 @@
-"""See inside: python -m pipeline.commands.inspect view=VIEW model=smollm2 text="안녕하세요! LLM을 학습 중입니다."
+"""See inside: python -m pipeline inspect view=VIEW model=smollm2 text="안녕하세요! LLM을 학습 중입니다."
 
 Views:
   tokens        the text's ids, the bytes behind each token, and whether the text comes back unchanged

@@ -33,7 +33,7 @@ NAMED = 10  # rows that an error names
 HELP = """\
 Merge the shards of a job: FOLDER/shard-I-of-N into FOLDER/outputs.jsonl, in the order of the prompt file.
 
-  python -m pipeline.commands.merge outputs/big/phi-nf4-greedy-1a2b3c4d
+  python -m pipeline merge outputs/big/phi-nf4-greedy-1a2b3c4d
 
 Refuses unless every row is there exactly once. Doing it again gives the same file."""
 

@@ -1,4 +1,4 @@
-"""Will it fit? `python -m pipeline.commands.plan model=llama quant=nf4 prompts=jokes.jsonl memory=24GB`
+"""Will it fit? `python -m pipeline plan model=llama quant=nf4 prompts=jokes.jsonl memory=24GB`
 
 No weights, no GPU, no network and no torch: answers from the facts in conf/model/, or from a config.json
 that is at hand. model=, quant= take `all` or a comma list; memory=24GB plans for another GPU than this

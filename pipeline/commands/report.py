@@ -1,6 +1,6 @@
 """What the jobs gave, side by side.
 
-    python -m pipeline.commands.report FOLDER… [baseline=FOLDER] [out=FOLDER]
+    python -m pipeline report FOLDER… [baseline=FOLDER] [out=FOLDER]
 
 FOLDER is a job's folder, or one that holds jobs (outputs/). Writes report.html, which opens from disk,
 report.md for a pull request, report.json, and plots/. Jobs are compared with the most precise one of
@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> tuple[list[Path], dict[str, Path]]:
             folders.append(Path(argument))
     if not folders:
         raise ConfigError(
-            "No folder. Pass a job's folder, or one that holds jobs: python -m pipeline.commands.report outputs/"
+            "No folder. Pass a job's folder, or one that holds jobs: python -m pipeline report outputs/"
         )
     return folders, values
 

@@ -1,6 +1,6 @@
 """What did quantization change? A baseline's completions, read by other models.
 
-    python -m pipeline.commands.score FOLDER… baseline=FOLDER [rows=N] [text=FILE] [window=512]
+    python -m pipeline score FOLDER… baseline=FOLDER [rows=N] [text=FILE] [window=512]
 
 FOLDER is a job's folder, or one that holds jobs; each gets a scores.json that the report shows: mean
 negative log-likelihood per token, perplexity, KL divergence from the baseline over the whole vocabulary,
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> Arguments:
     folders = [Path(a) for a in arguments if a.partition("=")[0] not in values]
     if not folders or not values.get("baseline"):
         raise ConfigError(
-            "Say which jobs, and against which: python -m pipeline.commands.score outputs/jokes baseline=FOLDER"
+            "Say which jobs, and against which: python -m pipeline score outputs/jokes baseline=FOLDER"
         )
     try:
         rows = int(values["rows"]) if "rows" in values else None

@@ -1,4 +1,4 @@
-"""`python -m pipeline.commands.status [FOLDER] [watch=true]`: a table of the jobs, cells and shards in a folder."""
+"""`python -m pipeline status [FOLDER] [watch=true]`: a table of the jobs, cells and shards in a folder."""
 
 import sys
 import time
@@ -21,9 +21,9 @@ EVERY_SEC = 5.0
 HELP = """\
 How far jobs are, from their own files; where there is a Slurm, also what it does with them.
 
-  python -m pipeline.commands.status                          everything in outputs/
-  python -m pipeline.commands.status outputs/big              one prompt set, job or shard
-  python -m pipeline.commands.status outputs/big watch=true   again every 5 seconds, until all is done
+  python -m pipeline status                          everything in outputs/
+  python -m pipeline status outputs/big              one prompt set, job or shard
+  python -m pipeline status outputs/big watch=true   again every 5 seconds, until all is done
 
 Exit status: 0 all complete, 1 some failed or were cancelled or stopped, 75 some are queued or running."""
 

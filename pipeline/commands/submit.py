@@ -1,6 +1,6 @@
-"""`python -m pipeline.commands.submit`: a sweep's missing cells as an array on Slurm; returns at once.
+"""`python -m pipeline submit`: a sweep's missing cells as an array on Slurm; returns at once.
 
-    python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
+    python -m pipeline submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
 
 The same command again submits just what is missing.
 """
@@ -92,7 +92,7 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
     common = os.path.commonpath([cell.folder for cell in missing])
     watched = Path(common).parent if len(missing) == 1 else Path(common)
     shown = watched.relative_to(Path.cwd()) if watched.is_relative_to(Path.cwd()) else watched
-    terminal.say(f"Watch it:  python -m pipeline.commands.status {shown} watch=true\nLogs:      {home}")
+    terminal.say(f"Watch it:  python -m pipeline status {shown} watch=true\nLogs:      {home}")
 
 
 def _arrays(settings: SubmitConfig, home: Path, count: int, size: int) -> list[tuple[range, str]]:
@@ -182,10 +182,10 @@ def _state(cell: Cell) -> str:
 HELP = """\
 Run a sweep on Slurm: one array, a task for each cell that is not complete yet. Returns at once.
 
-  python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
-  python -m pipeline.commands.submit … submit.dry_run=true        the table and the batch script, nothing else
-  python -m pipeline.commands.status outputs/big watch=true       how far it is
-  python -m pipeline.commands.merge outputs/big/JOB               shards into one outputs.jsonl
+  python -m pipeline submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
+  python -m pipeline submit … submit.dry_run=true        the table and the batch script, nothing else
+  python -m pipeline status outputs/big watch=true       how far it is
+  python -m pipeline merge outputs/big/JOB               shards into one outputs.jsonl
 
 Takes what `python -m pipeline -m` takes, and
   shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)

@@ -125,7 +125,7 @@ class EngineConfig:
 
 @dataclass
 class SubmitConfig:
-    """How `python -m pipeline.commands.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+    """How `python -m pipeline submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
 
     dry_run: bool = False  # print the table and the batch script, and submit nothing
     partition: str | None = None  # null is the cluster's default

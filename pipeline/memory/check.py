@@ -68,5 +68,5 @@ def _refusal(config: Config, facts: Facts, free_bytes: int) -> str | None:
     return (
         f"{facts.name}: loading it takes {loads / 1e6:,.1f} MB and running one row at least {runs / 1e6:,.1f} MB, "
         f"and {free_bytes / 1e6:,.1f} MB of this machine's memory are free. {instead}; "
-        "`python -m pipeline.commands.plan` with the same arguments shows what takes how much."
+        "`python -m pipeline plan` with the same arguments shows what takes how much."
     )

@@ -207,11 +207,11 @@ def _check_memory(view: ArchitectureView) -> Check:
         device = find_device(None)
     except ConfigError as error:
         found = str(error).partition(". ")[0]
-        fix = "python -m pipeline.commands.plan memory=24GB says whether it fits in so much."
+        fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
         return Check("memory", State.yellow, f"{words}. {found}", fix)
     gpus, free = device.gpus, device.free_bytes
     where = f"{free / 1e9:,.1f} GB free on {device.name}"
-    more = "python -m pipeline.commands.plan says what else would fit."
+    more = "python -m pipeline plan says what else would fit."
     if need < 0.8 * free:
         return Check("memory", State.green, f"{words}, {where}")
     if need < free:

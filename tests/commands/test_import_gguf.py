@@ -136,7 +136,7 @@ def test_a_second_run_changes_nothing(tiny_gguf, tmp_path, capsys):
 
 def test_a_run_that_is_killed_leaves_no_folder_and_the_next_one_cleans_up(tiny_gguf, tmp_path):
     folder, half_made = tmp_path / "models" / "tiny", tmp_path / "models" / ".tiny.part"
-    command = [sys.executable, "-m", "pipeline.commands.import_gguf", str(tiny_gguf), "--to", str(folder)]
+    command = [sys.executable, "-m", "pipeline", "import-gguf", str(tiny_gguf), "--to", str(folder)]
     process = subprocess.Popen(command)
     while not half_made.exists():
         assert process.poll() is None
@@ -197,7 +197,7 @@ class TestWhatAUserReads:
     def test_help_and_a_wrong_option_answer_at_once(self):
         start = time.perf_counter()
         for arguments, status in ((["--help"], 0), (["file.gguf"], 2)):
-            command = [sys.executable, "-m", "pipeline.commands.import_gguf", *arguments]
+            command = [sys.executable, "-m", "pipeline", "import-gguf", *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
             assert done.returncode == status
         assert time.perf_counter() - start < 4  # torch alone takes longer, twice

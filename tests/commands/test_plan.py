@@ -1,4 +1,4 @@
-"""python -m pipeline.commands.plan: its figures, its verdicts, its errors and its time."""
+"""python -m pipeline plan: its figures, its verdicts, its errors and its time."""
 
 import json
 import os
