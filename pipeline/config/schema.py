@@ -197,9 +197,11 @@ class Config:
 
 
 def root() -> Path:
-    """The folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
+    """Find the folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
     package = Path(__file__).resolve().parents[1]
-    return package if (package / "conf").is_dir() else package.parent
+    # A folder of their own: Hydra takes every folder beside jobs/ for a group, pipeline/prompts/ too.
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parent
 
 
 def register() -> None:
