@@ -134,6 +134,18 @@ def test_files_and_functions_stay_small(path):
             )
 
 
+def test_no_docstring_begins_as_half_a_sentence():
+    strays = [
+        f"{path}:{node.body[0].lineno}: {text.splitlines()[0]}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node))
+        and text.split(maxsplit=1)[0] in ("Of", "From", "By", "So", "What")
+    ]
+    assert not strays, "\n".join(["begin with a verb:", *strays])
+
+
 LIGHT = {
     "--help": 0,
     **{f"{command} --help": 0 for command in COMMANDS},
