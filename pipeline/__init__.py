@@ -1,4 +1,4 @@
-"""Batch jobs for Hugging Face language models. In a notebook:
+"""Run batch jobs on Hugging Face language models. In a notebook:
 
     from pipeline import Engine, load_model, read_prompts
     model = load_model("smollm2")

@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_its_configs_and_its_jobs_and_nothing_else(w
     for folder in ("conf", "jobs"):
         files = [p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.is_file()]
         assert files
-        assert {f"pipeline/{file}" for file in files} <= set(names)
+        assert {f"pipeline/shipped/{file}" for file in files} <= set(names)
     for module in (ROOT / "pipeline").rglob("*.py"):
         assert str(module.relative_to(ROOT)) in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"pipeline", "llm_job_pipeline"}
@@ -65,7 +65,17 @@ def test_the_installed_package_is_the_wheels(python, tmp_path):
     done = run(python, "-c", "import pipeline.config.schema as c; print(c.__file__, c.root())", cwd=tmp_path)
     file, root = map(Path, done.stdout.split())
     assert python.parent.parent in file.parents
-    assert root == file.parent
+    assert root == file.parent.parent / "shipped"
+
+
+def test_the_console_command_is_the_door(python, tmp_path):
+    code = (
+        "import sys; from importlib.metadata import entry_points; "
+        "(door,) = entry_points(group='console_scripts', name='lmjob'); sys.exit(door.load()())"
+    )
+    done = run(python, "-c", code, "plan", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "python -m pipeline plan model=llama" in done.stdout
 
 
 def test_help_and_a_config_error_answer_from_an_empty_folder(python, tmp_path):

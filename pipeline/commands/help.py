@@ -1,6 +1,7 @@
-"""What `python -m pipeline --help` prints."""
+"""Answer --help: the whole of it, or one command's."""
 
-from pipeline.config.compose import GROUPS, options
+from pipeline.commands.table import COMMANDS, module_of
+from pipeline.common.exit_status import ExitStatus
 
 HEAD = """\
 Run a file of prompts through a Hugging Face language model: completions, memory and speed, one folder a job.
@@ -8,11 +9,9 @@ Run a file of prompts through a Hugging Face language model: completions, memory
   One job:    python -m pipeline model=smollm2 quant=nf4 prompts=jokes.jsonl
   A sweep:    python -m pipeline -m model=smollm2,qwen quant=none,nf4 prompts=jokes.jsonl
   Any model:  python -m pipeline model.name=ORG/NAME quant=int8 prompts=my.jsonl generation.max_new_tokens=64
-
-Choose with GROUP=NAME:
 """
 
-TAIL = """
+KEYS = """\
 Set anything with KEY=VALUE; the keys most used:
   prompts                     a path, a name in jobs/, or - for standard input (.jsonl, .jsonl.gz)
   system                      a system prompt for every row that has none
@@ -24,14 +23,30 @@ Set anything with KEY=VALUE; the keys most used:
   resume=never                start anew; retry_errors=true does failed rows again
 
 The same command again goes on where it stopped. Results: outputs/PROMPT SET/JOB/outputs.jsonl
-Exit status: 0 all rows done, 1 some rows failed, 2 bad configuration, 3 the job failed,
-  4 no progress (watchdog_sec), 75 stopped: run it again.
-More: --cfg job (the whole config), --hydra-help (flags), README.md.
 """
 
+TAIL = "More: --cfg job (the whole config), --hydra-help (flags), README.md.\n"
 
-def show_help() -> None:
-    """Print it, with the groups as they are in conf/ and jobs/."""
-    width = max(map(len, GROUPS)) + 1
-    groups = [f"  {group:{width}} {', '.join(options(group))}" for group in GROUPS if options(group)]
-    print(HEAD, *groups, TAIL, sep="\n", end="")
+
+def help_of(command: str) -> str:
+    """Return what --help prints for a command; for `run` it is the whole of it."""
+    if command != "run":
+        return f"{COMMANDS[command]}.\n\n{module_of(command).HELP}"
+    from pipeline.config.compose import GROUPS, options
+
+    groups = {group: ", ".join(options(group)) for group in GROUPS if options(group)}
+    statuses = {str(int(status)): status.meaning for status in ExitStatus}
+    commands = _listed(COMMANDS, "Commands; python -m pipeline COMMAND --help says more of each:")
+    return "\n".join((
+        HEAD,
+        commands,
+        _listed(groups, "Choose with GROUP=NAME:"),
+        KEYS,
+        _listed(statuses, "Exit status:"),
+        TAIL,
+    ))  # fmt: skip
+
+
+def _listed(words: dict[str, str], title: str) -> str:
+    width = max(map(len, words))
+    return "\n".join([title, *(f"  {word:{width}}  {meaning}" for word, meaning in words.items()), ""])

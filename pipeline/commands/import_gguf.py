@@ -1,52 +1,58 @@
-"""python -m pipeline.commands.import_gguf FILE.gguf --to models/NAME: use a local GGUF file as a model."""
+"""Turn a local GGUF file into a model's folder."""
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.common.errors import PipelineError
+from pipeline.commands.arguments import take_paths
+from pipeline.common.errors import ConfigError
+from pipeline.common.exit_status import ExitStatus
+
+EXAMPLES = {"to": "models/NAME", "dtype": "bfloat16"}
+DTYPES = ("bfloat16", "float16", "float32")
+HELP = """\
+  python -m pipeline import-gguf FILE.gguf to=models/NAME      then: model.name=models/NAME
+
+Dequantizes the file and saves it as safetensors with its tokenizer. Does nothing if the folder is there.
+
+  to=FOLDER        where the model goes
+  dtype=bfloat16   of the saved weights; or float16, float32
+"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    options = _parser().parse_args(arguments)
+def main(arguments: list[str]) -> ExitStatus:
+    """Convert the file, unless that was done before.
+
+    Raises:
+        ConfigError: the command line is wrong.
+        LoadError: the file cannot be read, or the folder holds something else.
+    """
+    file, folder, dtype = parse(arguments)
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    # Loads torch, which takes seconds: --help and a wrong option answer without.
-    from pipeline.models.gguf import convert
+    from pipeline.models.gguf import convert  # torch, which takes seconds
     from pipeline.models.loading import quiet_transformers
 
     quiet_transformers()
-    try:
-        made = convert(options.file, options.to, options.dtype)
-    except PipelineError as error:
-        print(f"import_gguf: {error}", file=sys.stderr)
-        return error.exit_status
-    if made:
-        print(f"{options.to}: imported from {options.file.name} as {options.dtype}")
+    if convert(file, folder, dtype):
+        print(f"{folder}: imported from {file.name} as {dtype}")
     else:
-        print(f"{options.to}: there already. To import it again, remove the folder first")
-    return 0
+        print(f"{folder}: there already. To import it again, remove the folder first")
+    return ExitStatus.DONE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.commands.import_gguf",
-        description="Dequantize a local GGUF file and save it as a folder of safetensors with its tokenizer, "
-        "ready for model.name=FOLDER. Does nothing if the folder is there.",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="such as models/NAME")
-    parser.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="of the saved weights (default: %(default)s)",
-    )
-    return parser
+def parse(arguments: list[str]) -> tuple[Path, Path, str]:
+    """Take the file, the folder and the dtype apart.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Raises:
+        ConfigError: one is missing, or there is no such dtype.
+    """
+    files, values = take_paths(arguments, EXAMPLES)
+    if len(files) != 1 or "to" not in values:
+        raise ConfigError(
+            "one file, and the folder that it goes to", "As import-gguf FILE.gguf to=models/NAME"
+        )
+    dtype = values.get("dtype", "bfloat16")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype}: no such dtype", f"There are: {', '.join(DTYPES)}.")
+    return files[0], Path(values["to"]), dtype

@@ -1,4 +1,34 @@
-"""See inside: python -m pipeline.commands.inspect view=VIEW model=smollm2 text="안녕하세요! LLM을 학습 중입니다."
+"""Show a model and its text from within."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.commands.arguments import take_own, whole_number, write_json
+from pipeline.commands.inspect_rows import MESSAGES, Options
+from pipeline.commands.inspect_views import VIEWS
+from pipeline.common.errors import ConfigError
+from pipeline.common.exit_status import ExitStatus
+from pipeline.common.terminal import answer
+from pipeline.config.compose import job_keys, read_config
+
+EXAMPLES = {
+    "view": "tokens",
+    "text": '"Tell a joke."',
+    "row": "3",
+    "messages": MESSAGES,
+    "chat": "true",
+    "depth": "2",
+    "filter": "q_proj",
+    "k": "10",
+    "layer": "-1",
+    "head": "0",
+    "json": "view.json",
+    "png": "attention.png",
+}
+HELP = """\
+  python -m pipeline inspect view=tokens model=smollm2 text="안녕하세요! LLM을 학습 중입니다."
+  python -m pipeline inspect view=chat model=smollm2 prompts=jokes.jsonl row=3
 
 Views:
   tokens        the text's ids, the bytes behind each token, and whether the text comes back unchanged
@@ -17,83 +47,64 @@ How:
   depth=2 filter=q_proj    view=architecture: how deep; only modules whose name or class matches
   k=10 layer=-1 head=0     view=step: how many candidates; whose attention to show
   png=FILE                 view=step: the attention as a picture
-  json=FILE                the view as data; json=- prints it instead of the screen
+  json=FILE                write the view as data; json=- prints it instead of the screen
 
 All other arguments are a job's: model=, quant=, generation=, system=, model.name=ORG/NAME …
-Exit status: 0 shown, 2 bad configuration, 3 the model or the prompt cannot be read.
 """
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from pipeline.common.errors import ConfigError, PipelineError, PromptError
-from pipeline.common.request import BadRow, PromptRow
-from pipeline.common.terminal import say
-from pipeline.config.compose import read_config, take_own
-from pipeline.config.schema import Config, root
-from pipeline.prompts.reader import find_prompts, read_prompts
-from pipeline.prompts.row import BadLine, to_row
+def main(arguments: list[str]) -> ExitStatus:
+    """Make the view, and show or write it.
 
-EXAMPLES = {
-    "view": "tokens",
-    "text": '"Tell a joke."',
-    "row": "3",
-    "messages": '\'[{"role": "user", "content": "Hello"}]\'',
-    "chat": "true",
-    "depth": "2",
-    "filter": "q_proj",
-    "k": "10",
-    "layer": "-1",
-    "head": "0",
-    "json": "view.json",
-    "png": "attention.png",
-}
-BATCH_ROWS = 4  # of a prompt file, without limit=
-Draw = Callable[[Any, Any], None]
+    Raises:
+        ConfigError: the command line is wrong.
+        JobError: the model or the prompt cannot be read.
+    """
+    options, overrides = parse(arguments)
+    view = VIEWS[options.view](read_config(overrides), options)
+    if options.png_file is not None:
+        from pipeline.views.draw_model import write_png
+
+        write_png(view.attention, view.token_texts, options.png_file)
+    if options.json_file is not None:
+        write_json(asdict(view), options.json_file)
+    if options.json_file != "-":
+        _show(view, options.view)
+    return ExitStatus.DONE
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """This command's own arguments; see the module."""
+def _show(view: Any, name: str) -> None:
+    from pipeline.views import draw_model, draw_text
 
-    view: str
-    texts: list[str]
-    row: int
-    messages: str | None
-    chat: bool
-    depth: int | None
-    filter: str | None
-    k: int
-    layer: int | None
-    head: int
-    json_file: str | None
-    png_file: str | None
+    draw: dict[str, Callable[[Any, Any], None]] = {
+        "tokens": draw_text.draw_tokens,
+        "chat": draw_text.draw_chat,
+        "batch": draw_text.draw_batch,
+        "architecture": draw_model.draw_architecture,
+        "step": draw_model.draw_step,
+    }
+    draw[name](view, answer)
 
 
 def parse(arguments: list[str]) -> tuple[Options, list[str]]:
-    """This command's options, and the overrides for the job's config.
+    """Take this command's options and the overrides for the job's config apart.
 
     Raises:
         ConfigError: no such view, or a value of a wrong kind.
     """
-    own, overrides = take_own(arguments, EXAMPLES)
+    own, overrides = take_own(arguments, EXAMPLES, job_keys())
 
     def last(key: str) -> str | None:
         return own[key][-1] if key in own else None
 
     view = last("view")
     if view not in VIEWS:
-        raise ConfigError(f"view={view or ''}: choose one of {', '.join(VIEWS)}.")
+        raise ConfigError(f"view={view or ''}: no such view", f"Choose one of {', '.join(VIEWS)}.")
     layer = _number(last("layer"), "layer")
     if last("png") and (view != "step" or layer is None):
-        raise ConfigError("png=: is of an attention head. Add view=step layer=-1 head=0.")
+        raise ConfigError("png=: draws an attention head", "Add view=step layer=-1 head=0.")
     if (chat := last("chat")) not in (None, "true", "false"):
-        raise ConfigError(f"chat={chat}: true or false.")
+        raise ConfigError(f"chat={chat}: neither true nor false", "Choose one of them.")
     options = Options(
         view=view,
         texts=own.get("text", []),
@@ -112,180 +123,4 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
 
 
 def _number(value: str | None, key: str, least: int | None = None) -> int | None:
-    if value is None:
-        return None
-    try:
-        number = int(value)
-    except ValueError:
-        raise ConfigError(f"{key}={value}: not a whole number, as {key}={EXAMPLES[key]}.") from None
-    if least is not None and number < least:
-        raise ConfigError(f"{key}={value}: at least {least}.")
-    return number
-
-
-def rows(config: Config, options: Options) -> list[PromptRow]:
-    """What to look at: texts, messages, or rows of the prompt file.
-
-    Raises:
-        ConfigError: messages= cannot be read, or there is no such row.
-        PromptError: the file cannot be read, or the row cannot be run.
-    """
-    params = config.generation
-    if options.texts:
-        return [
-            PromptRow(i, f"text {i}", "text=", text, None, None, params, {})
-            for i, text in enumerate(options.texts)
-        ]
-    if options.messages is not None:
-        try:
-            fields = {"messages": json.loads(options.messages)}
-            return [to_row(fields, 0, "messages", "messages=", params, config.prompt_field)]
-        except (ValueError, BadLine) as error:
-            raise ConfigError(f"messages=: {error} As messages={EXAMPLES['messages']}.") from error
-    count = (config.limit or BATCH_ROWS) if options.view == "batch" else 1
-    path = find_prompts(config.prompts, root() / "jobs")
-    read = read_prompts(path, params, prompt_field=config.prompt_field)
-    chosen = list(islice(read, options.row, options.row + count))
-    if not chosen:
-        raise ConfigError(f"row={options.row}: {path} has fewer rows; they count from 0.")
-    good = [row for row in chosen if isinstance(row, PromptRow)]
-    if not good:
-        raise PromptError(next(row.error for row in chosen if isinstance(row, BadRow)))
-    return good
-
-
-def _tokens(config: Config, options: Options) -> tuple[Any, Draw]:
-    from pipeline.models.loading import load_tokenizer
-    from pipeline.views.draw_text import draw_tokens
-    from pipeline.views.tokens import tokens_view
-
-    row = rows(config, options)[0]
-    text = row.prompt if row.prompt is not None else "\n".join(m["content"] for m in row.messages or [])
-    return tokens_view(load_tokenizer(config.model, config.models_dir), text), draw_tokens
-
-
-def _chat(config: Config, options: Options) -> tuple[Any, Draw]:
-    from pipeline.models.loading import load_tokenizer
-    from pipeline.views.chat import chat_view
-    from pipeline.views.draw_text import draw_chat
-
-    row = rows(config, options)[0]
-    return chat_view(row, _prepare(load_tokenizer(config.model, config.models_dir), config)), draw_chat
-
-
-def _batch(config: Config, options: Options) -> tuple[Any, Draw]:
-    from pipeline.models.loading import load_tokenizer
-    from pipeline.prompts.chat import pad_token_id, render
-    from pipeline.views.batch import batch_view
-    from pipeline.views.draw_text import draw_batch
-
-    chosen = rows(config, options)
-    tokenizer = load_tokenizer(config.model, config.models_dir)
-    chat = _prepare(tokenizer, config)
-    token_ids = [render(row, chat) for row in chosen]
-    return batch_view(token_ids, pad_token_id(tokenizer), [row.id for row in chosen]), draw_batch
-
-
-def _architecture(config: Config, options: Options) -> tuple[Any, Draw]:
-    from pipeline.views.architecture import architecture_view, matching, pruned
-    from pipeline.views.draw_model import draw_architecture
-
-    view = architecture_view(config.model, config.quant, config.models_dir)
-    tree = view.tree if options.filter is None else matching(view.tree, options.filter)
-    if tree is None:
-        raise ConfigError(
-            f"filter={options.filter}: no module's name or class matches. Leave filter= out to see all."
-        )
-    return replace(
-        view, tree=tree if options.depth is None else pruned(tree, options.depth)
-    ), draw_architecture
-
-
-def _step(config: Config, options: Options) -> tuple[Any, Draw]:
-    from pipeline.models.loading import load_model
-    from pipeline.views.draw_model import draw_step, write_png
-    from pipeline.views.step import step_view
-
-    row = rows(config, options)[0]
-    loaded = load_model(config.model, config.quant, config.models_dir)
-    token_ids = _step_ids(loaded.tokenizer, row, config, options)
-    view = step_view(
-        loaded.model,
-        loaded.tokenizer,
-        token_ids,
-        row.params,
-        k=options.k,
-        layer=options.layer,
-        head=options.head,
-    )
-    if options.png_file is not None and view.attention is not None:
-        write_png(view.attention, view.token_texts, options.png_file)
-    return view, draw_step
-
-
-def _step_ids(tokenizer: Any, row: PromptRow, config: Config, options: Options) -> list[int]:
-    """A bare text as the tokenizer reads it; messages and rows of a file as a job sends them."""
-    from pipeline.prompts.chat import render
-
-    if options.texts and not options.chat:
-        token_ids: list[int] = list(tokenizer.encode(row.prompt, verbose=False))
-    else:
-        token_ids = render(row, _prepare(tokenizer, config))
-    if not token_ids:
-        raise ConfigError("text=: makes no tokens. Give a longer one.")
-    return token_ids
-
-
-def _prepare(tokenizer: Any, config: Config) -> Any:
-    from pipeline.prompts.chat import prepare_chat
-
-    return prepare_chat(
-        tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
-
-
-VIEWS = {"tokens": _tokens, "chat": _chat, "batch": _batch, "architecture": _architecture, "step": _step}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0
-    try:
-        options, overrides = parse(given)
-        view, draw = VIEWS[options.view](read_config(overrides), options)
-        if options.json_file is not None:
-            write_json(asdict(view), options.json_file)
-    except PipelineError as error:
-        say(f"Error: {error}", style="red")
-        return error.exit_status
-    if options.json_file != "-":
-        from rich.console import Console
-
-        draw(view, Console(highlight=False))
-    return 0
-
-
-def write_json(data: dict[str, Any], path: str) -> None:
-    """To a file, or with - to standard output.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    if path == "-":
-        print(text)
-        return
-    try:
-        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"json={path}: cannot be written ({error.strerror or error}).") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return None if value is None else whole_number(value, key, EXAMPLES[key], least)

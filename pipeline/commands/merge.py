@@ -1,4 +1,4 @@
-"""The shards of a job as one outputs.jsonl, in the order of the prompt file.
+"""Join the shards of a job into one outputs.jsonl, in the order of the prompt file.
 
 Nothing is merged unless every row is there exactly once. Memory: 24 bytes a row.
 """
@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import re
-import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.common.errors import ConfigError, OutputError, PipelineError, PromptError
+from pipeline.commands.arguments import take_paths
+from pipeline.common.errors import ConfigError, OutputError, PromptError
+from pipeline.common.exit_status import ExitStatus
 from pipeline.common.request import GenerationParams
 from pipeline.common.terminal import say
 from pipeline.job.counts import read_standing
@@ -31,16 +32,15 @@ SAME = ("model", "revision", "prompts_sha256", "limit")  # what shards of one jo
 AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
 NAMED = 10  # rows that an error names
 HELP = """\
-Merge the shards of a job: FOLDER/shard-I-of-N into FOLDER/outputs.jsonl, in the order of the prompt file.
+  python -m pipeline merge outputs/big/phi-nf4-greedy-1a2b3c4d       shard-I-of-N in it into its outputs.jsonl
 
-  python -m pipeline.commands.merge outputs/big/phi-nf4-greedy-1a2b3c4d
-
-Refuses unless every row is there exactly once. Doing it again gives the same file."""
+Refuses unless every row is there exactly once. Doing it again gives the same file.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The lines of one shard in the order of their rows: parallel arrays."""
+    """Hold where the lines of one shard are, in the order of their rows: parallel arrays."""
 
     folder: Path
     rows: "array[int]"  # index in the prompt file
@@ -48,25 +48,22 @@ class Shard:
     offsets: "array[int]"  # of the line in outputs.jsonl
 
 
-def main() -> int:
-    """Run the command line. Returns the exit status: 0 merged, 2 or 3 an error."""
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP)
-        return 0
-    try:
-        if len(arguments) != 1:
-            raise ConfigError("give the one folder that holds the shards. See --help.")
-        lines = merge(Path(arguments[0]))
-    except PipelineError as error:
-        say(f"Error: {error}", style="red")
-        return error.exit_status
-    say(f"{lines} lines in {Path(arguments[0]) / ROWS}", style="green")
-    return 0
+def main(arguments: list[str]) -> ExitStatus:
+    """Merge the shards in one folder, and say how many lines they made.
+
+    Raises:
+        ConfigError: the command line is wrong.
+        OutputError: as `merge`.
+    """
+    folders, _ = take_paths(arguments, {})
+    if len(folders) != 1:
+        raise ConfigError("one folder is merged at a time", "Give the one that holds the shards.")
+    say(f"{merge(folders[0])} lines in {folders[0] / ROWS}", style="green")
+    return ExitStatus.DONE
 
 
 def merge(folder: Path) -> int:
-    """Merge the folder's shards; returns the number of lines.
+    """Merge the folder's shards; return the number of lines.
 
     Raises:
         OutputError: a shard is missing or not complete, rows are missing or there twice, the shards
@@ -83,9 +80,8 @@ def merge(folder: Path) -> int:
     _check_prompts(todos[0])
     before = read_json(folder / MANIFEST) or {}
     if (folder / ROWS).exists() and "merged_from" not in before:
-        raise OutputError(
-            f"{folder / ROWS}: holds the results of a job that was run without shards. Move it away to merge."
-        )
+        found = f"{folder / ROWS}: holds the results of a job that was run without shards"
+        raise OutputError(found, "Move it away to merge.")
     shards = [_read_shard(shard, todo.limit) for shard, todo in zip(folders, todos, strict=True)]
     _check_rows(shards, todos)
     errors = sum(read_standing(shard).errors for shard in folders)
@@ -104,25 +100,25 @@ def merge(folder: Path) -> int:
 def _read_todo(shard: Path) -> Todo:
     todo = Todo.read(shard)
     if todo is None:
-        raise OutputError(f"{shard}: does not say which rows it has to do. {AGAIN}")
+        raise OutputError(f"{shard}: does not say which rows it has to do", AGAIN)
     return todo
 
 
 def _find_shards(folder: Path) -> list[Path]:
-    """All N of them, in order."""
+    """Find all N of them, in order."""
     found = {m: path for path in folder.glob("shard-*-of-*") if (m := SHARD.fullmatch(path.name))}
     splits = {int(match[2]) for match in found}
     if not splits:
-        raise OutputError(f"{folder}: holds no shards (shard-0-of-4 …). Give the folder that does.")
+        raise OutputError(f"{folder}: holds no shards (shard-0-of-4 …)", "Give the folder that does.")
     if len(splits) > 1:
         names = ", ".join(sorted(path.name for path in found.values()))
         raise OutputError(
-            f"{folder}: shards of different splits: {names}. Move away those that you do not want."
+            f"{folder}: shards of different splits: {names}", "Move away those that you do not want."
         )
     by_number = {int(match[1]): path for match, path in found.items()}
     missing = [i for i in range(splits.pop()) if i not in by_number]
     if missing:
-        raise OutputError(f"{folder}: shards {_some(missing)} are missing. Submit or run them first.")
+        raise OutputError(f"{folder}: shards {_some(missing)} are missing", "Submit or run them first.")
     return [by_number[i] for i in sorted(by_number)]
 
 
@@ -132,19 +128,20 @@ def _check_alike(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
             if manifest.get(key) != manifests[0].get(key):
                 raise OutputError(
                     f"{shard}: its {key} is {manifest.get(key)}, and that of {folders[0].name} is "
-                    f"{manifests[0].get(key)}. {AGAIN}"
+                    f"{manifests[0].get(key)}",
+                    AGAIN,
                 )
 
 
 def _check_prompts(todo: Todo) -> None:
-    """Rows that were edited or added since are missing; a file that is gone can ask for no more."""
+    """Refuse where rows were edited or added since; a file that is gone can ask for no more."""
     sha256 = prompts_sha256(todo.prompts)
     if sha256 is not None and sha256 != todo.prompts_sha256:
-        raise OutputError(f"{todo.prompts}: has changed since the shards read it. {AGAIN}")
+        raise OutputError(f"{todo.prompts}: has changed since the shards read it", AGAIN)
 
 
 def _read_shard(folder: Path, limit: int | None) -> Shard:
-    """Where each line begins; what it says is not kept. Rows that a larger limit made are left out."""
+    """Note where each line begins, and keep nothing of it. Leave out rows that a larger limit made."""
     keys: list[tuple[int, int, int]] = []
     offset = 0
     with _open(folder) as file:
@@ -154,9 +151,8 @@ def _read_shard(folder: Path, limit: int | None) -> Shard:
                 if limit is None or row["index"] < limit:
                     keys.append((row["index"], row.get("sample", 0), offset))
             except (ValueError, KeyError, TypeError) as error:
-                raise OutputError(
-                    f"{folder / ROWS}:{number}: a damaged line. Run the shard again: it will be mended."
-                ) from error
+                found = f"{folder / ROWS}:{number}: a damaged line"
+                raise OutputError(found, "Run the shard again: it will be mended.") from error
             offset += len(line)
     keys.sort()
     columns = zip(*keys, strict=True) if keys else ((), (), ())
@@ -164,28 +160,32 @@ def _read_shard(folder: Path, limit: int | None) -> Shard:
 
 
 def _check_rows(shards: list[Shard], todos: list[Todo]) -> None:
-    """Every row that the prompt file gives a shard is there, with all its samples, each of them once."""
+    """Refuse unless every row that the prompt file gives a shard is there, each sample of it once."""
     parts = len(shards)
     for part, (shard, todo) in enumerate(zip(shards, todos, strict=True)):
         keys = zip(shard.rows, shard.samples, strict=True)
         twice = [a[0] for a, b in pairwise(keys) if a == b]
         if twice:
             raise OutputError(
-                f"{shard.folder}: {_ids(twice, todo)} are there twice. Move {ROWS} away and run the shard again."
+                f"{shard.folder}: {_ids(twice, todo)} are there twice",
+                f"Move {ROWS} away and run the shard again.",
             )
         expected = range(part, part + todo.rows * parts, parts)
         there = set(shard.rows)
         if strange := sorted(there.difference(expected)):
-            raise OutputError(f"{shard.folder}: {_ids(strange, todo)} belong to another shard.")
+            raise OutputError(
+                f"{shard.folder}: {_ids(strange, todo)} belong to another shard",
+                f"Move {ROWS} away and run the shard again.",
+            )
         done = f"{shard.folder}: {len(shard.rows)} of {todo.total} rows done"
         if gaps := [row for row in expected if row not in there]:
-            raise OutputError(f"{done}; {_ids(gaps, todo)} are missing. {AGAIN}")
+            raise OutputError(f"{done}; {_ids(gaps, todo)} are missing", AGAIN)
         if len(shard.rows) < todo.total:
-            raise OutputError(f"{done}; samples of some are missing. {AGAIN}")
+            raise OutputError(f"{done}; samples of some are missing", AGAIN)
 
 
 def _write(shards: list[Shard], target: Path) -> int:
-    """Row 0 lies in shard 0, row 1 in shard 1, and so on around; a row's samples follow each other."""
+    """Write row 0 from shard 0, row 1 from shard 1, and so on around; a row's samples follow each other."""
     fresh = target.with_suffix(".new")
     lines = 0
     try:
@@ -198,9 +198,8 @@ def _write(shards: list[Shard], target: Path) -> int:
             os.fsync(new.fileno())
         fresh.replace(target)
     except OSError as error:
-        raise OutputError(
-            f"{target}: {error.strerror}. Make room, and merge again: the shards are whole."
-        ) from error
+        fix = "Make room, and merge again: the shards are whole."
+        raise OutputError(f"{target}: {error.strerror}", fix) from error
     return lines
 
 
@@ -224,11 +223,11 @@ def _open(folder: Path) -> BinaryIO:
     try:
         return (folder / ROWS).open("rb")
     except OSError as error:
-        raise OutputError(f"{folder / ROWS}: {error.strerror}. Run the shard again.") from error
+        raise OutputError(f"{folder / ROWS}: {error.strerror}", "Run the shard again.") from error
 
 
 def _ids(rows: list[int], todo: Todo) -> str:
-    """The ids of some rows, as the prompt file gives them; their numbers where it cannot be read."""
+    """Name some rows by the ids that the prompt file gives them, or by number where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
     try:
         for row in read_prompts(todo.prompts, GenerationParams(), limit=max(named) + 1):
@@ -242,7 +241,3 @@ def _ids(rows: list[int], todo: Todo) -> str:
 
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:NAMED])) + (" …" if len(numbers) > NAMED else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Python's way in, for notebooks and scripts: a model by its short name, prompts as a list or a file."""
+"""Load models and read prompts in a notebook or a script, by their short names."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow, Request
+from pipeline.common.suggestions import did_you_mean
 from pipeline.config.compose import options, read_config
 from pipeline.config.schema import Config, root
 from pipeline.engine.probe import AnyForward, choose_forward
@@ -22,7 +23,7 @@ Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model and all that turns prompts into requests and ids back into text.
+    """Hold a loaded model and all that turns prompts into requests and ids back into text.
 
     Its attention is the engine's from now on: `network.generate` no longer works on it.
     """
@@ -36,16 +37,16 @@ class Model:
 
     @property
     def engine_parts(self) -> tuple[AnyForward, frozenset[int], Callable[[Sequence[int]], str]]:
-        """What an Engine is made of: `Engine(*model.engine_parts)`."""
+        """Give an Engine what it is made of: `Engine(*model.engine_parts)`."""
         return self.forward, self.eos_token_ids, self.decode
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a completion's ids."""
+        """Turn a completion's ids into text."""
         return decode(self.tokenizer, token_ids)
 
 
 def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> Model:
-    """A model, ready for the engine.
+    """Load a model, ready for the engine.
 
     Args:
         name: as after model= (smollm2, qwen …), ORG/NAME on the hub, or a local folder.
@@ -74,7 +75,7 @@ def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> M
 def read_prompts(
     prompts: str | PathLike[str] | Iterable[Prompt], model: Model, **generation: Any
 ) -> list[Request]:
-    """Requests for the engine, through the model's chat template.
+    """Make requests for the engine, through the model's chat template.
 
     Args:
         prompts: a prompt file (or its name in jobs/), or a list of texts and rows.
@@ -95,7 +96,8 @@ def read_prompts(
 def _params(config: Config, generation: dict[str, Any]) -> GenerationParams:
     names = GenerationParams.__dataclass_fields__
     if wrong := sorted(generation.keys() - names.keys()):
-        raise ConfigError(f"{', '.join(wrong)}: no such key. There are: {', '.join(names)}.")
+        fix = did_you_mean(wrong[0], names) or f"There are: {', '.join(names)}."
+        raise ConfigError(f"{', '.join(wrong)}: no such key", fix)
     values = {name: getattr(config.generation, name) for name in names} | generation
     try:
         return GenerationParams(**values)
@@ -120,7 +122,7 @@ def _request(row: PromptRow | BadRow, model: Model) -> Request:
     room = context_tokens(model.network.config) - len(token_ids)
     if room < 1:
         raise PromptError(
-            f"{row.source}: {len(token_ids)} tokens fill the model's context. Shorten the prompt."
+            f"{row.source}: {len(token_ids)} tokens fill the model's context", "Shorten the prompt."
         )
     return Request(
         row.id, tuple(token_ids), replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))

@@ -1,20 +1,14 @@
-"""Will it fit? `python -m pipeline.commands.plan model=llama quant=nf4 prompts=jokes.jsonl memory=24GB`
+"""Say whether a job fits in memory, before a weight is downloaded."""
 
-No weights, no GPU, no network and no torch: answers from the facts in conf/model/, or from a config.json
-that is at hand. model=, quant= take `all` or a comma list; memory=24GB plans for another GPU than this
-machine's; json=FILE writes the figures.
-"""
-
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.common.errors import ConfigError, PipelineError
-from pipeline.config.compose import options, read_config
+from pipeline.commands.arguments import take_own, write_json
+from pipeline.common.errors import PipelineError
+from pipeline.common.exit_status import ExitStatus
+from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
 from pipeline.config.schema import Config, root
 from pipeline.memory.devices import Device, find_device, given_device
@@ -30,10 +24,25 @@ from pipeline.prompts.lengths import (
 )
 from pipeline.prompts.reader import find_prompts, read_prompts
 
+EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
+HELP = """\
+  python -m pipeline plan model=llama quant=nf4 prompts=jokes.jsonl     on this machine
+  python -m pipeline plan model=llama quant=all memory=24GB             on a GPU of that size
+
+Needs no weights, no GPU and no network: it answers from the facts in conf/model/, or from a config.json
+that is at hand.
+
+  model=a,b quant=c,d   every combination; model=all and quant=all take all that there are
+  memory=24GB           plan for a GPU of that size instead of this machine
+  json=FILE             write the figures, in bytes; json=- prints them instead of the tables
+
+All other arguments are a job's: prompts=, limit=, generation.max_new_tokens=, engine.max_rows= …
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The command line, taken apart."""
+    """Hold the command line, taken apart."""
 
     models: list[str | None]  # None is the config's own choice
     quants: list[str | None]
@@ -46,24 +55,14 @@ def parse(arguments: list[str]) -> Arguments:
     """Take out what is this command's own; the rest is Hydra's.
 
     Raises:
-        ConfigError: json= or memory= without a value.
+        ConfigError: a key of ours without a value.
     """
-    own: dict[str, str] = {}
-    overrides: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("model", "quant", "memory", "json"):
-            if not value:
-                raise ConfigError(f"{argument}: needs a value, as {key}={_EXAMPLES[key]}.")
-            own[key] = value
-        elif argument not in ("-m", "--multirun"):
-            overrides.append(argument)
+    given, others = take_own(arguments, EXAMPLES, job_keys())
+    own = {key: values[-1] for key, values in given.items()}
     models = _choices("model", own.get("model"), options("model"))
     quants = _choices("quant", own.get("quant"), list(QUANTS))
+    overrides = [other for other in others if other not in ("-m", "--multirun")]
     return Arguments(models, quants, own.get("memory"), own.get("json"), overrides)
-
-
-_EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
 
 
 def _choices(group: str, value: str | None, known: list[str]) -> list[str | None]:
@@ -75,7 +74,7 @@ def _choices(group: str, value: str | None, known: list[str]) -> list[str | None
 
 
 def plans(arguments: Arguments) -> list[Plan]:
-    """One for each model and quantization.
+    """Plan each model with each quantization.
 
     Raises:
         ConfigError: the config is wrong, or a model is neither known nor at hand.
@@ -130,7 +129,7 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
 
 
 def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
-    """The prompt file's; assumed ones where none was named and the default is not there."""
+    """Measure the prompt file; assume lengths where none was named and the default is not there."""
     context = facts.architecture.max_position_embeddings
     generation = config.generation
     try:
@@ -149,38 +148,18 @@ def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     return prompt_lengths(rows, config.system, count, "the model's tokenizer", context)
 
 
-def write_json(made: list[Plan], path: str) -> None:
-    """The figures that are printed, in bytes.
+def main(arguments: list[str]) -> ExitStatus:
+    """Plan, write the figures that json= asks for, and show them.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError, PromptError: as `plans`.
     """
-    try:
-        text = json.dumps({"plans": [asdict(plan) for plan in made]}, indent=2, ensure_ascii=False)
-        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"json={path}: cannot be written ({error.strerror or error}).") from error
+    parsed = parse(arguments)
+    made = plans(parsed)
+    if parsed.json_file is not None:
+        write_json({"plans": [asdict(plan) for plan in made]}, parsed.json_file)
+    if parsed.json_file != "-":
+        from pipeline.commands.plan_tables import print_plans
 
-
-def main(arguments: list[str] | None = None, show: Callable[[list[Plan]], None] | None = None) -> int:
-    """Returns the exit status: 0, or an error's."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0
-    try:
-        parsed = parse(given)
-        made = plans(parsed)
-        if parsed.json_file is not None:
-            write_json(made, parsed.json_file)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    from pipeline.commands.plan_tables import print_plans
-
-    (show or print_plans)(made)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print_plans(made)
+    return ExitStatus.DONE

@@ -1,8 +1,9 @@
-"""Show memory plans as tables on a terminal."""
+"""Show memory plans as tables. MB is 10⁶ bytes, GB is 10⁹."""
 
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.common.terminal import answer
 from pipeline.common.units import in_megabytes, kilobytes, megabytes
 from pipeline.config.quant import STORED_BITS
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
@@ -11,8 +12,8 @@ _COLOURS = {FITS: "green", OFFLOAD: "yellow"}
 
 
 def print_plans(plans: list[Plan], console: Console | None = None) -> None:
-    """Print one plan in full, or several as a line each."""
-    out = console or Console()
+    """Show one plan in full, or several as a line each."""
+    out = console or answer
     if len(plans) == 1:
         _print_whole(plans[0], out)
     else:

@@ -1,57 +1,45 @@
-"""What the jobs gave, side by side.
+"""Set jobs side by side."""
 
-    python -m pipeline.commands.report FOLDER… [baseline=FOLDER] [out=FOLDER]
-
-FOLDER is a job's folder, or one that holds jobs (outputs/). Writes report.html, which opens from disk,
-report.md for a pull request, report.json, and plots/. Jobs are compared with the most precise one of
-the same model, or with baseline=.
-"""
-
-import sys
 from pathlib import Path
 
-from pipeline.common import terminal
-from pipeline.common.errors import ConfigError, PipelineError
+from pipeline.commands.arguments import take_paths
+from pipeline.common.errors import ConfigError
+from pipeline.common.exit_status import ExitStatus
+from pipeline.common.terminal import say
 from pipeline.report.write import write_report
 
+EXAMPLES = {"baseline": "FOLDER", "out": "FOLDER"}
+HELP = """\
+  python -m pipeline report outputs/questions                   all jobs in a folder, and in those inside it
+  python -m pipeline report FOLDER FOLDER baseline=FOLDER       these, compared with that one
 
-def main() -> int:
-    """Run the command line. Returns the exit status: 0, 2 for a wrong command, 3 for what cannot be read."""
-    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        return 0 if sys.argv[1:] else 2
-    try:
-        folders, values = parse(sys.argv[1:])
-        page = write_report(folders, values.get("out"), values.get("baseline"))
-    except PipelineError as error:
-        terminal.say(f"Error: {error}", style="red")
-        return error.exit_status
-    terminal.say(f"Report: {page}")
-    return 0
+Writes report.html, which opens from disk, report.md for a pull request, report.json, and plots/.
+
+  baseline=FOLDER   compare with this job; else with the most precise one of the same model
+  out=FOLDER        where the report goes
+"""
+
+
+def main(arguments: list[str]) -> ExitStatus:
+    """Write the report, and say where it lies.
+
+    Raises:
+        ConfigError: the command line is wrong.
+        JobError: a job cannot be read.
+    """
+    folders, values = parse(arguments)
+    say(f"Report: {write_report(folders, values.get('out'), values.get('baseline'))}")
+    return ExitStatus.DONE
 
 
 def parse(arguments: list[str]) -> tuple[list[Path], dict[str, Path]]:
-    """Folders, and the values of baseline= and out=.
+    """Take folders and the values of baseline= and out= apart.
 
     Raises:
         ConfigError: an unknown key, a key without a value, or no folder.
     """
-    folders: list[Path] = []
-    values: dict[str, Path] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in ("baseline", "out") and value:
-            values[key] = Path(value)
-        elif equals and not Path(argument).exists():
-            raise ConfigError(f"{argument}: not a folder, and not baseline=FOLDER or out=FOLDER.")
-        else:
-            folders.append(Path(argument))
+    folders, values = take_paths(arguments, EXAMPLES)
     if not folders:
-        raise ConfigError(
-            "No folder. Pass a job's folder, or one that holds jobs: python -m pipeline.commands.report outputs/"
-        )
-    return folders, values
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        fix = "Pass a job's folder, or one that holds jobs: python -m pipeline report outputs/"
+        raise ConfigError("no folder to report on", fix)
+    return folders, {key: Path(value) for key, value in values.items()}

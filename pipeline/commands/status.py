@@ -1,6 +1,5 @@
-"""`python -m pipeline.commands.status [FOLDER] [watch=true]`: a table of the jobs, cells and shards in a folder."""
+"""Show how far the jobs, cells and shards in a folder are."""
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,83 +9,82 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.common.errors import ConfigError, PipelineError
-from pipeline.common.terminal import console, say, visible
+from pipeline.commands.arguments import take_paths
+from pipeline.common.errors import ConfigError
+from pipeline.common.exit_status import ExitStatus
+from pipeline.common.terminal import console, visible
 from pipeline.common.units import duration
 from pipeline.job.folder import MANIFEST, read_json
 from pipeline.slurm.state import CellState, cell_states, find_folders
 
 STYLES = {"complete": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "stopped": "yellow"}
 EVERY_SEC = 5.0
+EXAMPLES = {"watch": "true"}
 HELP = """\
-How far jobs are, from their own files; where there is a Slurm, also what it does with them.
+  python -m pipeline status                          everything in outputs/
+  python -m pipeline status outputs/big              one prompt set, job or shard
+  python -m pipeline status outputs/big watch=true   again every 5 seconds, until all is done
 
-  python -m pipeline.commands.status                          everything in outputs/
-  python -m pipeline.commands.status outputs/big              one prompt set, job or shard
-  python -m pipeline.commands.status outputs/big watch=true   again every 5 seconds, until all is done
+Reads the jobs' own files; where there is a Slurm, it also says what Slurm does with them.
 
-Exit status: 0 all complete, 1 some failed or were cancelled or stopped, 75 some are queued or running."""
+Exit status: 0 all complete, 1 some failed or were cancelled or stopped, 75 some are queued or running.
+"""
 
 
-def main() -> int:
-    """Run the command line. Returns the exit status that HELP describes, or 2 or 3 for an error."""
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP)
-        return 0
-    try:
-        top, watch = _parse(arguments)
-        return _watch(top) if watch else _once(top)
-    except PipelineError as error:
-        say(f"Error: {error}", style="red")
-        return error.exit_status
-    except KeyboardInterrupt:
-        return 130
+def main(arguments: list[str]) -> ExitStatus:
+    """Show the table once, or again and again with watch=true.
+
+    Raises:
+        ConfigError: the command line is wrong, or the folder holds no jobs.
+    """
+    top, watch = _parse(arguments)
+    return _watch(top) if watch else _once(top)
 
 
 def _parse(arguments: list[str]) -> tuple[Path, bool]:
-    watch = "watch=true" in arguments
-    folders = [a for a in arguments if a not in ("watch=true", "watch=false")]
-    if len(folders) > 1 or any("=" in a and not Path(a).exists() for a in folders):
-        raise ConfigError(f"{' '.join(arguments)}: give one folder, and watch=true if you like.")
-    top = Path(folders[0] if folders else "outputs")
+    folders, values = take_paths(arguments, EXAMPLES)
+    watch = values.get("watch", "false")
+    if watch not in ("true", "false"):
+        raise ConfigError(f"watch={watch}: neither true nor false", "Choose one of them.")
+    if len(folders) > 1:
+        raise ConfigError(f"{' '.join(map(str, folders))}: too many", "Give one folder.")
+    top = folders[0] if folders else Path("outputs")
     if not top.is_dir():
-        raise ConfigError(
-            f"{top}: no such folder. Jobs write to outputs/ unless outputs_dir= says otherwise."
-        )
-    return top, watch
+        fix = "Jobs write to outputs/ unless outputs_dir= says otherwise."
+        raise ConfigError(f"{top}: no such folder", fix)
+    return top, watch == "true"
 
 
-def _once(top: Path) -> int:
+def _once(top: Path) -> ExitStatus:
     states = _states(top)
     console.print(_picture(top, states))
     return exit_status(states)
 
 
-def _watch(top: Path) -> int:
+def _watch(top: Path) -> ExitStatus:
     """Refresh until nothing is queued or running."""
     states = _states(top)
     with Live(_picture(top, states), console=console, auto_refresh=False) as live:
-        while exit_status(states) == 75:
+        while exit_status(states) is ExitStatus.RUN_AGAIN:
             time.sleep(EVERY_SEC)
             states = _states(top)
             live.update(_picture(top, states), refresh=True)
     return exit_status(states)
 
 
-def exit_status(states: list[CellState]) -> int:
-    """0 all complete, 75 some queued or running, else 1."""
+def exit_status(states: list[CellState]) -> ExitStatus:
+    """Say whether all are complete, some are queued or running, or some failed."""
     kinds = {state.kind for state in states}
     if kinds & {"running", "queued"}:
-        return 75
-    return 0 if kinds <= {"complete"} else 1
+        return ExitStatus.RUN_AGAIN
+    return ExitStatus.DONE if kinds <= {"complete"} else ExitStatus.SOME_FAILED
 
 
 def _states(top: Path) -> list[CellState]:
-    """Of every job; what merged shards made is left out, since the shards are there."""
+    """Look at every job but what merged shards made, since the shards are there."""
     folders = [f for f in find_folders(top) if "merged_from" not in (read_json(f / MANIFEST) or {})]
     if not folders:
-        raise ConfigError(f"{top}: holds no jobs.")
+        raise ConfigError(f"{top}: holds no jobs", "Pass a folder that does, or run one.")
     return list(cell_states(folders))
 
 
@@ -124,7 +122,3 @@ def _summary(states: list[CellState]) -> str:
     if left := [s.left_sec for s in running if s.left_sec is not None]:
         words.append(f"{duration(max(left))} left for what is running")
     return "; ".join(words) + "."
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,13 @@
-"""`python -m pipeline.commands.submit`: a sweep's missing cells as an array on Slurm; returns at once.
-
-    python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
-
-The same command again submits just what is missing.
-"""
+"""Submit a sweep's missing cells to Slurm as an array, and return at once."""
 
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.common import terminal
-from pipeline.common.errors import ConfigError, JobError, LoadError, PipelineError
+from pipeline.common.errors import ConfigError, JobError, LoadError
+from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
 from pipeline.job.counts import append_event
 from pipeline.models.checkpoint import locate
@@ -23,26 +18,30 @@ from pipeline.slurm.script import batch_script, cell_line
 SHOWN = 40  # cells in the table; the rest is counted
 
 
-def main() -> int:
-    """Run the command line. Returns the exit status: 0 submitted or nothing to do, 2 or 3 an error."""
-    arguments = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP)
-        return 0
-    try:
-        return submit(arguments)
-    except PipelineError as error:
-        terminal.say(f"Error: {error}", style="red")
-        return error.exit_status
+HELP = """\
+  python -m pipeline submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
+  python -m pipeline submit … submit.dry_run=true        the table and the batch script, nothing else
+  python -m pipeline status outputs/big watch=true       how far it is
+  python -m pipeline merge outputs/big/JOB               shards into one outputs.jsonl
+
+One array, a task for each cell that is not complete yet; the same command again submits just what is missing.
+Takes what `python -m pipeline -m` takes, and
+
+  shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)
+  submit=NAME          conf/submit/NAME.yaml: what a cell gets
+  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width,
+                       signal_sec, options, setup, python, environment, offline, dry_run
+More: docs/slurm.md
+"""
 
 
-def submit(overrides: list[str]) -> int:
+def main(arguments: list[str]) -> ExitStatus:
     """Plan all cells and submit those that are neither complete nor in the queue.
 
     Raises:
         PipelineError: nothing was submitted; or, if Slurm refused a later array, the earlier ones were.
     """
-    cells, settings = find_cells(overrides)
+    cells, settings = find_cells([argument for argument in arguments if argument not in ("-m", "--multirun")])
     needs = _fetch_and_plan(cells, settings)
     _show(cells, needs)
     for warning in _warnings(cells, needs, settings):
@@ -53,20 +52,20 @@ def submit(overrides: list[str]) -> int:
         terminal.say(
             "Nothing to submit: " + (f"{running} cells are in the queue." if running else "all is done.")
         )
-        return 0
+        return ExitStatus.DONE
     home = _submission_folder(missing)
     if settings.dry_run:
         size = _max_array_size()
         print(_arrays(settings, home, len(missing), size)[0][1], end="")
         arrays = -(-len(missing) // size)
         terminal.say(f"Dry run: {len(missing)} cells in {arrays} array(s); nothing was submitted or written.")
-        return 0
+        return ExitStatus.DONE
     _submit(missing, settings, home)
-    return 0
+    return ExitStatus.DONE
 
 
 def _max_array_size() -> int:
-    """This cluster's, or where there is none Slurm's default."""
+    """Ask this cluster, or take Slurm's default where there is none."""
     try:
         return cluster.max_array_size()
     except JobError:
@@ -92,11 +91,11 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
     common = os.path.commonpath([cell.folder for cell in missing])
     watched = Path(common).parent if len(missing) == 1 else Path(common)
     shown = watched.relative_to(Path.cwd()) if watched.is_relative_to(Path.cwd()) else watched
-    terminal.say(f"Watch it:  python -m pipeline.commands.status {shown} watch=true\nLogs:      {home}")
+    terminal.say(f"Watch it:  python -m pipeline status {shown} watch=true\nLogs:      {home}")
 
 
 def _arrays(settings: SubmitConfig, home: Path, count: int, size: int) -> list[tuple[range, str]]:
-    """Cells and script of each array; more than one where Slurm allows no larger. They share the width."""
+    """Part the cells into arrays, each with its script, where Slurm allows no larger. They share the width."""
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     width = settings.width and max(1, settings.width // len(parts))
     return [
@@ -106,7 +105,7 @@ def _arrays(settings: SubmitConfig, home: Path, count: int, size: int) -> list[t
 
 
 def _submission_folder(missing: list[Cell]) -> Path:
-    """Scripts and logs of one submission: outputs/.slurm/<time>-<process>."""
+    """Name a folder for the scripts and logs of one submission: outputs/.slurm/<time>-<process>."""
     outputs = Path(missing[0].config.outputs_dir).absolute()
     return outputs / ".slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
@@ -136,7 +135,7 @@ def _fetch_and_plan(cells: list[Cell], settings: SubmitConfig) -> dict[str, int 
 
 
 def _kind(cell: Cell) -> str:
-    """Cells of one kind need the same memory."""
+    """Name what decides a cell's memory: cells of one kind need the same."""
     return f"{cell.config.model.name} {sorted(asdict(cell.config.quant).items(), key=str)}"
 
 
@@ -177,23 +176,3 @@ def _state(cell: Cell) -> str:
         return "to do"
     changed = cell.standing.todo is not None and not cell.same_prompts
     return "to go on: the prompt file changed" if changed else "to go on"
-
-
-HELP = """\
-Run a sweep on Slurm: one array, a task for each cell that is not complete yet. Returns at once.
-
-  python -m pipeline.commands.submit model=phi quant=none,nf4 prompts=big.jsonl shards=8 submit.partition=gpu
-  python -m pipeline.commands.submit … submit.dry_run=true        the table and the batch script, nothing else
-  python -m pipeline.commands.status outputs/big watch=true       how far it is
-  python -m pipeline.commands.merge outputs/big/JOB               shards into one outputs.jsonl
-
-Takes what `python -m pipeline -m` takes, and
-  shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)
-  submit=NAME          conf/submit/NAME.yaml: what a cell gets
-  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width,
-                       signal_sec, options, setup, python, environment, offline, dry_run
-More: docs/slurm.md"""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,14 +10,13 @@ class ExitStatus(IntEnum):
     meaning: str
 
     DONE = 0, "done"
-    SOME_FAILED = 1, "done, and some rows failed"
+    SOME_FAILED = 1, "done, but some failed"
     WRONG_CONFIG = 2, "wrong configuration: nothing was started"
     FAILED = 3, "the job cannot go on; what is written stays"
     STALLED = 4, "no progress (watchdog_sec)"
     RUN_AGAIN = 75, "stopped: run it again"  # EX_TEMPFAIL of sysexits.h
-    INTERRUPTED = 130, "interrupted"  # as shells say it of SIGINT
 
-    def __new__(cls, value: int, meaning: str) -> Self:
+    def __new__(cls, value: int, meaning: str = "") -> Self:
         """Make a number that knows its meaning."""
         member = int.__new__(cls, value)
         member._value_ = value

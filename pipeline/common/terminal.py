@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress and tables. Model output is shown, never obeyed."""
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,18 @@ from rich.text import Text
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-console = Console(stderr=True, highlight=False)
+
+class Screen(Console):
+    """A console whose command goes on when nobody reads any longer, as after `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Write to nowhere from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = Screen(stderr=True, highlight=False)  # for what is said meanwhile
+answer = Screen(highlight=False)  # for what was asked for, on standard output
 
 
 def visible(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The schema of the configs and their composition; the only folder that knows Hydra and OmegaConf."""
+"""Say what a job's config may hold, and compose it. The only folder that knows Hydra and OmegaConf."""

@@ -101,7 +101,7 @@ class EngineConfig:
 
 @dataclass
 class SubmitConfig:
-    """Say how `python -m pipeline.commands.submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
+    """Say how `python -m pipeline submit` asks Slurm for a sweep's cells. Each cell gets all of this."""
 
     dry_run: bool = False  # print the table and the batch script, and submit nothing
     partition: str | None = None  # null is the cluster's default
@@ -177,7 +177,9 @@ class Config:
 def root() -> Path:
     """Find the folder that holds conf/ and jobs/: inside the package when installed, else beside it."""
     package = Path(__file__).resolve().parents[1]
-    return package if (package / "conf").is_dir() else package.parent
+    # A folder of their own: Hydra takes every folder beside jobs/ for a group, pipeline/prompts/ too.
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parent
 
 
 def register() -> None:

@@ -72,7 +72,7 @@ def _run_cell(cell: list[str], interrupt: Interrupt) -> int:
 def _report(folders: list[Path], write: bool) -> None:
     """Name the command that reports on these jobs, or run it with report=true."""
     parents = list(dict.fromkeys(str(folder.parent) for folder in folders))
-    command = ["python", "-m", "pipeline.commands.report", *parents]
+    command = ["python", "-m", "pipeline", "report", *parents]
     if write:
         subprocess.run([sys.executable, *command[1:]], check=False)
     else:

@@ -64,5 +64,5 @@ def _refusal(config: Config, facts: Facts, free_bytes: int) -> tuple[str, str] |
     return (
         f"{facts.name}: loading it takes {megabytes(loads)} and running one row at least {megabytes(runs)}, "
         f"and {megabytes(free_bytes)} of this machine's memory are free",
-        f"{instead}; `python -m pipeline.commands.plan` with the same arguments shows what takes how much.",
+        f"{instead}; `python -m pipeline plan` with the same arguments shows what takes how much.",
     )

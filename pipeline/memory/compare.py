@@ -1,7 +1,7 @@
 """Put the predicted beside the measured, part by part, for stats.json and a job's last table.
 
 The KV cache is predicted for the rectangles that the run really had, and the run peak for its rows and its
-widest pass: what `pipeline.commands.plan` says beforehand from a prompt file, with the lengths that came true.
+widest pass: what `python -m pipeline plan` says beforehand from a prompt file, with the lengths that came true.
 """
 
 from collections.abc import Mapping

@@ -50,7 +50,7 @@ def _check(gguf: Path, folder: Path) -> None:
             raise LoadError(f"{gguf}: not a GGUF file (it does not begin with GGUF)", "Download it again")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoadError(
-            f"{folder}: there is something else already", "Remove it, or choose another folder with --to"
+            f"{folder}: there is something else already", "Remove it, or choose another folder with to="
         )
 
 

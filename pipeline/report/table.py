@@ -158,6 +158,6 @@ def notes(records: Sequence[Record]) -> str:
         parts.append(f"Energy: by {' or '.join(counters)}.")
     if not any(record["scores"] for record in records):
         parts.append(
-            "KL divergence and perplexity: run python -m pipeline.commands.score FOLDER baseline=FOLDER first."
+            "KL divergence and perplexity: run python -m pipeline score FOLDER baseline=FOLDER first."
         )
     return " ".join(parts)

@@ -202,11 +202,11 @@ def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
     try:
         device = find_device(None)
     except ConfigError as error:
-        fix = "python -m pipeline.commands.plan memory=24GB says whether it fits in so much."
+        fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
         return Check("memory", State.yellow, f"{words}. {error.found}", fix)
     gpus, free = device.gpus, device.free_bytes
     where = f"{gigabytes(free)} free on {device.name}"
-    more = "python -m pipeline.commands.plan says what else would fit."
+    more = "python -m pipeline plan says what else would fit."
     if need < 0.8 * free:
         return Check("memory", State.green, f"{words}, {where}")
     if need < free:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from machines import H100, MI300, MIG_SLICE, T4, UNREADABLE
 
-from pipeline.commands.doctor import main
+from pipeline.commands.door import main
 from pipeline.config.compose import read_config
 from pipeline.engine.cpu import load_kernels
 from pipeline.views import machine as health
@@ -32,7 +32,9 @@ def states(checks):
 def test_a_good_machine_and_model_pass_with_status_0(tiny_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     file = tmp_path / "doctor.json"
-    status = main([f'model.name="{tiny_dir}"', "quant=nf4", f"outputs_dir={tmp_path}/out", f"json={file}"])
+    status = main(
+        ["doctor", f'model.name="{tiny_dir}"', "quant=nf4", f"outputs_dir={tmp_path}/out", f"json={file}"]
+    )
     out = capsys.readouterr().out
     checks = json.loads(file.read_text())["checks"]
     assert [check for check in checks if check["state"] == "red"] == []
@@ -56,14 +58,14 @@ def test_a_good_machine_and_model_pass_with_status_0(tiny_dir, tmp_path, monkeyp
 def test_a_model_that_cannot_be_had_is_red_with_status_1(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert main(["model=qwen", f"models_dir={tmp_path}"]) == 1
+    assert main(["doctor", "model=qwen", f"models_dir={tmp_path}"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "HF_HUB_OFFLINE is set, and the weights are not on this machine" in out
     assert "hf download Qwen/Qwen3-4B-Instruct-2507" in out
 
 
 def test_a_misspelt_key_is_status_2(capsys):
-    assert main(["modle=smollm2"]) == 2
+    assert main(["doctor", "modle=smollm2"]) == 2
     assert "Did you mean model?" in capsys.readouterr().err
 
 

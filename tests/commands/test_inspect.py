@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.commands.inspect import main
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, PromptRow
 from pipeline.config.compose import read_config
@@ -60,7 +60,7 @@ def screen(draw, view, width):
 
 
 def run(capsys, *arguments):
-    status = main(list(arguments))
+    status = main(["inspect", *arguments])
     done = capsys.readouterr()
     return status, done.out, done.err
 
@@ -374,8 +374,8 @@ def test_attention_is_written_as_a_png_even_of_korean(tiny_dir, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["text=a"], "choose one of tokens, chat"),
-        (["view=token"], "choose one of tokens, chat"),
+        (["text=a"], "Choose one of tokens, chat"),
+        (["view=token"], "Choose one of tokens, chat"),
         (["view=tokens", "txt=a"], "Did you mean text="),
         (["view=tokens", "modle=smollm2"], "Did you mean model?"),
         (["view=tokens", "text="], "needs a value"),

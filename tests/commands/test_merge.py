@@ -209,7 +209,7 @@ def test_means_are_weighted_by_tokens_and_peaks_of_counts_are_maxima() -> None:
 
 def test_the_command_says_what_it_wrote_and_fails_with_status_3(tmp_path: Path, prompts: Path) -> None:
     two_shards(tmp_path / "job", prompts)
-    command = [sys.executable, "-m", "pipeline.commands.merge", str(tmp_path / "job")]
+    command = [sys.executable, "-m", "pipeline", "merge", str(tmp_path / "job")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "7 lines" in done.stderr

@@ -1,4 +1,4 @@
-"""python -m pipeline.commands.plan: its figures, its verdicts, its errors and its time."""
+"""python -m pipeline plan: its figures, its verdicts, its errors and its time."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from machines import H100
 
-from pipeline.commands.plan import main
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.common.units import parse_bytes
 from pipeline.config.compose import options, read_config
@@ -52,7 +52,7 @@ def prompts(tmp_path: Path) -> str:
 
 def planned(*arguments: str) -> list[dict[str, Any]]:
     """What json= holds after this command line."""
-    assert main([*arguments, "json=plan.json"]) == 0
+    assert main(["plan", *arguments, "json=plan.json"]) == 0
     plans: list[dict[str, Any]] = json.loads(Path("plan.json").read_text())["plans"]
     return plans
 
@@ -183,7 +183,7 @@ def test_a_config_json_in_the_hubs_cache_is_found(
 
 
 def test_facts_of_one_model_are_not_used_for_another(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model=llama", "model.name=/nowhere/other"]) == 2
+    assert main(["plan", "model=llama", "model.name=/nowhere/other"]) == 2
     assert "model.name=/nowhere/other: conf/model has no facts" in capsys.readouterr().err
 
 
@@ -201,14 +201,14 @@ def test_facts_of_one_model_are_not_used_for_another(capsys: pytest.CaptureFixtu
 def test_a_wrong_argument_is_status_2_and_one_line(
     argument: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([argument]) == 2
+    assert main(["plan", argument]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
 def test_a_prompt_file_that_is_not_there_is_status_3(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prompts=/nowhere.jsonl"]) == 3
+    assert main(["plan", "prompts=/nowhere.jsonl"]) == 3
     assert "/nowhere.jsonl" in capsys.readouterr().err
 
 
@@ -224,10 +224,19 @@ def test_comma_lists_and_multirun_flags_give_every_combination() -> None:
 
 def test_all_models_in_all_quantizations_answer_in_5_seconds_without_torch(prompts: str) -> None:
     code = (
-        "import sys; from pipeline.commands.plan import main; status = main(sys.argv[1:]);"
+        "import sys; from pipeline.commands.door import main; status = main();"
         "sys.exit(status or any(m in sys.modules for m in ('torch', 'transformers')))"
     )
-    command = [sys.executable, "-c", code, "model=all", "quant=all", f"prompts={prompts}", "json=all.json"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "plan",
+        "model=all",
+        "quant=all",
+        f"prompts={prompts}",
+        "json=all.json",
+    ]
     here = str(Path(__file__).resolve().parents[2])
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": here})

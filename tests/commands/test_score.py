@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from pipeline.commands.score import parse, score_jobs, text_rows
+from pipeline.commands.score import parse
+from pipeline.commands.score_jobs import score_jobs, text_rows
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import Config, GenerationConfig, ModelConfig
@@ -154,7 +155,7 @@ def write_config(config, folder):
 def test_jobs_are_scored_on_the_baselines_completions_and_a_text(jobs, tmp_path):
     (tmp_path / "text.txt").write_text("The cat sat.")
     arguments = [str(tmp_path / "outputs"), f"baseline={jobs[0]}", f"text={tmp_path / 'text.txt'}"]
-    assert score_jobs(parse(arguments)) == 0
+    assert score_jobs(*parse(arguments)) == 0
     own, other = (json.loads((folder / "scores.json").read_text()) for folder in jobs)
     assert (own["kl"]["value"], own["top1"]["value"], own["rows"], own["tokens"]) == (0, 1, 4, 48)
     assert other["kl"]["value"] > 0
@@ -165,7 +166,7 @@ def test_jobs_are_scored_on_the_baselines_completions_and_a_text(jobs, tmp_path)
 
 def test_the_prompts_are_rendered_as_the_runner_rendered_them(jobs):
     rows = [json.loads(line) for line in (jobs[0] / "outputs.jsonl").read_text().splitlines()]
-    from pipeline.commands.score import completion_rows, job_config
+    from pipeline.commands.score_jobs import completion_rows, job_config
 
     config = job_config(jobs[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.name)
@@ -179,7 +180,7 @@ def test_the_prompts_are_rendered_as_the_runner_rendered_them(jobs):
 def test_a_changed_prompt_file_is_an_error_that_says_so(jobs, tmp_path):
     (tmp_path / "four.jsonl").write_text('{"prompt": "another"}\n')
     with pytest.raises(JobError, match="the prompt file changed"):
-        score_jobs(parse([str(jobs[1]), f"baseline={jobs[0]}"]))
+        score_jobs(*parse([str(jobs[1]), f"baseline={jobs[0]}"]))
 
 
 @pytest.mark.parametrize(
@@ -194,4 +195,4 @@ def test_a_folder_that_was_never_run_is_an_error(tmp_path):
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "outputs.jsonl").touch()
     with pytest.raises(ConfigError, match="no such file"):
-        score_jobs(parse([str(tmp_path), f"baseline={tmp_path / 'job'}"]))
+        score_jobs(*parse([str(tmp_path), f"baseline={tmp_path / 'job'}"]))

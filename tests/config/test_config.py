@@ -1,4 +1,4 @@
-"""Every config file composes; what is misspelt is named beside what was meant, at once and without torch."""
+"""Every config file composes; what is misspelt is named beside what was meant, at once."""
 
 import os
 import resource
@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import ConfigError
-from pipeline.config.compose import compose_config, job_folder, options, read_config, sweep_cells
+from pipeline.config.compose import (
+    SYNONYMS,
+    compose_config,
+    job_folder,
+    job_keys,
+    options,
+    read_config,
+    sweep_cells,
+)
 from pipeline.config.quant import Dtype, QuantMethod
 from pipeline.config.schema import Config, root
 from pipeline.prompts.reader import find_prompts, read_prompts
@@ -96,7 +104,7 @@ def test_a_later_choice_wins_over_a_job_file():
         ("generation.temprature=1", ["generation.temprature", "generation.temperature?"]),
         ("promts=jokes.jsonl", ["promts", "prompts?"]),
         ("modle=smollm2", ["modle", "model?"]),
-        ("quant=[]", ["quant=[]", "choose one quant: bf16"]),
+        ("quant=[]", ["quant=[]", "choose one quant. There are: bf16"]),
         ("~quant", ["~quant", "choose one"]),
         ("model=smolm2", ["model=smolm2", "smollm2?"]),
         ("quant=nf5", ["quant=nf5", "nf4?"]),
@@ -157,7 +165,7 @@ def test_a_sweep_is_every_combination_in_order():
 
 
 def test_a_sweep_over_a_range_says_to_list_the_values():
-    with pytest.raises(ConfigError, match="list the values"):
+    with pytest.raises(ConfigError, match="List the values"):
         sweep_cells(["generation.temperature=interval(0,1)"])
 
 
@@ -226,16 +234,25 @@ def test_an_answer_takes_less_than_two_seconds_and_has_no_traceback(arguments, s
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["model=smolm2"], ["-m", "quant=nf4,nf5"]])
-def test_torch_is_not_imported_for_an_answer(arguments):
-    code = (
-        "import sys; from pipeline.__main__ import main; sys.argv = ['pipeline', *sys.argv[1:]]; main(); "
-        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("quantization=nf4", "quant"),
+        ("models=phi", "model"),
+        ("prompt=jokes.jsonl", "prompts"),
+        ("batch_size=8", "engine.max_rows"),
+        ("max_tokens=8", "generation.max_new_tokens"),
+        ("temperature=1", "generation.temperature"),
+        ("device=cpu", "model.device_map"),
+    ],
+)
+def test_another_tools_word_names_ours(typed, meant):
+    assert f"Did you mean {meant}?" in error_of(typed)
+
+
+def test_every_synonym_is_of_a_key_that_there_is():
+    assert set(SYNONYMS.values()) <= set(job_keys())
+    assert not set(SYNONYMS) & set(job_keys())
 
 
 def test_conf_and_jobs_are_found_beside_the_package():

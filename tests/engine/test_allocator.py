@@ -32,15 +32,12 @@ def test_segments_grow_where_they_can_unless_the_user_chose(environ, platform, v
     assert allocator_settings(environ, platform, version) == settings
 
 
-@pytest.mark.parametrize(
-    "start",
-    ["import pipeline.commands.score", "import pipeline.__main__ as m; sys.argv[1:] = ['--help']; m.main()"],
-)
-def test_it_is_set_before_torch_is_there(start):
+@pytest.mark.parametrize("arguments", [["score", "nowhere", "baseline=nowhere"], ["--help"]])
+def test_it_is_set_before_torch_is_there(arguments):
     code = (
         "import sys, pipeline.engine.allocator as a; seen = [];"
         "a.set_allocator = lambda: seen.append('torch' in sys.modules);"
-        f"{start}; sys.exit(seen != [False])"
+        f"import pipeline.__main__ as m; m.main({arguments}); sys.exit(seen != [False])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(

@@ -41,8 +41,8 @@ def numbered(count: int) -> list[dict[str, Any]]:
 
 
 def tool(name: str, *words: object) -> tuple[int, str]:
-    """Exit status of `python -m pipeline.NAME`, and what it said, on one line."""
-    line = [sys.executable, "-m", f"pipeline.{name}", *map(str, words)]
+    """Exit status of `python -m pipeline NAME`, and what it said, on one line."""
+    line = [sys.executable, "-m", "pipeline", name, *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment(), cwd=ROOT)
     assert "Traceback" not in done.stderr
     return done.returncode, " ".join(done.stderr.split())

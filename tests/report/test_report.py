@@ -345,11 +345,13 @@ def test_the_command_line_is_taken_apart(tmp_path):
 def test_the_command_writes_a_report_and_loads_no_torch(sweep, tmp_path):
     folder, _ = sweep
     code = (
-        "import sys; from pipeline.commands.report import main; status = main(); "
+        "import sys; from pipeline.commands.door import main; status = main(); "
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), f"out={tmp_path / 'own'}"], capture_output=True, text=True
+        [sys.executable, "-c", code, "report", str(folder), f"out={tmp_path / 'own'}"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "own").iterdir()} == {

@@ -84,11 +84,11 @@ class Place:
 
     def submit(self, *arguments: str) -> str:
         """Returns the job's id, or nothing if there was nothing to submit."""
-        return self.python("pipeline.commands.submit", *arguments).strip()
+        return self.python("pipeline", "submit", *arguments).strip()
 
     def status(self) -> str:
         """The table, in which a cell is one line."""
-        return self.try_run(sys.executable, "-m", "pipeline.commands.status").stderr
+        return self.try_run(sys.executable, "-m", "pipeline", "status").stderr
 
     def state(self, folder: Path) -> str:
         """What the table says of one cell."""
@@ -168,7 +168,7 @@ def test_a_sweep_with_shards_runs_on_two_nodes_and_merges_to_what_one_run_gives(
     nodes = place.run("sacct", "-nPX", f"--jobs={first}", "--format=NodeList,State").split()
     assert sorted(nodes) == ["n1|COMPLETED", "n1|COMPLETED", "n2|COMPLETED", "n2|COMPLETED"]
     for merged in {folder.parent for folder in folders}:
-        place.python("pipeline.commands.merge", str(merged))
+        place.python("pipeline", "merge", str(merged))
         single = "quant=nf4" if "nf4" in merged.name else "quant=fp32"
         place.submit(*job, single, "outputs_dir=alone", *SMALL)
         place.wait_until_idle()
@@ -216,11 +216,9 @@ def test_more_cells_than_an_array_may_have_become_two_arrays(place: Place) -> No
     job = (*TINY, "prompts=wide.jsonl", "generation.max_new_tokens=2", "quant=fp32", "shards=6", *SMALL)
     assert len(place.submit(*job).split()) == 2, "the test cluster's arrays have at most four cells"
     (watched,) = place.folder.glob("outputs/wide/*")
-    place.python(
-        "pipeline.commands.status", str(watched), "watch=true"
-    )  # ends with status 0 when all is done
+    place.python("pipeline", "status", str(watched), "watch=true")  # ends with status 0 when all is done
     assert [place.state(folder) for folder in place.folders("wide")] == ["complete"] * 6
-    place.python("pipeline.commands.merge", str(watched))
+    place.python("pipeline", "merge", str(watched))
     assert [index for index, _ in texts(watched)] == list(range(6))
 
 
@@ -267,7 +265,7 @@ def test_the_hydra_launcher_runs_a_sweep_to_its_end(place: Place) -> None:
     job = (*TINY, "prompts=some.jsonl", "generation.max_new_tokens=4", "quant=fp32")
     place.python("pipeline", "-m", *launcher, *job, "shard=0/2,1/2")
     (parent,) = place.folder.glob("outputs/some/*")
-    place.python("pipeline.commands.merge", str(parent))
+    place.python("pipeline", "merge", str(parent))
     assert [index for index, _ in texts(parent)] == [0, 1, 2, 3]
 
 
@@ -283,5 +281,5 @@ def test_plain_sbatch_runs_the_shards_of_a_file_and_comes_back_after_a_warning(p
     place.wait_until_idle()
     states = place.run("sacct", "-nPXD", f"--jobs={first}", "--format=JobID,State").split()
     assert sorted(states) == [f"{first}_0|COMPLETED", f"{first}_1|COMPLETED", f"{first}_1|REQUEUED"]
-    place.python("pipeline.commands.merge", str(shard.parent))
+    place.python("pipeline", "merge", str(shard.parent))
     assert [index for index, _ in texts(shard.parent)] == list(range(60))

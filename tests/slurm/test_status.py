@@ -182,7 +182,7 @@ def test_durations_read_well() -> None:
 
 
 def test_a_folder_that_is_not_there_is_an_error_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.commands.status", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "pipeline", "status", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no such folder" in " ".join(done.stderr.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from job_helper import note_todo
 
-from pipeline.commands.submit import submit
+from pipeline.commands.submit import main as submit
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams
 from pipeline.config.schema import SubmitConfig

@@ -1,0 +1,40 @@
+"""Run a job, or with -m a sweep of jobs."""
+
+from pathlib import Path
+
+from pipeline.common.exit_status import ExitStatus
+from pipeline.config.compose import read_config
+from pipeline.config.launch import launch
+from pipeline.config.schema import Config
+
+FLAGS_OF_HYDRA = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
+
+
+def main(arguments: list[str]) -> ExitStatus:
+    """Run the job or the sweep that these overrides describe.
+
+    Raises:
+        PipelineError: the configuration is wrong, or the job cannot go on.
+    """
+    if any(argument.split("=")[0] in FLAGS_OF_HYDRA for argument in arguments):
+        return launch(arguments, _run_job)
+    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    if len(overrides) == len(arguments):
+        read_config(overrides)  # so that an error comes before anything is written
+        return launch(arguments, _run_job)
+    if any(override.startswith("hydra/launcher=") for override in overrides):
+        return launch(arguments, _run_job)
+    from pipeline.job.sweep import run_sweep
+
+    return _meant(run_sweep(overrides))
+
+
+def _run_job(config: Config, folder: Path) -> ExitStatus:
+    from pipeline.job.runner import Job
+
+    return _meant(Job(config, folder).run())
+
+
+def _meant(status: int) -> ExitStatus:
+    """Take the status of a cell that a signal killed for a failure."""
+    return ExitStatus(status) if status in set(ExitStatus) else ExitStatus.FAILED

@@ -1,0 +1,29 @@
+"""Hand a command line to Hydra, which makes the job's folder and its log and answers --cfg."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pipeline.common.exit_status import ExitStatus
+from pipeline.config.compose import prepare, to_config
+from pipeline.config.schema import Config
+
+
+def launch(arguments: list[str], run: Callable[[Config, Path], ExitStatus]) -> ExitStatus:
+    """Let Hydra call `run` with the job's config and folder; return what it returned."""
+    status = ExitStatus.DONE
+
+    def task(composed: DictConfig) -> int:
+        nonlocal status
+        status = run(to_config(composed), Path(os.path.relpath(HydraConfig.get().runtime.output_dir)))
+        return status
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, and the door tells them
+    sys.argv[1:] = arguments  # where Hydra reads them
+    hydra.main(version_base="1.3", config_path=prepare(), config_name="config")(task)()
+    return status

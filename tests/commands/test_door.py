@@ -1,0 +1,124 @@
+"""The one door: every command is found, helps, and ends in one line and a status that says how."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from job_helper import ROOT, environment
+
+from pipeline.commands import door
+from pipeline.commands.table import COMMANDS, module_of
+from pipeline.common.exit_status import ExitStatus
+
+PIPELINE = f"{sys.executable} -m pipeline"
+
+
+def shell(line: str) -> "subprocess.CompletedProcess[str]":
+    """A line of bash, whose status is that of the first command of a pipe that failed."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["quant=nf4"], ["-m", "quant=nf4,int8"], ["+a=1"], ["~quant"]])
+def test_a_line_of_overrides_is_a_job(arguments):
+    assert door.choose(arguments) == ("run", arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_first_word_is_a_command(command):
+    assert door.choose([command, "a", "b=c"]) == (command, ["a", "b=c"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("plam", "plan"),
+        ("stats", "status"),
+        ("import_gguf", "import-gguf"),
+        ("submitt", "submit"),
+        ("jokes.jsonl", "There are: run, plan"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(typed, meant, capsys):
+    assert door.main([typed]) == ExitStatus.WRONG_CONFIG
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{typed}: no such command" in said
+    assert meant in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_in_the_same_shape(command, capsys):
+    assert door.main([command, "--help"]) == ExitStatus.DONE
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+    if command != "run":
+        assert text.startswith(f"{COMMANDS[command]}.\n\n  python -m pipeline {command}")
+        assert all(
+            f"  {key}=" in text or f" {key}=" in text for key in getattr(module_of(command), "EXAMPLES", ())
+        )
+
+
+def test_the_help_names_every_command_and_every_exit_status(capsys):
+    assert door.main(["--help"]) == ExitStatus.DONE
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    for word, meaning in [*COMMANDS.items(), *((str(int(s)), s.meaning) for s in ExitStatus)]:
+        assert [word, meaning] in lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan memory",
+        "status a b",
+        "status watch=yes",
+        "status wach=true",
+        "merge",
+        "report --out=x",
+        "score outputs",
+        "import-gguf a.gguf",
+        "import-gguf a.gguf to=b dtype=int3",
+        "inspect view=all",
+        "doctor jsn=a",
+        "submit shards=0",
+    ],
+)
+def test_a_wrong_command_line_is_status_2_and_one_line(line, capsys):
+    assert door.main(line.split()) == ExitStatus.WRONG_CONFIG
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Error: ")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["--help", "plan memory=24GB", "inspect view=architecture json=-"])
+def test_a_reader_that_leaves_gives_no_traceback(command):
+    done = shell(f"{PIPELINE} {command} | head -c 1")
+    assert len(done.stdout) == 1
+    assert done.stderr == ""
+
+
+def test_a_command_ends_as_it_would_when_nobody_reads_what_it_says(tmp_path):
+    done = shell(f"{PIPELINE} status {tmp_path} 2>&1 | true")
+    assert done.returncode == ExitStatus.WRONG_CONFIG
+
+
+@pytest.mark.parametrize("command", ["--help", "plan memory=24GB"])
+def test_a_full_disk_under_standard_output_is_said(command):
+    done = shell(f"{PIPELINE} {command} > /dev/full")
+    assert done.returncode == ExitStatus.FAILED
+    assert done.stderr.startswith("Error: standard output: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_ours_is_one_line_that_says_where(monkeypatch, capsys):
+    monkeypatch.setattr(door, "choose", lambda arguments: 1 // 0)
+    assert door.main([]) == ExitStatus.FAILED
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ZeroDivisionError: ")
+    assert f"{Path(__file__).name}:" in said
+    assert "please report it" in said
+    assert "Traceback" not in said
