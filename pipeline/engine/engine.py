@@ -10,11 +10,11 @@ import torch
 
 from pipeline.common.errors import JobError
 from pipeline.common.request import Completion, FinishReason, Request
-from pipeline.engine.forward import Forward
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
-from pipeline.engine.rectangles import RectangleBatch
+from pipeline.engine.rectangles.batch import RectangleBatch
+from pipeline.engine.rectangles.forward import Forward
 from pipeline.engine.scheduler import Scheduler, Sequence
 from pipeline.engine.stats import EngineStats
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
-from pipeline.engine.kv_cache import Rectangle
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.pages import Pages
+from pipeline.engine.rectangles.rectangle import Rectangle
 
 
 @dataclass

@@ -11,10 +11,10 @@ from engine_runs import EOS, alone, mixed_requests, run, run_engine, shuffled, t
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward, Forward, PaddedForward
-from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.limits import CPU, PAGE
 from pipeline.engine.paged.forward import PagedForward
+from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 
 ROWS = [1, 2, 3, 7, 8, 64]
 

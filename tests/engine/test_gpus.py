@@ -13,9 +13,9 @@ from transformers import masking_utils
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.limits import CPU, GPU, Limits
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
 from pipeline.engine.scheduler import Sequence
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.batch import DecodeBatch, prefill_batch
-from pipeline.engine.kv_cache import Rectangle, allocate, regroup, write
 from pipeline.engine.limits import CPU
+from pipeline.engine.rectangles.passes import DecodeBatch, prefill_batch
+from pipeline.engine.rectangles.rectangle import Rectangle, allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 
 KV_HEADS, HEADS, SIZE = 2, 6, 4

@@ -14,9 +14,9 @@ from pipeline.common.errors import JobError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine import scheduler
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import Rectangle
-from pipeline.engine.rectangles import RectangleBatch
+from pipeline.engine.rectangles.batch import RectangleBatch
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Scheduler, Sequence
 
 Full = Callable[[str, list[Sequence]], bool]  # ("prefill" or "decode", rows): whether memory runs out

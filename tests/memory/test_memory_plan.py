@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, D
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.schema import root
-from pipeline.engine.kv_cache import allocate, regroup, write
+from pipeline.engine.rectangles.rectangle import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 from pipeline.memory.architecture import Architecture, architecture, differences
 from pipeline.memory.peaks import activation_bytes, load_peak, run_peak

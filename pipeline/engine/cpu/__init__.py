@@ -11,8 +11,8 @@ log = logging.getLogger(__name__)
 def load_kernels() -> ModuleType | None:
     """The module `calls` of the kernels, or None where numba or the threads it needs are not to be had."""
     try:
-        from pipeline.engine.cpu.kernels import calls
+        from pipeline.engine.cpu.kernels import operators
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
         log.info("Without the CPU's kernels: %s", error)
         return None
-    return calls
+    return operators

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.packing import PackedWeight
+from pipeline.engine.rectangles.passes import DecodeBatch
 
 ROWS = 4  # a table for every so many: one for each number of rows would be too many
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.forward import input_device, layer_windows
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.out_of_memory import is_out_of_memory
@@ -18,6 +17,7 @@ from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
 from pipeline.engine.paged.passes import DecodePass, PassModel, PrefillPass, Segment, upload
+from pipeline.engine.rectangles.forward import input_device, layer_windows
 from pipeline.engine.sampling import argmax
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
     if torch.cuda.get_device_capability(device) < AMPERE:
         return None, False
     try:
-        from pipeline.engine.paged import kernels
+        from pipeline.engine.paged import triton_kernels as kernels
     except ImportError as error:
         log.info("Without Triton's kernels: %s", error)
         return None, torch.version.hip is None

@@ -25,13 +25,13 @@ if kernels is None:
 from llvmlite.binding import get_host_cpu_features
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import allocate, regroup, write
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.passes import DecodeBatch
+from pipeline.engine.rectangles.rectangle import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 
 

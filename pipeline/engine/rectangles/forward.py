@@ -18,13 +18,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.batch import DecodeBatch, prefill_batch
 from pipeline.engine.cpu import load_kernels
 from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse
-from pipeline.engine.kv_cache import Rectangle, allocate, new_layer, upload
 from pipeline.engine.limits import Limits, limits
+from pipeline.engine.rectangles.passes import DecodeBatch, prefill_batch
+from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
 from pipeline.engine.scheduler import Sequence
 
 log = logging.getLogger(__name__)
