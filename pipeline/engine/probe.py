@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pipeline.common.errors import LoadError
 from pipeline.common.request import GenerationParams, Request
+from pipeline.engine.model_facts import input_device
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
-from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward, input_device
+from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sequence
 

@@ -12,7 +12,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.gpu import Gpu
 from pipeline.engine.accelerators import describe, free_bytes
 from pipeline.engine.limits import CPU, Limits
-from pipeline.engine.rectangles.forward import input_device
+from pipeline.engine.model_facts import input_device
 from pipeline.memory.architecture import Architecture, architecture
 from pipeline.memory.peaks import activation_bytes, logits_bytes, scratch_bytes
 from pipeline.memory.plan import Quant, kv_bytes_per_token, kv_cache_bytes

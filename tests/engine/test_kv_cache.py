@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.limits import CPU
-from pipeline.engine.rectangles.passes import DecodeBatch, prefill_batch
+from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 
@@ -83,7 +83,7 @@ def check(rectangle: Rectangle, dense: Dense) -> None:
 def step(rectangles: list[Rectangle], dense: Dense) -> None:
     """Feed every row one token, and compare every layer's attention with the dense one."""
     sequences = [s for r in rectangles for s in r.rows]
-    batch = DecodeBatch(rectangles)
+    batch = RectangleDecode(rectangles)
     for layer in range(len(WINDOWS)):
         query = torch.randn(len(sequences), HEADS, SIZE)
         key, value = random_kv(len(sequences)), random_kv(len(sequences))
@@ -245,7 +245,7 @@ def test_prefill_attends_as_each_row_alone(dense, chunk, prefix_tokens):
     rectangle = allocate(rows, lengths, WINDOWS)
     seen = 0
     for first in range(prefix_tokens, rectangle.head, chunk):
-        batch = prefill_batch(rectangle, first, min(first + chunk, rectangle.head), shared)
+        batch = rectangle_prefill(rectangle, first, min(first + chunk, rectangle.head), shared)
         places = [
             (row, column - rectangle.starts[row])
             for row, column in zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
@@ -297,7 +297,7 @@ def test_decode_keeps_scores_of_half_precision_in_float32(dense, dtype, scale):
     sequences = [s for r in rectangles for s in r.rows]
     for rectangle in rectangles:
         rectangle.head -= 1  # the last column is written anew, with what it holds
-    batch = DecodeBatch(rectangles)
+    batch = RectangleDecode(rectangles)
     for layer in range(len(WINDOWS)):
         query = (torch.randn(len(sequences), HEADS, SIZE) * scale).to(dtype)
         key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in sequences]) for i in (0, 1))
@@ -311,7 +311,7 @@ def test_decode_keeps_scores_of_half_precision_in_float32(dense, dtype, scale):
 @pytest.mark.parametrize("length", [40, 1100])
 def test_prefill_keeps_scores_of_half_precision_in_float32(dense, dtype, scale, length):
     rectangle = rectangle_in(dtype, dense, scale, length, length - 20)
-    batch = prefill_batch(rectangle, length - 1, length, None)
+    batch = rectangle_prefill(rectangle, length - 1, length, None)
     for layer in range(len(WINDOWS)):
         query = (torch.randn(2, HEADS, SIZE) * scale).to(dtype)
         key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in rectangle.rows]) for i in (0, 1))

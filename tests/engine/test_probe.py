@@ -10,9 +10,10 @@ import transformers
 from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
 from pipeline.common.errors import LoadError
+from pipeline.engine.model_facts import layer_windows
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.probe import choose_forward
-from pipeline.engine.rectangles.forward import FlatForward, PaddedForward, layer_windows
+from pipeline.engine.rectangles.forward import FlatForward, PaddedForward
 from pipeline.memory.architecture import architecture
 
 SMALL = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.cpu.packing import PackedWeight
-from pipeline.engine.rectangles.passes import DecodeBatch
+from pipeline.engine.rectangles.passes import RectangleDecode
 
 ROWS = 4  # a table for every so many: one for each number of rows would be too many
 
@@ -59,7 +59,7 @@ class DecodeProgram:
         self._buffers: dict[str, Tensor] = {}
         self._tables: dict[int, _Table] = {}
 
-    def run(self, tokens: list[int], positions: Tensor, batch: DecodeBatch) -> Tensor:
+    def run(self, tokens: list[int], positions: Tensor, batch: RectangleDecode) -> Tensor:
         """tokens: B; positions: [1, B] → logits [B, V], which are good until the next step.
 
         Raises:

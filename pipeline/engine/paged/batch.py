@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.limits import PAGE
+from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import pages_for
 from pipeline.engine.paged.passes import Segment, upload
 from pipeline.engine.paged.rows import Launch, Row
-from pipeline.engine.rectangles.forward import rope_switch
 from pipeline.engine.sampling import choose, penalises, record, report, seen_tokens
 from pipeline.engine.scheduler import Scheduler, Sequence, shared_prefix
 from pipeline.engine.stats import EngineStats

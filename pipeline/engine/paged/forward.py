@@ -12,12 +12,12 @@ from torch import Tensor
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
+from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
-from pipeline.engine.paged.passes import DecodePass, PassModel, PrefillPass, Segment, upload
-from pipeline.engine.rectangles.forward import input_device, layer_windows
+from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment, upload
 from pipeline.engine.sampling import argmax
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class PagedForward:
         Args:
             long: under longrope, whether these rows are beyond its switch.
         """
-        batch = PrefillPass(segments, self.pages, self._facts)
+        batch = PagedPrefill(segments, self.pages, self._facts)
         kept = batch.last_tokens[upload(keep or [0], self.device)]
         return self._run(batch.ids, batch.positions, kept, batch, long)
 
@@ -172,7 +172,7 @@ class PagedForward:
     def _step(self, control: Tensor, columns: int, long: bool) -> tuple[Tensor, Tensor]:
         """control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
-        batch = DecodePass(control, self._table, columns, self.pages, self._facts)
+        batch = PagedDecode(control, self._table, columns, self.pages, self._facts)
         logits = self._run(self.tokens[slots], positions, 0, batch, long)
         tokens = argmax(logits)
         self.tokens[slots] = tokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.rectangles.forward import rope_switch
+from pipeline.engine.model_facts import rope_switch
 
 
 class LongRope:

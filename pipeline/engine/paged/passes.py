@@ -30,7 +30,7 @@ class Segment:
     last: int
 
 
-class PrefillPass:
+class PagedPrefill:
     """Tokens of several rows, one row after the other: N in all, without padding.
 
     They attend to their row's earlier columns, which are written already, and to each other.
@@ -109,7 +109,7 @@ class PrefillPass:
         return torch.cat(outs)
 
 
-class DecodePass:
+class PagedDecode:
     """One token of each row of a batch, B in all; a row's is written to the column after those that it holds.
 
     Args:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 from pipeline.common.request import GenerationParams, Request
+from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
-from pipeline.engine.rectangles.forward import Forward, rope_switch
+from pipeline.engine.rectangles.forward import Forward
 from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
 from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix

@@ -5,16 +5,13 @@ is the plain path for models whose attention is not transformers' own interface:
 padded, with a mask, through the model's own attention.
 """
 
-import inspect
 import logging
-import sys
 from collections.abc import Sequence as Ordered
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
@@ -23,7 +20,8 @@ from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import Limits, limits
-from pipeline.engine.rectangles.passes import DecodeBatch, prefill_batch
+from pipeline.engine.model_facts import input_device, layer_windows
+from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
 from pipeline.engine.scheduler import Sequence
 
@@ -76,7 +74,7 @@ class FlatForward:
         width = max(1, max_tokens // len(rows))
         while True:
             last = min(first + width, rectangle.head)
-            batch = prefill_batch(rectangle, first, last, prefix, self._kernels)
+            batch = rectangle_prefill(rectangle, first, last, prefix, self._kernels)
             positions = batch.positions
             places = zip(batch.rows.tolist(), positions, strict=True)
             tokens = [ids[row][position] for row, position in places]
@@ -87,7 +85,7 @@ class FlatForward:
             first = last
 
     def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
-        batch = DecodeBatch(rectangles, self._kernels)
+        batch = RectangleDecode(rectangles, self._kernels)
         tokens, positions = [s.token_ids[-1] for s in batch.sequences], batch.positions
         if self._program is not None:
             return self._program.run(tokens, torch.tensor([positions]), batch)
@@ -204,51 +202,3 @@ def _round_up(rows: int) -> int:
 
 def _is_bf16_on_cpu(model: Any) -> bool:
     return model.dtype == torch.bfloat16 and all(p.device.type in ("cpu", "meta") for p in model.parameters())
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
-    embedding = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    if device.type == "meta":
-        device = torch.device(embedding._hf_hook.execution_device)
-    return device
-
-
-def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's sliding window in tokens, itself included; None is full attention.
-
-    A config may carry keys that its architecture does not read: what counts is the masks that the model's own
-    code makes.
-
-    Raises:
-        NotImplementedError: a layer is neither.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
-        raise NotImplementedError(f"layers of type {sorted(unknown)}")
-    layers = int(config.num_hidden_layers)
-    code = _model_code(config)
-    if code is not None and "create_sliding_window_causal_mask" not in code:
-        return (None,) * layers
-    window: int | None = getattr(config, "sliding_window", None)
-    if kinds is None or (code is not None and "layer_types" not in code):
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _model_code(config: Any) -> str | None:
-    """The source of the architecture, in transformers; None for code that comes with a model."""
-    try:
-        return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
-    except (KeyError, OSError, TypeError):
-        return None
-
-
-def rope_switch(config: Any) -> int | None:
-    """The length above which longrope turns to its long factors, for all tokens of a row; None without."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    switch: int = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return switch

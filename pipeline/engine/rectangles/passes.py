@@ -26,7 +26,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(eq=False)
-class PrefillBatch:
+class RectanglePrefill:
     """Columns [first, last) of one rectangle, whose earlier columns are already written.
 
     N tokens: those of every row in these columns, row by row; without those of a shared prefix, which the
@@ -166,7 +166,7 @@ class PrefillBatch:
 
 
 @dataclass(eq=False)
-class DecodeBatch:
+class RectangleDecode:
     """One token of every row of every rectangle, in column `head`. N = B, or more with spare rows at the end."""
 
     rectangles: Ordered[Rectangle]
@@ -283,10 +283,10 @@ def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tenso
     return out.reshape(rows, heads, values.shape[-1])
 
 
-def prefill_batch(
+def rectangle_prefill(
     rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None, kernels: ModuleType | None = None
-) -> PrefillBatch:
+) -> RectanglePrefill:
     """The tokens of columns [first, last) that are neither padding nor shared prefix."""
     own = np.array(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
     rows, columns = np.nonzero(np.arange(first, last) >= own)
-    return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, kernels)
+    return RectanglePrefill(rectangle, prefix, first, last, rows, columns + first, kernels)

@@ -30,7 +30,7 @@ from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
 from pipeline.engine.rectangles.forward import FlatForward
-from pipeline.engine.rectangles.passes import DecodeBatch
+from pipeline.engine.rectangles.passes import RectangleDecode
 from pipeline.engine.rectangles.rectangle import allocate, regroup, write
 from pipeline.engine.scheduler import Sequence
 
@@ -182,9 +182,9 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
         store[0] = store[0][:, :, 3 if window else 0 :].contiguous()
     count = sum(len(r.rows) for r in rectangles)
     query, key, value = (random(count, h, size, seed=20 + h) for h in (3 * kv_heads, kv_heads, kv_heads))
-    plain = DecodeBatch([_in_float32(r) for r in rectangles])
+    plain = RectangleDecode([_in_float32(r) for r in rectangles])
     expected = plain.attend(0, query.float(), key.float(), value.float(), 0.3)
-    found = DecodeBatch(rectangles, kernels).attend(0, query, key, value, 0.3)
+    found = RectangleDecode(rectangles, kernels).attend(0, query, key, value, 0.3)
     # Weights are rounded to bf16 before they meet the values, as torch's own softmax does in bf16.
     torch.testing.assert_close(found.float(), expected, rtol=ULP, atol=ULP / 2)
     for rectangle, wide in zip(rectangles, plain.rectangles, strict=True):
