@@ -2,7 +2,7 @@
 
 The function is registered with transformers under ATTENTION, and gets the pass that it belongs to as the
 keyword argument `batch`, which models hand down to it: that knows where keys and values are. No mask function
-is registered beside it: so transformers makes no mask, and does not look for packed sequences, which would
+is registered beside it: so transformers makes no mask, and does not look for packed samples, which would
 wait for the device.
 """
 

@@ -2,8 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.batch import RectangleBatch
 from pipeline.engine.rectangles.forward import Forward
-from pipeline.engine.scheduler import Scheduler, Sequence
+from pipeline.engine.scheduler import Sample, Scheduler
 from pipeline.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
@@ -25,12 +24,12 @@ class Batch(Protocol):
     """The rows in flight, and the way that their keys and values are held."""
 
     @property
-    def live(self) -> list[Sequence]:
+    def live(self) -> list[Sample]:
         """The rows, those included that are admitted and not yet prefilled."""
         ...
 
-    def tokens_of(self, sequence: Sequence) -> int:
-        """How many of the tokens in flight a sequence counts for."""
+    def tokens_of(self, sample: Sample) -> int:
+        """How many of the tokens in flight a sample counts for."""
         ...
 
     def begin(self, scheduler: Scheduler) -> None:
@@ -41,7 +40,7 @@ class Batch(Protocol):
         """Admit what there is room for, and run a prefill or a decode step."""
         ...
 
-    def drop(self) -> list[Sequence]:
+    def drop(self) -> list[Sample]:
         """Give all memory back; what was in flight, with the tokens that it has."""
         ...
 
@@ -56,7 +55,7 @@ class Engine:
         max_rows: rows in flight.
         max_tokens: tokens in flight, prompt and completion.
         prefill_tokens: prompt tokens in one forward pass.
-        window: sequences read ahead.
+        window: samples read ahead.
         share_prefix: compute once what all prompts of the first window share.
     """
 
@@ -64,7 +63,7 @@ class Engine:
         self,
         forward: Forward | PagedForward,
         eos_token_ids: frozenset[int],
-        decode: Callable[[Ordered[int]], str] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
         *,
         max_rows: int = 128,
         max_tokens: int = 1 << 20,
@@ -86,7 +85,7 @@ class Engine:
         )
 
     @property
-    def live(self) -> list[Sequence]:
+    def live(self) -> list[Sample]:
         """The rows of the running batch."""
         return self._batch.live
 
@@ -123,25 +122,25 @@ class Engine:
             scheduler.read_ahead()
         self._batch.drop()
 
-    def _accept(self, sequence: Sequence, token: int) -> bool:
+    def _accept(self, sample: Sample, token: int) -> bool:
         """Give a row its next token; whether it is done, and then its completions are, too."""
-        reason = self._append(sequence, token)
+        reason = self._append(sample, token)
         if reason is None:
             return False
-        self._scheduler.retire(sequence)
-        made = _completions(sequence, reason)
+        self._scheduler.retire(sample)
+        made = _completions(sample, reason)
         self.stats.completion_tokens += sum(len(c.token_ids) for c in made)
         self._finished += made
         return True
 
-    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.request.params
+    def _append(self, sample: Sample, token: int) -> FinishReason | None:
+        params = sample.request.params
         if token in self._eos_token_ids and not params.ignore_eos:
             return "stop"
-        sequence.token_ids.append(token)
-        if params.stop and self._decode and _has_stop(sequence, self._decode):
+        sample.token_ids.append(token)
+        if params.stop and self._decode and _has_stop(sample, self._decode):
             return "stop"
-        return None if sequence.remaining_tokens > 0 else "length"
+        return None if sample.remaining_tokens > 0 else "length"
 
     def _recover(self, scheduler: Scheduler) -> None:
         """After running out of memory: put every row back with its tokens, and go on with half as many."""
@@ -166,21 +165,19 @@ class Engine:
         scheduler.put_back(rows)
 
 
-def _completions(
-    sequence: Sequence, reason: FinishReason | None, error: str | None = None
-) -> list[Completion]:
-    """A finished sequence's completion, and those of the requests that share its tokens."""
-    tokens, logprobs = tuple(sequence.token_ids), tuple(sequence.logprobs) or None
-    samples: dict[str, int] = {sequence.request.id: sequence.sample}
-    done = [Completion(sequence.request.id, sequence.sample, tokens, reason, logprobs, error)]
-    for request in sequence.duplicates:
-        sample = samples[request.id] = samples.get(request.id, -1) + 1
-        done.append(Completion(request.id, sample, tokens, reason, logprobs, error))
+def _completions(sample: Sample, reason: FinishReason | None, error: str | None = None) -> list[Completion]:
+    """A finished sample's completion, and those of the requests that share its tokens."""
+    tokens, logprobs = tuple(sample.token_ids), tuple(sample.logprobs) or None
+    numbers: dict[str, int] = {sample.request.id: sample.index}
+    done = [Completion(sample.request.id, sample.index, tokens, reason, logprobs, error)]
+    for request in sample.duplicates:
+        index = numbers[request.id] = numbers.get(request.id, -1) + 1
+        done.append(Completion(request.id, index, tokens, reason, logprobs, error))
     return done
 
 
-def _has_stop(sequence: Sequence, decode: Callable[[Ordered[int]], str]) -> bool:
+def _has_stop(sample: Sample, decode: Callable[[Sequence[int]], str]) -> bool:
     """Whether a stop string has just appeared: a token is at least a byte, a character at most four."""
-    longest = max(len(text) for text in sequence.request.params.stop)
-    text = decode(sequence.token_ids[-4 * longest - 4 :])
-    return any(stop in text for stop in sequence.request.params.stop)
+    longest = max(len(text) for text in sample.request.params.stop)
+    text = decode(sample.token_ids[-4 * longest - 4 :])
+    return any(stop in text for stop in sample.request.params.stop)

@@ -14,7 +14,7 @@ from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.rectangles.rectangle import Rectangle
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
 
 def _runs_alone(model: Any, ids: tuple[int, ...]) -> bool:
     """Whether at least a row of its own finds a way through the model."""
-    row = Sequence(Request("", ids, GenerationParams()), 0)
+    row = Sample(Request("", ids, GenerationParams()), 0)
     try:
         _check_layers(PaddedForward(model, equal_lengths=True).prefill([row], None, 1 << 30)[0])
     except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -153,7 +153,7 @@ def _difference(
 
 def _trial(forward: Forward, long: tuple[int, ...], short: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Logits [2, V] after both rows, and after one more token of each."""
-    rows = [Sequence(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate((long, short))]
+    rows = [Sample(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate((long, short))]
     rectangle, before = forward.prefill(rows, None, 1 << 30)
     _check_layers(rectangle)
     for row in rows:

@@ -1,6 +1,6 @@
 """What the engine counts while it runs."""
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.engine.limits import PAGE
@@ -37,7 +37,7 @@ class EngineStats:
         self.longest_prompt_columns = max(self.longest_prompt_columns, rectangle.head)
         self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
 
-    def count_rectangles(self, rectangles: Ordered[Rectangle]) -> None:
+    def count_rectangles(self, rectangles: Sequence[Rectangle]) -> None:
         held = sum(r.nbytes for r in rectangles)
         if held > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = held
@@ -48,7 +48,7 @@ class EngineStats:
             ]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 
-    def count_step(self, rectangles: Ordered[Rectangle]) -> None:
+    def count_step(self, rectangles: Sequence[Rectangle]) -> None:
         self.steps += 1
         for rectangle in rectangles:
             count = len(rectangle.rows)
@@ -71,7 +71,7 @@ class EngineStats:
             ]  # one row of them all, and the scratch page
         self.peak_rows = max(self.peak_rows, rows)
 
-    def count_launch(self, held: Ordered[int]) -> None:
+    def count_launch(self, held: Sequence[int]) -> None:
         """A step in which rows had so many columns before."""
         self.steps += 1
         self.rows += len(held)

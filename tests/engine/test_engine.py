@@ -35,8 +35,8 @@ class Counted:
             self.merged += len(sources) > 1
             for source in sources:
                 homes.setdefault(source, set()).add(id(rectangle))
-            for sequence, start in zip(rectangle.rows, rectangle.starts, strict=True):
-                self.trimmed += start < columns_before[id(sequence)][1]
+            for sample, start in zip(rectangle.rows, rectangle.starts, strict=True):
+                self.trimmed += start < columns_before[id(sample)][1]
         self.split += sum(len(h) > 1 for h in homes.values())
         return new
 

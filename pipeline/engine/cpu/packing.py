@@ -9,7 +9,7 @@ here alone, and only after they gave the very bits of `F.linear` on the weight a
 
 import logging
 import platform
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -51,7 +51,7 @@ class PackedWeight:
         output: Tensor = self.kernels.linear(input, self.weight, self.bias, gated=True)
         return output
 
-    def split(self, output: Tensor, sizes: list[int]) -> Ordered[Tensor]:
+    def split(self, output: Tensor, sizes: list[int]) -> Sequence[Tensor]:
         """The siblings' own outputs."""
         if not self.interleaved:
             return torch.split(output, sizes, -1)
@@ -75,7 +75,7 @@ class PackedLinear(nn.Module):
 class _Siblings:
     """Linear layers of one input as one product, which takes less time than two or three narrow ones."""
 
-    def __init__(self, packed: PackedWeight, linears: Ordered[nn.Linear]) -> None:
+    def __init__(self, packed: PackedWeight, linears: Sequence[nn.Linear]) -> None:
         self.packed = packed
         self._sizes = [linear.out_features for linear in linears]
         self._input: Tensor | None = None
@@ -146,7 +146,7 @@ def _families(module: nn.Module) -> list[list[str]]:
     return families + [[name] for name in names if not any(name in family for family in families)]
 
 
-def _alike(module: nn.Module, names: Ordered[str]) -> bool:
+def _alike(module: nn.Module, names: Sequence[str]) -> bool:
     """All with a bias, or none."""
     return len({getattr(module, name).bias is None for name in names}) == 1
 
@@ -156,7 +156,7 @@ def _can_pack(module: nn.Module) -> bool:
     return plain and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
 
 
-def _joined(linears: Ordered[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Their weights, one below the other, and their biases."""
     if len(linears) == 1:
         return linears[0].weight.detach(), linears[0].bias
@@ -164,7 +164,7 @@ def _joined(linears: Ordered[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights).detach(), None if biases[0] is None else torch.cat(biases).detach()
 
 
-def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
+def _pack(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     """Their packed weight, or None where packing is not to be had."""
     weight, bias = _joined(linears)
     kernels = load_kernels()
@@ -188,7 +188,7 @@ def onednn_packs() -> bool:
     return x86 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _pack_onednn(linears: Ordered[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+def _pack_onednn(linears: Sequence[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
     """None where torch or this CPU cannot, or where packing changes a bit of the result."""
     if not onednn_packs():
         return None

@@ -7,7 +7,7 @@ after each kernel.
 """
 
 import ctypes
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +24,7 @@ ROWS = 4  # a table for every so many: one for each number of rows would be too 
 class _Table:
     """The kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
 
-    def __init__(self, kernels: ModuleType, calls: Ordered[Any], attends: list[int]) -> None:
+    def __init__(self, kernels: ModuleType, calls: Sequence[Any], attends: list[int]) -> None:
         self._kernels, self.attends = kernels, attends
         parameters = [kernels.parameters(*call[1:]) for call in calls]
         width = max(len(p) for p in parameters)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -85,7 +85,7 @@ class PagedForward:
             graphs.clear()
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else (0, 0)
 
-    def assign(self, slots: Ordered[int], pages: Ordered[Ordered[int]]) -> None:
+    def assign(self, slots: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
         """Tell the device which pages each of these slots has now."""
         widest = max(map(len, pages))
         if widest > self._table.shape[1]:
@@ -98,7 +98,7 @@ class PagedForward:
         made = upload(rows, self.device, torch.int32)
         self._table[made[:, 0].long()] = made[:, 1:]
 
-    def trial(self, rows: Ordered[Ordered[int]], next_token: int) -> tuple[Tensor, Tensor]:
+    def trial(self, rows: Sequence[Sequence[int]], next_token: int) -> tuple[Tensor, Tensor]:
         """Logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
 
         Raises:
@@ -117,7 +117,7 @@ class PagedForward:
         self.close()
         return before, after
 
-    def prefill(self, segments: Ordered[Segment], keep: Ordered[int], long: bool = False) -> Tensor:
+    def prefill(self, segments: Sequence[Segment], keep: Sequence[int], long: bool = False) -> Tensor:
         """Compute some rows' columns: logits [K, V] after the last of each segment in `keep`.
 
         Args:
@@ -127,7 +127,7 @@ class PagedForward:
         kept = batch.last_tokens[upload(keep or [0], self.device)]
         return self._run(batch.ids, batch.positions, kept, batch, long)
 
-    def decode(self, rows: Ordered[tuple[int, int]], long: bool = False) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Sequence[tuple[int, int]], long: bool = False) -> tuple[Tensor, Tensor]:
         """Feed each row its slot's newest token, and make the most probable one after it the newest.
 
         Args:

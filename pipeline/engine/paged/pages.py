@@ -5,8 +5,7 @@ padding. Pages are all alike, so rows of any length share the memory without hol
 the same tokens share the pages of that beginning.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -86,7 +85,7 @@ class Pages:
                 tensors.append(like.new_zeros(len(self._holders), PAGE, *like.shape[1:]))
         return self.keys[index], self.values[index]
 
-    def copy(self, pairs: Ordered[tuple[int, int]]) -> None:
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, each (from, to), in all layers."""
         if pairs and self.keys:
             source, target = torch.tensor(pairs, device=self.keys[0].device).T
@@ -99,7 +98,7 @@ def pages_for(columns: int) -> int:
     return -(-columns // PAGE)
 
 
-def places(pages: Ordered[int], first: int, last: int) -> np.ndarray:
+def places(pages: Sequence[int], first: int, last: int) -> np.ndarray:
     """Where columns [first, last) of a row lie: page · PAGE + column on the page. [last − first] int64."""
     columns = np.arange(first, last)
     return np.asarray(pages, dtype=np.int64)[columns // PAGE] * PAGE + columns % PAGE

@@ -4,7 +4,7 @@ As with rectangles, the model sees one flat row of tokens, [1, N], with explicit
 pass down to attention as the keyword argument `batch`.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,8 +24,8 @@ Rotation = tuple[Tensor, Tensor]
 class Segment:
     """Columns [first, last) of a row, to be computed in one pass."""
 
-    token_ids: Ordered[int]  # the row's, from its first
-    pages: Ordered[int]
+    token_ids: Sequence[int]  # the row's, from its first
+    pages: Sequence[int]
     first: int
     last: int
 
@@ -36,7 +36,7 @@ class PagedPrefill:
     They attend to their row's earlier columns, which are written already, and to each other.
     """
 
-    def __init__(self, segments: Ordered[Segment], pages: Pages, model: "PassModel") -> None:
+    def __init__(self, segments: Sequence[Segment], pages: Pages, model: "PassModel") -> None:
         self._pages, self._model = pages, model
         self._counts = [s.last - s.first for s in segments]
         self._held = [s.last for s in segments]

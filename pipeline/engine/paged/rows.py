@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.sampling import Report
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A sequence in the running batch."""
+    """A sample in the running batch."""
 
-    sequence: Sequence
+    sample: Sample
     slot: int
     pages: list[int]
     held: int  # columns written, those of launched work included
@@ -24,7 +24,7 @@ class Row:
 
     @property
     def goes_on(self) -> bool:
-        return not self.done and self.made < self.sequence.request.params.max_new_tokens
+        return not self.done and self.made < self.sample.request.params.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ padded, with a mask, through the model's own attention.
 """
 
 import logging
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ from pipeline.engine.limits import Limits, limits
 from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ class Forward(Protocol):
     limits: Limits
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         """Compute the rows' tokens, at most about max_tokens in a pass: the rectangle, and logits [R, V]."""
         ...
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
         """Feed every row its newest token: logits [B, V]."""
         ...
 
@@ -66,7 +66,7 @@ class FlatForward:
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         ids = [s.all_token_ids for s in rows]
@@ -84,9 +84,9 @@ class FlatForward:
             self._run(tokens, positions, [0], batch)
             first = last
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
         batch = RectangleDecode(rectangles, self._kernels)
-        tokens, positions = [s.token_ids[-1] for s in batch.sequences], batch.positions
+        tokens, positions = [s.token_ids[-1] for s in batch.samples], batch.positions
         if self._program is not None:
             return self._program.run(tokens, torch.tensor([positions]), batch)
         spare = [0] * (_round_up(len(tokens)) - len(tokens)) if self._packed else []
@@ -120,7 +120,7 @@ class PaddedForward:
         self.limits = limits(self._device.type)
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         width, rectangle.head = rectangle.head, 0
@@ -129,7 +129,7 @@ class PaddedForward:
         rectangle.head = width
         return rectangle, logits
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
         return torch.cat([self._run(r, [s.token_ids[-1:] for s in r.rows], r.head + 1) for r in rectangles])
 
     def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:

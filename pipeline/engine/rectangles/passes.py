@@ -6,7 +6,7 @@ padding at all. Only attention knows rectangles (attention.py).
 What a pass needs on a device goes there once, whatever the number of layers.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine.rectangles.rectangle import Rectangle, aligned, by_products, new_layer, upload, write
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 SEEN = 64  # columns: what lies beyond the head is not read, in steps that leave masks aligned
 
@@ -169,13 +169,13 @@ class RectanglePrefill:
 class RectangleDecode:
     """One token of every row of every rectangle, in column `head`. N = B, or more with spare rows at the end."""
 
-    rectangles: Ordered[Rectangle]
+    rectangles: Sequence[Rectangle]
     kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
     _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
     _tables: dict[int | None, np.ndarray] = field(default_factory=dict)
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def samples(self) -> list[Sample]:
         return [s for rectangle in self.rectangles for s in rectangle.rows]
 
     @property

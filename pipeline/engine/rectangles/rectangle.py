@@ -9,7 +9,7 @@ attention of this rectangle does. Rows leave by moving the last row into their p
 merging and splitting are one verb, `regroup`: it copies rows into new rectangles, once in a chunk of steps.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.engine.host_memory import return_heap
 from pipeline.engine.limits import CPU, Limits
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 # Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
 LAYERS = 4
@@ -32,7 +32,7 @@ class Rectangle:
     c − first_columns[window].
     """
 
-    rows: list[Sequence]
+    rows: list[Sample]
     starts: list[int]
     head: int
     width: int
@@ -66,10 +66,10 @@ class Rectangle:
         self.rows.pop()
         self.starts.pop()
 
-    def repeat(self, sequences: list[list[Sequence]]) -> None:
-        """Turn each row into as many copies as it has sequences, one for each."""
-        index = [i for i, copies in enumerate(sequences) for _ in copies]
-        self.rows = [s for copies in sequences for s in copies]
+    def repeat(self, samples: list[list[Sample]]) -> None:
+        """Turn each row into as many copies as it has samples, one for each."""
+        index = [i for i, copies in enumerate(samples) for _ in copies]
+        self.rows = [s for copies in samples for s in copies]
         self.starts = [self.starts[i] for i in index]
         on = {device: upload(index, device) for device in {t.device for t in self.keys}}
         self.keys = [t.index_select(0, on[t.device]) for t in self.keys]
@@ -125,7 +125,7 @@ def aligned(columns: int) -> int:
 
 
 def allocate(
-    rows: list[Sequence], lengths: Ordered[int], windows: tuple[int | None, ...], limits: Limits = CPU
+    rows: list[Sample], lengths: Sequence[int], windows: tuple[int | None, ...], limits: Limits = CPU
 ) -> Rectangle:
     """A rectangle about to be prefilled: its rows end together; each layer is made at its first write."""
     longest = max(lengths)
@@ -157,7 +157,7 @@ def new_layer(rectangle: Rectangle, keys: Tensor, values: Tensor) -> None:
         store.append(new.new_zeros(len(rectangle.rows), new.shape[1], rectangle.width, new.shape[2]))
 
 
-def regroup(rectangles: Ordered[Rectangle], groups: Ordered[Ordered[Sequence]]) -> list[Rectangle]:
+def regroup(rectangles: Sequence[Rectangle], groups: Sequence[Sequence[Sample]]) -> list[Rectangle]:
     """Copy rows into new rectangles, one for each group: padding trimmed, a chunk to grow into.
 
     The old rectangles are used up: their layers are freed one by one as they are copied, so that no more
@@ -199,7 +199,7 @@ def _runs(places: list[tuple[int, int]]) -> list[Run]:
     return runs
 
 
-def _copy(new: Rectangle, runs: list[Run], rectangles: Ordered[Rectangle], name: str, layer: int) -> Tensor:
+def _copy(new: Rectangle, runs: list[Run], rectangles: Sequence[Rectangle], name: str, layer: int) -> Tensor:
     """One layer's keys or values of a new rectangle; rows are aligned on the right, at the head."""
     like: Tensor = getattr(rectangles[0], name)[layer]
     window = new.windows[layer]

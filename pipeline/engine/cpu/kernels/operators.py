@@ -10,7 +10,7 @@ that every thread calls, and each thread takes the next task until none is left.
 Importing this module raises ImportError without numba, and OSError where torch is not linked with libgomp.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def argmax(scores: Tensor) -> Tensor:
     return places
 
 
-def copy_prefix(store: Tensor, prefix: Tensor, starts: Ordered[int], columns: int) -> None:
+def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
     """Write the first columns of one row into every row of a store, from its own start on.
 
     Args:
@@ -154,7 +154,7 @@ def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count:
 
 
 def causal_softmax(
-    scores: Tensor, starts: Ordered[int], first: int, window: int | None, scaling: float
+    scores: Tensor, starts: Sequence[int], first: int, window: int | None, scaling: float
 ) -> None:
     """Of scores · scaling, in place: what a query does not see becomes 0, and so does all that padding sees.
 
