@@ -19,6 +19,7 @@ from pipeline.engine.cpu.packing import PackedWeight
 from pipeline.engine.rectangles.passes import RectangleDecode
 
 ROWS = 4  # a table for every so many: one for each number of rows would be too many
+EACH_STEP = ("tasks", "row_table", "block_table", "block_count")  # what attention reads anew in each step
 
 
 class _Table:
@@ -26,26 +27,32 @@ class _Table:
 
     def __init__(self, kernels: ModuleType, calls: Sequence[Any], attends: list[int]) -> None:
         self._kernels, self.attends = kernels, attends
-        parameters = [kernels.parameters(*call[1:]) for call in calls]
-        width = max(len(p) for p in parameters)
-        self.parameters = np.zeros((len(calls), width), np.int64)
-        for row, own in zip(self.parameters, parameters, strict=True):
-            row[: len(own)] = own
-        addresses = self.parameters.ctypes.data + np.arange(len(calls)) * self.parameters.strides[0]
-        self._kernels_table = np.stack(([call[0].address for call in calls], addresses), 1).astype(np.int64)
+        width = max(len(call.numbers) for call in calls)
+        self.numbers = np.zeros((len(calls), width), np.int64)
+        for row, call in zip(self.numbers, calls, strict=True):
+            row[: len(call.numbers)] = call.numbers
+        addresses = self.numbers.ctypes.data + np.arange(len(calls)) * self.numbers.strides[0]
+        self._calls = np.stack(([call.kernel.address for call in calls], addresses), 1).astype(np.int64)
         self._arrived = np.zeros(1, np.int64)
-        count = ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value
-        pointers = self._kernels_table.ctypes.data, len(calls), self._arrived.ctypes.data, count
-        self._pointers = np.array(pointers, np.int64)
+        own = kernels.loops.Run(
+            calls=self._calls.ctypes.data,
+            count=len(calls),
+            arrived=self._arrived.ctypes.data,
+            team=ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value,
+        )
+        self._own = np.array(own, np.int64)
 
     def run(self) -> None:
-        """Raises MemoryError where a kernel found none."""
-        self.parameters[:, 0] = 0
+        """Run all kernels on torch's threads.
+
+        Raises:
+            MemoryError: a kernel found none.
+        """
+        kernels = self._kernels
+        self.numbers[:, kernels.NEXT_TASK] = 0
         self._arrived[0] = 0
-        self._kernels.parallel(
-            self._kernels.loops.run.address, self._pointers.ctypes.data, torch.get_num_threads(), 0
-        )
-        if (self.parameters[:, 0] < self.parameters[:, 1]).any():
+        kernels.parallel(kernels.loops.run.address, self._own.ctypes.data, torch.get_num_threads(), 0)
+        if (self.numbers[:, kernels.NEXT_TASK] < self.numbers[:, kernels.TASKS]).any():
             raise MemoryError("a kernel found no memory")
 
 
@@ -58,6 +65,7 @@ class DecodeProgram:
         self._widths = _widths(model)
         self._buffers: dict[str, Tensor] = {}
         self._tables: dict[int, _Table] = {}
+        self._each_step = [kernels.attention.Attend._fields.index(name) for name in EACH_STEP]
 
     def run(self, tokens: list[int], positions: Tensor, batch: RectangleDecode) -> Tensor:
         """tokens: B; positions: [1, B] → logits [B, V], which are good until the next step.
@@ -73,11 +81,11 @@ class DecodeProgram:
         for name, new in zip(("states", "cos", "sin"), inputs, strict=True):
             self._buffers[name][:count] = new[0]
             self._buffers[name][count:] = 0
+        tasks = count * self._body.config.num_key_value_heads
         for layer, place in enumerate(table.attends):
             rows, blocks = batch.tables(layer)
-            own = table.parameters[place]
-            own[1] = count * self._body.config.num_key_value_heads
-            own[8:11] = rows.ctypes.data, blocks.ctypes.data, len(blocks)
+            numbers = tasks, rows.ctypes.data, blocks.ctypes.data, len(blocks)
+            table.numbers[place, self._each_step] = numbers
         table.run()
         return self._buffers["logits"][:count]
 

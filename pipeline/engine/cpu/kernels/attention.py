@@ -18,6 +18,7 @@ from pipeline.engine.cpu.kernels.attention_vectors import (
     weigh_block,
 )
 from pipeline.engine.cpu.kernels.loops import f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import LANES, PAIRS, as_double, halves, longs
 
@@ -44,23 +45,30 @@ def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
         out_right[d] = rounded(b * c + a * s)
 
 
+Place = slots(
+    "queries keys values cos sin starts padded kept_keys kept_values",
+    "count heads kv_heads size rows first last width query_stride key_stride value_stride table_width",
+)
+
+
 @threaded
 def place(pointer: Any) -> None:
-    p = carray(pointer, 23)
-    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
-    rows, first, last, width = p[15], p[16], p[17], p[18]
-    queries = carray(halves(p[2]), (count, p[19]))
-    new_keys, new_values = carray(halves(p[3]), (count, p[20])), carray(halves(p[4]), (count, p[21]))
-    cosines = carray(halves(p[5]), (count, p[22]))
-    sines = carray(halves(p[6]), (count, p[22]))
-    starts = carray(longs(p[7]), (rows, 2))
-    padded = carray(halves(p[8]), (rows, heads, last - first, size))
-    keys = carray(halves(p[9]), (rows, kv_heads, width, size))
-    values = carray(halves(p[10]), (rows, kv_heads, width, size))
+    p = read(pointer, Place)
+    count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
+    rows, first, last, width = p.rows, p.first, p.last, p.width
+    queries = carray(halves(p.queries), (count, p.query_stride))
+    new_keys = carray(halves(p.keys), (count, p.key_stride))
+    new_values = carray(halves(p.values), (count, p.value_stride))
+    cosines = carray(halves(p.cos), (count, p.table_width))
+    sines = carray(halves(p.sin), (count, p.table_width))
+    starts = carray(longs(p.starts), (rows, 2))
+    padded = carray(halves(p.padded), (rows, heads, last - first, size))
+    keys = carray(halves(p.kept_keys), (rows, kv_heads, width, size))
+    values = carray(halves(p.kept_values), (rows, kv_heads, width, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, begin = task // blocks, first + task % blocks * COLUMNS
         for column in range(begin, min(begin + COLUMNS, last)):
@@ -79,32 +87,39 @@ def place(pointer: Any) -> None:
                 values[row, head, column, :] = new_values[token, here]
 
 
+CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
+
+
 @threaded
 def copy_prefix(pointer: Any) -> None:
-    p = carray(pointer, 10)
-    rows, heads, width, count, prefix_width = p[5], p[6], p[7], p[8], p[9]
-    target, source = carray(halves(p[2]), (rows, heads, width)), carray(halves(p[3]), (heads, prefix_width))
-    starts = carray(longs(p[4]), rows)
+    p = read(pointer, CopyPrefix)
+    rows, heads, width, count, prefix_width = p.rows, p.heads, p.width, p.count, p.prefix_width
+    target = carray(halves(p.store), (rows, heads, width))
+    source = carray(halves(p.prefix), (heads, prefix_width))
+    starts = carray(longs(p.starts), rows)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, head = task // heads, task % heads
         start = starts[row]
         target[row, head, start : start + count] = source[head, :count]
 
 
+Collect = slots("padded starts outputs rows heads first last size count")
+
+
 @threaded
 def collect(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, heads, first, last, size, count = p[5], p[6], p[7], p[8], p[9], p[10]
-    padded = carray(halves(p[2]), (rows, heads, last - first, size))
-    starts = carray(longs(p[3]), (rows, 2))
-    outputs = carray(halves(p[4]), (count, heads, size))
+    p = read(pointer, Collect)
+    rows, heads, first, last, size, count = p.rows, p.heads, p.first, p.last, p.size, p.count
+    padded = carray(halves(p.padded), (rows, heads, last - first, size))
+    starts = carray(longs(p.starts), (rows, 2))
+    outputs = carray(halves(p.outputs), (count, heads, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, begin = task // blocks, first + task % blocks * COLUMNS
         for column in range(max(begin, starts[row, 1]), min(begin + COLUMNS, last)):
@@ -125,17 +140,20 @@ def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
     return exponentials(scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
 
 
+CausalSoftmax = slots("scores starts rows heads columns width first window scaling")
+
+
 @threaded
 def causal_softmax(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, heads, columns, width, first, window = p[4], p[5], p[6], p[7], p[8], p[9]
-    scaling = f32(as_double(p[10]))
-    scores = carray(halves(p[2]), (rows * heads, columns, width))
-    starts = carray(longs(p[3]), rows)
+    p = read(pointer, CausalSoftmax)
+    rows, heads, columns, width, first, window = p.rows, p.heads, p.columns, p.width, p.first, p.window
+    scaling = f32(as_double(p.scaling))
+    scores = carray(halves(p.scores), (rows * heads, columns, width))
+    starts = carray(longs(p.starts), rows)
     own, weights = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.uint16)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for column in range(columns):
             line = scores[task, column]
@@ -229,26 +247,33 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         in_order(out[head].ctypes.data, size)
 
 
+Attend = slots(
+    "queries keys values cos sin outputs row_table block_table block_count",
+    "count heads kv_heads size query_stride key_stride value_stride table_width scaling threads",
+)
+
+
 @threaded
 def attend(pointer: Any) -> None:
-    p = carray(pointer, 21)
-    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
-    group, ahead = heads // kv_heads, p[20]
-    scaling = f32(as_double(p[19]))
-    queries = carray(halves(p[2]), (count, p[15]))
-    new_keys, new_values = carray(halves(p[3]), (count, p[16])), carray(halves(p[4]), (count, p[17]))
-    cosines = carray(halves(p[5]), (count, p[18]))
-    sines = carray(halves(p[6]), (count, p[18]))
-    outputs = carray(halves(p[7]), (count, heads, size))
-    rows = carray(longs(p[8]), (count, 4))
-    blocks = carray(longs(p[9]), (p[10], 3))
+    p = read(pointer, Attend)
+    count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
+    group, ahead = heads // kv_heads, p.threads
+    scaling = f32(as_double(p.scaling))
+    queries = carray(halves(p.queries), (count, p.query_stride))
+    new_keys = carray(halves(p.keys), (count, p.key_stride))
+    new_values = carray(halves(p.values), (count, p.value_stride))
+    cosines = carray(halves(p.cos), (count, p.table_width))
+    sines = carray(halves(p.sin), (count, p.table_width))
+    outputs = carray(halves(p.outputs), (count, heads, size))
+    rows = carray(longs(p.row_table), (count, 4))
+    blocks = carray(longs(p.block_table), (p.block_count, 3))
     widest = blocks[:, 2].max() + LANES
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
     scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
     totals = np.empty(group, np.float32)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, kv_head = task // kv_heads, task % kv_heads
         block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]

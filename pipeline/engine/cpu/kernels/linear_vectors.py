@@ -9,13 +9,14 @@ numba's cache of this file does not see a change in those that it imports: touch
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
@@ -37,6 +38,10 @@ PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 
 _NUMBER = ir.IntType(64)
+Linear = slots(
+    "inputs weights bias outputs configuration",
+    "rows width_in width_out stride gated threads chunk",
+)
 
 
 @intrinsic
@@ -130,34 +135,33 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 
 @inner
-def _strip(pointer: Any, strip: int, start: int, end: int, sums: int) -> None:
+def _strip(p: Any, strip: int, start: int, end: int, sums: int) -> None:
     """The outputs of one block's width for the rows [start, end), in groups of nearly one size."""
-    p = carray(pointer, 13)
-    blocks, stride, gated, threads = p[8] // BLOCK, p[10] * 2, p[11], p[12]
-    weights = p[3] + strip * blocks * BLOCK_BYTES
+    blocks, stride, gated, threads = p.width_in // BLOCK, p.stride * 2, p.gated, p.threads
+    weights = p.weights + strip * blocks * BLOCK_BYTES
     soon = weights + threads * blocks * BLOCK_BYTES * (1 + gated)
-    bias = p[4] + strip * BLOCK * 2 if p[4] else 0
-    width = p[9] * 2 // (1 + gated)
-    output = p[5] + strip * BLOCK * 2 // (1 + gated)
+    bias = p.bias + strip * BLOCK * 2 if p.bias else 0
+    width = p.width_out * 2 // (1 + gated)
+    output = p.outputs + strip * BLOCK * 2 // (1 + gated)
     groups = (end - start + ROWS - 1) // ROWS
     step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
     for group in range(groups):
         row, after = start + (end - start) * group // groups, start + (end - start) * (group + 1) // groups
         ahead = soon + group * blocks * PARTS * LINES * step
-        _multiply_rows(after - row, p[2] + row * stride, stride, weights, blocks, sums, ahead, step)
+        _multiply_rows(after - row, p.inputs + row * stride, stride, weights, blocks, sums, ahead, step)
         store(sums, after - row, bias, output + row * width, width, gated)
 
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 14)
-    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
+    p = read(pointer, Linear)
+    rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned(ROWS * BLOCK)
     per_chunk = -(-strips // together)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(pointer, strip, start, min(start + chunk, rows), sums.ctypes.data)
+            _strip(p, strip, start, min(start + chunk, rows), sums.ctypes.data)

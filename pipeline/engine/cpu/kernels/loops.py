@@ -6,11 +6,13 @@ uint16, the upper half of a float32.
 """
 
 import math
+from collections import namedtuple
 from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import arrive, arrived, call, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
 
@@ -68,22 +70,25 @@ def silu_times(gate: Any, up: Any) -> Any:
     return rounded(wide(rounded(silu)) * wide(up))
 
 
+Norm = slots("inputs additions weight outputs rows width heads stride eps")
+
+
 @threaded
 def rms_norm(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, width, heads, stride, eps = p[6], p[7], p[8], p[9], f32(as_double(p[10]))
-    inputs = carray(halves(p[2]), rows * stride)
-    additions = carray(halves(p[3]), rows * stride)
-    weight = carray(halves(p[4]), width)
-    outputs = carray(halves(p[5]), rows * stride)
+    p = read(pointer, Norm)
+    rows, width, heads, stride, eps = p.rows, p.width, p.heads, p.stride, f32(as_double(p.eps))
+    inputs = carray(halves(p.inputs), rows * stride)
+    additions = carray(halves(p.additions), rows * stride)
+    weight = carray(halves(p.weight), width)
+    outputs = carray(halves(p.outputs), rows * stride)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for row in range(task * ROWS, min(task * ROWS + ROWS, rows * heads)):
             start = row // heads * stride + row % heads * width
             x, y = inputs[start : start + width], outputs[start : start + width]
-            if p[3]:
+            if p.additions:
                 addition = additions[start : start + width]
                 for d in range(width):
                     x[d] = rounded(wide(x[d]) + wide(addition[d]))
@@ -95,16 +100,19 @@ def rms_norm(pointer: Any) -> None:
                 y[d] = rounded(wide(rounded(wide(x[d]) * scale)) * wide(weight[d]))
 
 
+Silu = slots("gates ups outputs rows width gate_stride up_stride")
+
+
 @threaded
 def silu_multiply(pointer: Any) -> None:
-    p = carray(pointer, 9)
-    rows, width = p[5], p[6]
-    gates = carray(halves(p[2]), (rows, p[7]))
-    ups = carray(halves(p[3]), (rows, p[8]))
-    outputs = carray(halves(p[4]), (rows, width))
+    p = read(pointer, Silu)
+    rows, width = p.rows, p.width
+    gates = carray(halves(p.gates), (rows, p.gate_stride))
+    ups = carray(halves(p.ups), (rows, p.up_stride))
+    outputs = carray(halves(p.outputs), (rows, width))
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for row in range(task * ROWS, min(task * ROWS + ROWS, rows)):
             gate, up, output = gates[row], ups[row], outputs[row]
@@ -119,15 +127,18 @@ def _order(half: Any) -> Any:
     return bits if bits >= 0 else -(bits & i32(0x7FFF))
 
 
+Argmax = slots("scores places rows width")
+
+
 @threaded
 def argmax(pointer: Any) -> None:
-    p = carray(pointer, 6)
-    rows, width = p[4], p[5]
-    inputs = carray(halves(p[2]), (rows, width))
-    outputs = carray(longs(p[3]), rows)
+    p = read(pointer, Argmax)
+    rows, width = p.rows, p.width
+    inputs = carray(halves(p.scores), (rows, width))
+    outputs = carray(longs(p.places), rows)
     while True:
         row = next_task(pointer)
-        if row >= p[1]:
+        if row >= p.tasks:
             break
         numbers = inputs[row]
         most = _order(numbers[0])
@@ -139,16 +150,19 @@ def argmax(pointer: Any) -> None:
         outputs[row] = place
 
 
+Run = namedtuple("Run", "calls count arrived team")
+
+
 @threaded
 def run(pointer: Any) -> None:
     """Kernels one after the other; the threads meet after each."""
-    p = carray(pointer, 4)
-    kernels, counter, threads = carray(longs(p[0]), (p[1], 2)), p[2], team(p[3])
-    for i in range(p[1]):
+    p = read(pointer, Run)
+    kernels, threads = carray(longs(p.calls), (p.count, 2)), team(p.team)
+    for i in range(p.count):
         call(kernels[i, 0], kernels[i, 1])
-        arrive(counter)
+        arrive(p.arrived)
         looks = 0
-        while arrived(counter) < threads * (i + 1):
+        while arrived(p.arrived) < threads * (i + 1):
             looks += 1
             if looks % PATIENCE == 0:  # another process may hold the core that the last thread needs
                 let_others_run()
