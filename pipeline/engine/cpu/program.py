@@ -1,4 +1,4 @@
-"""A decode step as a program: kernels that all threads run one after the other, with no Python in between.
+"""Run a decode step as a program: kernels one after the other on all threads, with no Python in between.
 
 At a few dozen rows a kernel takes some dozen microseconds, and so does each way from one to the next through
 Python and torch, whose own code and tables the streaming weights have just pushed out of the caches. A
@@ -23,7 +23,7 @@ EACH_STEP = ("tasks", "row_table", "block_table", "block_count")  # what attenti
 
 
 class _Table:
-    """The kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
+    """Hold the kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
 
     def __init__(self, kernels: ModuleType, calls: Sequence[Any], attends: list[int]) -> None:
         self._kernels, self.attends = kernels, attends
@@ -57,7 +57,7 @@ class _Table:
 
 
 class DecodeProgram:
-    """A decode step of one of fused_model's MODELS, its linear layers all packed in blocks."""
+    """Run decode steps of one of fused_model's MODELS, its linear layers all packed in blocks."""
 
     def __init__(self, model: Any, kernels: ModuleType) -> None:
         self._body, self._kernels = model.model, kernels
@@ -68,7 +68,7 @@ class DecodeProgram:
         self._each_step = [kernels.attention.Attend._fields.index(name) for name in EACH_STEP]
 
     def run(self, tokens: list[int], positions: Tensor, batch: RectangleDecode) -> Tensor:
-        """tokens: B; positions: [1, B] → logits [B, V], which are good until the next step.
+        """Feed B tokens at positions [1, B] → logits [B, V], which are good until the next step.
 
         Raises:
             MemoryError: a kernel found none.
@@ -95,11 +95,11 @@ class DecodeProgram:
             self._buffers = {name: like.new_zeros(rows, width) for name, width in self._widths.items()}
             self._tables.clear()
         if rows not in self._tables:
-            self._tables[rows] = self._made(rows)
+            self._tables[rows] = self._build(rows)
         return self._tables[rows]
 
-    def _made(self, rows: int) -> _Table:
-        """Every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
+    def _build(self, rows: int) -> _Table:
+        """List every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
         at = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         calls: list[Any] = []
         attends: list[int] = []
@@ -138,7 +138,7 @@ class DecodeProgram:
 
 
 def can_run(model: Any) -> bool:
-    """Whether all linear layers of a fused model are packed in blocks, siblings together."""
+    """Say whether all linear layers of a fused model are packed in blocks, siblings together."""
     layers = [
         linear
         for layer in model.model.layers
@@ -154,7 +154,7 @@ def can_run(model: Any) -> bool:
 
 
 def _widths(model: Any) -> dict[str, int]:
-    """Of the buffers: numbers in a row."""
+    """Return how many numbers a row of each buffer has."""
     layer = model.model.layers[0]
     attention, size = layer.self_attn, layer.self_attn.head_dim
     projected = sum(p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj))

@@ -1,4 +1,4 @@
-"""Loops of attention behind kernels.py, in the manner of loops.py.
+"""Loop over rows and heads in compiled code: a prefill's way into its rectangle and out, and a decode step.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
@@ -23,13 +23,13 @@ from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import LANES, PAIRS, as_double, halves, longs
 
 AHEAD = 32  # columns between what is read and what is asked for
-NONE = np.float32(-1e30)  # the score of a column that is not there
+NONE = np.float32(-1e30)  # the score of a column that is not there; fast math knows no −inf
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
 
 
 @inner
 def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
-    """Rotary embedding of one head; a copy where the tables are empty."""
+    """Rotate one head by its position; copy it where the tables are empty."""
     if len(cos) == 0:
         for d in range(len(out)):
             out[d] = states[d]
@@ -53,6 +53,7 @@ Place = slots(
 
 @threaded
 def place(pointer: Any) -> None:
+    """Bring tokens to their places in the rectangle, COLUMNS columns of a row a task."""
     p = read(pointer, Place)
     count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
     rows, first, last, width = p.rows, p.first, p.last, p.width
@@ -72,7 +73,7 @@ def place(pointer: Any) -> None:
             break
         row, begin = task // blocks, first + task % blocks * COLUMNS
         for column in range(begin, min(begin + COLUMNS, last)):
-            if column < starts[row, 1]:
+            if column < starts[row, 1]:  # padding
                 for head in range(heads):
                     padded[row, head, column - first, :] = 0
                 continue
@@ -92,6 +93,7 @@ CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
 
 @threaded
 def copy_prefix(pointer: Any) -> None:
+    """Copy the prefix to one head of one row a task: what each row has of it is in one piece."""
     p = read(pointer, CopyPrefix)
     rows, heads, width, count, prefix_width = p.rows, p.heads, p.width, p.count, p.prefix_width
     target = carray(halves(p.store), (rows, heads, width))
@@ -111,6 +113,7 @@ Collect = slots("padded starts outputs rows heads first last size count")
 
 @threaded
 def collect(pointer: Any) -> None:
+    """Undo what `place` did to queries, COLUMNS columns of a row a task."""
     p = read(pointer, Collect)
     rows, heads, first, last, size, count = p.rows, p.heads, p.first, p.last, p.size, p.count
     padded = carray(halves(p.padded), (rows, heads, last - first, size))
@@ -130,9 +133,9 @@ def collect(pointer: Any) -> None:
 
 @inner
 def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
-    """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide.
+    """Write e^(scaling · (score − the largest)) in bf16 for `count` scores; return their sum, to divide by.
 
-    Of `count` scores; both arrays have room for whole vectors.
+    Both arrays have room for whole vectors.
     """
     whole = (count + LANES - 1) // LANES * LANES
     scores[count:whole] = NONE
@@ -145,6 +148,7 @@ CausalSoftmax = slots("scores starts rows heads columns width first window scali
 
 @threaded
 def causal_softmax(pointer: Any) -> None:
+    """Take the softmax of one head of one row a task, query by query."""
     p = read(pointer, CausalSoftmax)
     rows, heads, columns, width, first, window = p.rows, p.heads, p.columns, p.width, p.first, p.window
     scaling = f32(as_double(p.scaling))
@@ -158,7 +162,7 @@ def causal_softmax(pointer: Any) -> None:
         for column in range(columns):
             line = scores[task, column]
             end = first + column + 1
-            start = max(starts[task // heads], end - window)
+            start = max(starts[task // heads], end - window)  # the first column that this query sees
             if start >= end:
                 line[:] = 0
                 continue
@@ -174,7 +178,7 @@ def causal_softmax(pointer: Any) -> None:
 
 @inner
 def _soon(states: Any, column: int, end: int, then: int) -> Any:
-    """The address a little ahead of a column; beyond `end`, that much behind the address `then`."""
+    """Return the address a little ahead of a column; beyond `end`, that much behind the address `then`."""
     size = states.shape[1] * 2
     ahead = column + AHEAD
     return states.ctypes.data + ahead * size if ahead < end else then + (ahead - end) * size
@@ -182,7 +186,7 @@ def _soon(states: Any, column: int, end: int, then: int) -> Any:
 
 @inner
 def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
-    """scores[h, c] = queries[h] · keys[c] for the columns [first, end); a block of keys serves all heads."""
+    """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads."""
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
         for column in range(first, end):
@@ -194,7 +198,7 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
         return
     column = first
     while column < end:
-        column = min(column, end - LANES)
+        column = min(column, end - LANES)  # the last block ends at `end`, and may repeat some columns
         soon, step = _soon(keys, column, end, then), 64 // heads
         for head in range(heads):
             score_block(
@@ -210,7 +214,7 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
 
 @inner
 def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any) -> None:
-    """out[h] = the sum of weights[h, c] · values[c] over the columns [first, end).
+    """Sum weights[h, c] · values[c] over the columns [first, end) to out[h].
 
     The last block ends at `end`: those of its columns weigh 0 that an earlier block has added, or that are
     padding.
@@ -255,6 +259,10 @@ Attend = slots(
 
 @threaded
 def attend(pointer: Any) -> None:
+    """Attend from one row's newest token, a key head and the query heads that share it a task.
+
+    The task first writes its own new key and value: nobody else reads them in this step.
+    """
     p = read(pointer, Attend)
     count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
     group, ahead = heads // kv_heads, p.threads
@@ -267,7 +275,7 @@ def attend(pointer: Any) -> None:
     outputs = carray(halves(p.outputs), (count, heads, size))
     rows = carray(longs(p.row_table), (count, 4))
     blocks = carray(longs(p.block_table), (p.block_count, 3))
-    widest = blocks[:, 2].max() + LANES
+    widest = blocks[:, 2].max() + LANES  # room for whole vectors
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
     scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
     totals = np.empty(group, np.float32)
@@ -291,6 +299,7 @@ def attend(pointer: Any) -> None:
         _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
             totals[head] = _softmax(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
+        # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
         _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]

@@ -1,4 +1,6 @@
-"""Linear layers in bf16 on a CPU's matrix tiles: the loop behind `kernels.linear`.
+"""Multiply by packed weights on a CPU's matrix tiles.
+
+A strip is 32 outputs. Its weights are read once for all rows of a chunk, in parts that stay in the L1 cache.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
@@ -15,6 +17,7 @@ from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
 FEWEST_ROWS = TILE_ROWS  # that a product takes
 ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
+# The same as in linear_vectors.py; but numba's cache would not see a list of both change.
 Linear = slots(
     "inputs weights bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
@@ -23,13 +26,13 @@ Linear = slots(
 
 @inner
 def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
-    """The first rows of a block's halves: the last 16 come up again where less than a block is left."""
+    """Return the first rows of a block's halves. Where less is left, the last 16 rows are computed again."""
     return min(row, rows - TILE_ROWS), min(row + TILE_ROWS, rows - TILE_ROWS)
 
 
 @inner
 def _store(p: Any, strip: int, row: int, sums: Any) -> None:
-    """A block of sums to its place in the output."""
+    """Store a block of sums at its place in the output."""
     rows, outputs, gated = p.rows, p.width_out, p.gated
     bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     width = outputs * 2 // (1 + gated)
@@ -41,14 +44,16 @@ def _store(p: Any, strip: int, row: int, sums: Any) -> None:
 
 @inner
 def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
-    """The outputs of one block's width for the rows [start, end)."""
+    """Multiply the rows [start, end) by one strip."""
     rows, inputs, stride, threads = p.rows, p.width_in, p.stride * 2, p.threads
     blocks = inputs // BLOCK
     parts = -(-blocks // PART)
     part = -(-blocks // parts)
     weights = p.weights + strip * blocks * BLOCK_BYTES
     next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p.gated)
-    lines = BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
+    lines = (
+        BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
+    )  # each group of rows asks for its share of the next strip
     for block in range(0, blocks, part):
         count = min(part, blocks - block)
         for index in range((end - start + BLOCK - 1) // BLOCK):
@@ -74,6 +79,7 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
 
 @threaded
 def linear(pointer: Any) -> None:
+    """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
     p = read(pointer, Linear)
     rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))

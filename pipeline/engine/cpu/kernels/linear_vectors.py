@@ -1,8 +1,9 @@
-"""Linear layers in bf16 on a CPU's vectors, where it has no matrix tiles: the loop behind `kernels.linear`.
+"""Multiply by packed weights on a CPU's vectors, where it has no matrix tiles.
 
 A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
 two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
 quarter of that room.
+
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
@@ -38,6 +39,7 @@ PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 
 _NUMBER = ir.IntType(64)
+# The same as in linear_tiles.py; but numba's cache would not see a list of both change.
 Linear = slots(
     "inputs weights bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
@@ -56,7 +58,7 @@ def _multiply_rows(
     soon: Any,
     step: Any,
 ) -> Any:
-    """sums [rows, 32] float32 = rows at `input`, `stride` bytes apart, times packed weights.
+    """Multiply rows at `input`, `stride` bytes apart, by packed weights to sums [rows, 32] in float32.
 
     Args:
         rows: 1 to ROWS.
@@ -73,7 +75,11 @@ def _multiply_rows(
 
 
 def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
-    """Part by part. Every third row has its address in a register; the next two are one and two strides on."""
+    """Write the product of some rows part by part.
+
+    Every third row has its address in a register; the next two are one and two strides on: with an address for
+    each, the registers for addresses would run out.
+    """
     input, stride, weights, blocks, sums, soon, step = arguments
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]
     totals = [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(2 * rows)]
@@ -98,7 +104,7 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
 
 
 def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
-    """The sums after one more part, by instructions written as text: LLVM would load all of it beforehand."""
+    """Add one more part, by instructions written as text: LLVM would load all of it beforehand."""
     count = len(totals)
     left, right, own = (f"${count + i}" for i in range(3))
     weights, stride, *places = (f"${2 * count + 3 + i}" for i in range(len(addresses)))
@@ -120,7 +126,7 @@ def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
 
 
 def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
-    """The same on a CPU without instructions for bf16."""
+    """Add one more part on a CPU without instructions for bf16."""
     weights, stride, *places = addresses
     sums = [builder.load(total) for total in totals]
     for pair in range(PAIRS_TOGETHER):
@@ -136,13 +142,14 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 @inner
 def _strip(p: Any, strip: int, start: int, end: int, sums: int) -> None:
-    """The outputs of one block's width for the rows [start, end), in groups of nearly one size."""
+    """Multiply the rows [start, end) by one strip, in groups of nearly one size."""
     blocks, stride, gated, threads = p.width_in // BLOCK, p.stride * 2, p.gated, p.threads
     weights = p.weights + strip * blocks * BLOCK_BYTES
     soon = weights + threads * blocks * BLOCK_BYTES * (1 + gated)
     bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     width = p.width_out * 2 // (1 + gated)
     output = p.outputs + strip * BLOCK * 2 // (1 + gated)
+    # A small last group would load all weights anew for a few rows.
     groups = (end - start + ROWS - 1) // ROWS
     step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
     for group in range(groups):
@@ -154,6 +161,7 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: int) -> None:
 
 @threaded
 def linear(pointer: Any) -> None:
+    """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
     p = read(pointer, Linear)
     rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned(ROWS * BLOCK)

@@ -19,7 +19,7 @@ NEXT_TASK, TASKS = range(2)  # where every kernel's first two stand: its threads
 
 
 class Call(NamedTuple):
-    """A kernel, and the numbers that it will read. Tensors whose addresses are among them must outlive it."""
+    """Hold a kernel and the numbers that it will read. Tensors whose addresses are among them must outlive it."""
 
     kernel: Any
     numbers: np.ndarray
