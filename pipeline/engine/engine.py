@@ -1,4 +1,4 @@
-"""Continuous batching over any causal language model: admit, prefill, decode, retire."""
+"""Run requests through a model in one ever-changing batch: admit, prefill, decode, retire."""
 
 import gc
 import logging
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
-    """The rows in flight, and the way that their keys and values are held."""
+    """Hold the rows in flight, and their keys and values in a way of its own."""
 
     @property
     def live(self) -> list[Sample]:
-        """The rows, those included that are admitted and not yet prefilled."""
+        """List the rows, those included that are admitted and not yet prefilled."""
         ...
 
     def tokens_of(self, sample: Sample) -> int:
-        """How many of the tokens in flight a sample counts for."""
+        """Count how many of the tokens in flight a sample takes."""
         ...
 
     def begin(self, scheduler: Scheduler) -> None:
@@ -41,12 +41,12 @@ class Batch(Protocol):
         ...
 
     def drop(self) -> list[Sample]:
-        """Give all memory back; what was in flight, with the tokens that it has."""
+        """Give all memory back; return what was in flight, with the tokens that it has."""
         ...
 
 
 class Engine:
-    """Runs requests through a model.
+    """Run requests through a model.
 
     Args:
         forward: the model, behind the way its attention is computed.
@@ -86,7 +86,7 @@ class Engine:
 
     @property
     def live(self) -> list[Sample]:
-        """The rows of the running batch."""
+        """List the rows of the running batch."""
         return self._batch.live
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -96,7 +96,7 @@ class Engine:
 
     @torch.inference_mode()
     def steps(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """The same, step by step: yields after each prefill and each decode step, often an empty list.
+        """Yield what has finished after each prefill and each decode step, often an empty list.
 
         Raises:
             JobError: there is no memory even for one row to begin.
@@ -123,7 +123,7 @@ class Engine:
         self._batch.drop()
 
     def _accept(self, sample: Sample, token: int) -> bool:
-        """Give a row its next token; whether it is done, and then its completions are, too."""
+        """Give a row its next token; say whether it is done, and then its completions are, too."""
         reason = self._append(sample, token)
         if reason is None:
             return False
@@ -134,6 +134,7 @@ class Engine:
         return True
 
     def _append(self, sample: Sample, token: int) -> FinishReason | None:
+        """Append a token that does not end the row by itself; say why the row ends, if it does."""
         params = sample.request.params
         if token in self._eos_token_ids and not params.ignore_eos:
             return "stop"
@@ -143,7 +144,7 @@ class Engine:
         return None if sample.remaining_tokens > 0 else "length"
 
     def _recover(self, scheduler: Scheduler) -> None:
-        """After running out of memory: put every row back with its tokens, and go on with half as many."""
+        """Put every row back with its tokens, after running out of memory, and go on with half as many."""
         rows = self._batch.drop()
         gc.collect()
         if torch.cuda.is_available():
@@ -156,8 +157,8 @@ class Engine:
             return
         if not rows and scheduler.max_rows == scheduler.max_tokens == 1:
             raise JobError(
-                "Not enough memory beside the model for a single row. Use a smaller model or quantization, "
-                "or end what else uses this memory"
+                found="there is not enough memory beside the model for a single row",
+                fix="Use a smaller model or quantization, or end what else uses this memory",
             )
         tokens = sum(map(self._batch.tokens_of, rows))
         scheduler.shrink(len(rows) or scheduler.max_rows, tokens or scheduler.max_tokens)
@@ -166,7 +167,7 @@ class Engine:
 
 
 def _completions(sample: Sample, reason: FinishReason | None, error: str | None = None) -> list[Completion]:
-    """A finished sample's completion, and those of the requests that share its tokens."""
+    """Complete a finished sample, and the requests that share its tokens."""
     tokens, logprobs = tuple(sample.token_ids), tuple(sample.logprobs) or None
     numbers: dict[str, int] = {sample.request.id: sample.index}
     done = [Completion(sample.request.id, sample.index, tokens, reason, logprobs, error)]
@@ -177,7 +178,8 @@ def _completions(sample: Sample, reason: FinishReason | None, error: str | None 
 
 
 def _has_stop(sample: Sample, decode: Callable[[Sequence[int]], str]) -> bool:
-    """Whether a stop string has just appeared: a token is at least a byte, a character at most four."""
+    """Say whether a stop string has just appeared."""
+    # A token is at least a byte, a character at most four: this tail holds all of the longest stop string.
     longest = max(len(text) for text in sample.request.params.stop)
     text = decode(sample.token_ids[-4 * longest - 4 :])
     return any(stop in text for stop in sample.request.params.stop)

@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
+    """Find where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
     embedding = model.get_input_embeddings()
     device: torch.device = embedding.weight.device
     if device.type == "meta":
@@ -18,7 +18,7 @@ def input_device(model: Any) -> torch.device:
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's sliding window in tokens, itself included; None is full attention.
+    """Read each layer's sliding window in tokens, itself included; None is full attention.
 
     A config may carry keys that its architecture does not read: what counts is the masks that the model's own
     code makes.
@@ -40,7 +40,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def _model_code(config: Any) -> str | None:
-    """The source of the architecture, in transformers; None for code that comes with a model."""
+    """Read the architecture's source in transformers; None for code that comes with a model."""
     try:
         return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
     except (KeyError, OSError, TypeError):
@@ -48,7 +48,7 @@ def _model_code(config: Any) -> str | None:
 
 
 def rope_switch(config: Any) -> int | None:
-    """The length above which longrope turns to its long factors, for all tokens of a row; None without."""
+    """Read the length above which longrope turns to its long factors, for all tokens of a row; None without."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None

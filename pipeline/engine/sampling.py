@@ -1,4 +1,4 @@
-"""The next token of every row, each row with its own parameters; vectorised over rows."""
+"""Choose the next token of every row, each row with its own parameters; vectorised over rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ HEAD = 1024  # the most probable tokens, sorted first: nearly always all that th
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The log-probabilities that some rows of a batch asked for, still on the device."""
+    """Hold the log-probabilities that some rows of a batch asked for, still on the device."""
 
     rows: list[int]  # K of the batch's rows
     own: Tensor  # [K] float32, of the chosen token
@@ -42,7 +42,7 @@ def next_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
 def choose(
     logits: Tensor, samples: Sequence[Sample], steps: Sequence[int], seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row, on the device of the logits. [B, V] → [B] int64.
+    """Choose the next token of each row, on the device of the logits. [B, V] → [B] int64.
 
     Args:
         steps: how many tokens each row has made before.
@@ -61,7 +61,7 @@ def choose(
 
 
 def argmax(scores: Tensor, block: int = 128) -> Tensor:
-    """`scores.argmax(-1)`, the first of equals; [B, V] → [B] int64.
+    """Compute `scores.argmax(-1)`, the first of equals. [B, V] → [B] int64.
 
     First the block with the largest score, then its place there: on a CPU in bf16, 9 times faster. A kernel
     does both at once where there is one.
@@ -80,22 +80,22 @@ def argmax(scores: Tensor, block: int = 128) -> Tensor:
 
 
 def uniform(seed: int, request_id: str, sample: int, step: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone.
+    """Draw a number in [0, 1) that depends on its arguments alone.
 
-    A counter-based generator: the step is the counter, the rest the key, BLAKE2b the bijection's stand-in.
-    So a row's draws do not depend on its neighbours, the batch size, the order, the shard or a restart.
+    It is a counter-based generator: the step is the counter, the rest the key, BLAKE2b the bijection's stand-in.
+    A row's draws do not depend on its neighbours, the batch size, the order, the shard or a restart.
     """
     key = hashlib.blake2b(f"{seed}/{sample}/{step}/{request_id}".encode(), digest_size=8).digest()
     return (int.from_bytes(key, "big") >> 11) * 2.0**-53
 
 
 def penalises(samples: Sequence[Sample]) -> bool:
-    """Whether a row has a repetition penalty."""
+    """Say whether a row has a repetition penalty."""
     return any(s.request.params.repetition_penalty != 1 for s in samples)
 
 
 def seen_tokens(samples: Sequence[Sample], like: Tensor) -> Tensor:
-    """Which tokens each row has, prompt and completion. [B, V] bool, on the device of `like`, [B, V]."""
+    """Mark the tokens that each row has, prompt and completion. [B, V] bool, like `like`, on its device."""
     longest = max(s.length for s in samples)
     ids = [(*s.all_token_ids, *[s.request.prompt_token_ids[0]] * (longest - s.length)) for s in samples]
     seen = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
@@ -103,7 +103,7 @@ def seen_tokens(samples: Sequence[Sample], like: Tensor) -> Tensor:
 
 
 def _penalise(logits: Tensor, penalties: list[float], seen: Tensor) -> Tensor:
-    """Repetition penalty on tokens of prompt and completion (Keskar et al. 2019, CTRL). → float32, a copy."""
+    """Penalise tokens of prompt and completion (Keskar et al. 2019, CTRL). → float32, a copy."""
     scores, penalty = logits.float(), _column(penalties, logits)
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
@@ -150,7 +150,7 @@ def _draw_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tens
 def filtered_probabilities(
     logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) leave.
+    """Filter by top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024).
 
     Only the HEAD most probable tokens are sorted, unless a row's filters reach further.
 
@@ -181,7 +181,7 @@ def filtered_probabilities(
 
 
 def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """The index at which the cumulative sum of each row passes draw × total. [B, K], [B, 1] → [B]."""
+    """Find the index at which each row's cumulative sum passes draw × total. [B, K], [B, 1] → [B]."""
     cumulative = probabilities.cumsum(-1)
     index = (cumulative <= draws * cumulative[:, -1:]).sum(-1)
     last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
@@ -189,12 +189,12 @@ def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
 
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
-    """[B, 1] float32."""
+    """Bring one number a row to a device. → [B, 1] float32."""
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
 def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report | None:
-    """The chosen token's logprob and the most probable alternatives, of the rows that ask; None if none does.
+    """Report the chosen token's logprob and the likeliest tokens of the rows that ask; None if none does.
 
     Args:
         logits: [B, V]; tokens: [B] int64, the chosen ones.
@@ -209,7 +209,7 @@ def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report 
 
 
 def record(reported: Report, chosen: Sequence[int], samples: Sequence[Sample]) -> None:
-    """Append them to the samples. The batch's chosen tokens and samples, in its order."""
+    """Append a report to the samples: the batch's chosen tokens and samples, in its order."""
     lists = (t.tolist() for t in (reported.own, reported.values, reported.ids))
     for row, own, values, ids in zip(reported.rows, *lists, strict=True):
         count = samples[row].request.params.logprobs

@@ -1,4 +1,4 @@
-"""Who runs next: pure bookkeeping on plain numbers, no tensors."""
+"""Decide who runs next: pure bookkeeping on plain numbers, no tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
@@ -10,7 +10,7 @@ CALM_STEPS = 64  # without running out of memory, before the first try to hold m
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """The progress of one sample of a request."""
+    """Follow one completion in the making: a request has `n` of them."""
 
     request: Request
     index: int  # among the samples of its request
@@ -24,7 +24,7 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Tokens so far, prompt and completion."""
+        """Count the tokens so far, prompt and completion."""
         return len(self.request.prompt_token_ids) + len(self.token_ids)
 
     @property
@@ -33,7 +33,7 @@ class Sample:
 
 
 class Scheduler:
-    """Holds the requests that wait, and says which samples to admit.
+    """Hold the requests that wait, and say which samples to admit.
 
     It reads ahead `window` requests or samples at most, so that a prompt file of any size takes bounded memory,
     and admits the longest expected work first, so that no long row is left alone at the end.
@@ -65,7 +65,7 @@ class Scheduler:
         return self._waiting
 
     def read_ahead(self) -> bool:
-        """Fill the window once it is half empty; True if anything came in."""
+        """Fill the window once it is half empty; say whether anything came in."""
         if self._exhausted or (len(self._waiting) + self._duplicates) * 2 > self._window:
             return False
         new: list[Sample] = []
@@ -114,7 +114,7 @@ class Scheduler:
         self._calm, self._wait = 0, self._wait * 2
 
     def grow(self) -> None:
-        """After a step that found its memory: every now and then, allow a quarter more, up to the first limits.
+        """Allow a quarter more every now and then, up to the first limits, after a step that found its memory.
 
         What took the memory may have gone. If it has not, each failure makes the next try later.
         """
@@ -125,7 +125,7 @@ class Scheduler:
             self.max_tokens = min(self._most[1], self.max_tokens + max(1, self.max_tokens // 4))
 
     def _samples(self, request: Request) -> list[Sample]:
-        """A sample for each sample; none for a request whose text another one is already making."""
+        """Make a request's samples; none where another request is already making the same text."""
         if not request.params.greedy:
             return [Sample(request, index) for index in range(request.params.n)]
         leader = self._leaders.setdefault(_text_key(request), Sample(request, 0))
@@ -137,7 +137,7 @@ class Scheduler:
 
 
 def shared_prefix(samples: Sequence[Sample], min_tokens: int = 8) -> tuple[int, ...]:
-    """The longest token prefix that all prompts share, short of the shortest prompt's last token."""
+    """Find the longest token prefix that all prompts share, short of the shortest prompt's last token."""
     if len(samples) < 2:
         return ()
     prompts = [s.request.prompt_token_ids for s in samples]
@@ -203,6 +203,6 @@ def partition(lengths: Sequence[int], overhead: int) -> list[slice]:
 
 
 def _text_key(request: Request) -> tuple[object, ...]:
-    """What decides a greedy request's text."""
+    """Return what decides a greedy request's text."""
     p = request.params
     return (request.prompt_token_ids, *(tuple(v) if isinstance(v, list) else v for v in astuple(p)))

@@ -1,4 +1,4 @@
-"""What the engine counts while it runs."""
+"""Count what the engine does while it runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from pipeline.engine.rectangles.rectangle import Rectangle
 
 @dataclass
 class EngineStats:
-    """Counts over one run; times in seconds."""
+    """Hold the counts of one run; times in seconds."""
 
     completion_tokens: int = 0
     prefill_tokens: int = 0  # computed: a shared prefix and duplicates count once
@@ -57,7 +57,7 @@ class EngineStats:
             self.columns_needed += count * (rectangle.head + 1) - sum(rectangle.starts)
 
     def count_pass(self, tokens: int, columns: int) -> None:
-        """So many tokens were computed without padding, in a row that then has so many columns."""
+        """Count tokens that were computed without padding, in a row that then has so many columns."""
         self.prefill_tokens += tokens
         self.prefill_columns += tokens
         self.largest_prefill_columns = max(self.largest_prefill_columns, tokens)
@@ -72,14 +72,14 @@ class EngineStats:
         self.peak_rows = max(self.peak_rows, rows)
 
     def count_launch(self, held: Sequence[int]) -> None:
-        """A step in which rows had so many columns before."""
+        """Count a step over pages, in which rows had so many columns before."""
         self.steps += 1
         self.rows += len(held)
         self.columns_attended += sum((h // PAGE + 1) * PAGE for h in held)
         self.columns_needed += sum(h + 1 for h in held)
 
     def summary(self) -> dict[str, float | int | None]:
-        """What stats.json says of the batch; a ratio of nothing is None."""
+        """Return what stats.json says of the batch; a ratio of nothing is None."""
         padding = self.prefill_columns - self.prefill_tokens
         return {
             "prefill_tokens": self.prefill_tokens,

@@ -1,4 +1,4 @@
-"""A running batch in pages: the device is always one launch ahead of the host.
+"""Run a batch in pages: the device is always one launch ahead of the host.
 
 What the host reads is a step old: while it looks at the tokens of one step, writes finished rows and admits
 new ones, the device runs the next. A row that ends by itself has by then one more token under way, which is
@@ -25,7 +25,7 @@ from pipeline.engine.stats import EngineStats
 
 
 class PagedBatch:
-    """Rows in flight, each with a slot, and pages for its whole length from the time it is admitted.
+    """Hold rows in flight, each with a slot, and pages for its whole length from the time it is admitted.
 
     Args:
         max_rows: slots.
@@ -61,7 +61,7 @@ class PagedBatch:
         return [row.sample for row in self._rows] + self._admitted
 
     def tokens_of(self, sample: Sample) -> int:
-        """Columns of the pages that it takes at its longest; its last token is never fed."""
+        """Count the columns of the pages that it takes at its longest; its last token is never fed."""
         return pages_for(sample.length + sample.remaining_tokens - 1) * PAGE
 
     def begin(self, scheduler: Scheduler) -> None:
@@ -91,7 +91,7 @@ class PagedBatch:
             self._stats.decode_sec += seconds
 
     def drop(self) -> list[Sample]:
-        """Read what is under way, then give all memory back; what was in flight, with its tokens."""
+        """Read what is under way, then give all memory back; return what was in flight, with its tokens."""
         self._read(ahead=0)
         rows = self.live
         self._rows, self._admitted, self._seen, self._prefix = [], [], None, ((), [])
@@ -137,7 +137,7 @@ class PagedBatch:
             self._rows, self._admitted = self._rows + made, []
 
     def _row(self, sample: Sample, leader: Row | None) -> Row:
-        """A row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
+        """Make a row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
         pages, ids = self._forward.pages, sample.all_token_ids
         prefix, shared = self._prefix
         if leader is not None:
@@ -149,7 +149,7 @@ class PagedBatch:
         return Row(sample, slot, pages.share(shared) + own, len(shared) * PAGE, made)
 
     def _prefill(self) -> int:
-        """Launch one pass over what is admitted; how many launches made tokens."""
+        """Launch one pass over what is admitted; return how many launches made tokens."""
         segments: list[Segment] = []
         rows: list[Row] = []
         keep: list[int] = []  # the segment of each row
@@ -188,7 +188,7 @@ class PagedBatch:
         self._forward.pages.copy(pairs)
 
     def _decode_step(self) -> int:
-        """Launch one token for every row that may have more; how many launches that took."""
+        """Launch one token for every row that may have more; return how many launches that took."""
         launched = 0
         for long in (True, False):
             rows = [row for row in self._rows if row.goes_on and (row.held >= self._switch) == long]
@@ -201,7 +201,7 @@ class PagedBatch:
         return launched
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
-        """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
+        """Put rows back that grow past longrope's switch, to be prefilled again, as `generate` does."""
         if any(row.goes_on and row.held == self._switch for row in self._rows):
             self._read(ahead=0)
             crossing = [row for row in self._rows if row.held == self._switch and row.goes_on]
@@ -233,7 +233,7 @@ class PagedBatch:
             row.made += 1
 
     def _seen_by(self, rows: list[Row], logits: Tensor) -> Tensor | None:
-        """Which tokens each row has, where one has a repetition penalty. [B, V] bool."""
+        """Mark the tokens that each row has, where one has a repetition penalty. [B, V] bool."""
         samples = [row.sample for row in rows]
         if not penalises(samples):
             return None
@@ -268,6 +268,6 @@ class PagedBatch:
 
 
 def _is_plain(sample: Sample) -> bool:
-    """Whether the next token is the most probable one."""
+    """Say whether the next token is the most probable one."""
     params = sample.request.params
     return params.greedy and params.repetition_penalty == 1

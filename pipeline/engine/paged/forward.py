@@ -1,4 +1,4 @@
-"""The model on one device with its keys and values in pages: prefill some columns, decode a step."""
+"""Run the model on one device with its keys and values in pages: prefill some columns, decode a step."""
 
 import functools
 import logging
@@ -28,7 +28,7 @@ LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
 
 
 class PagedForward:
-    """One flat row of tokens for all rows of a pass; a decode step is replayed from a graph, where it can be.
+    """Feed one flat row of tokens for all rows of a pass; replay a decode step from a graph, where it can be.
 
     Raises:
         NotImplementedError: the model lies on several devices, or has layers or rotary frequencies of
@@ -99,7 +99,7 @@ class PagedForward:
         self._table[made[:, 0].long()] = made[:, 1:]
 
     def trial(self, rows: Sequence[Sequence[int]], next_token: int) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
+        """Return logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
 
         Raises:
             NotImplementedError: a layer keeps other state than keys and values.
@@ -146,8 +146,10 @@ class PagedForward:
         return logits[:count], tokens[:count]
 
     def _graph(self, count: int, columns: int, long: bool) -> StepGraph | None:
-        """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
-        little, and recording one anew takes as long as a dozen steps."""
+        """Find or record a graph of at least so many rows and columns, but not of many more.
+
+        Rows that fill it up cost little, and recording one anew takes as long as a dozen steps.
+        """
         rows = next((r for r in GRAPH_ROWS if r >= count), count)
         widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
         fits = [
@@ -170,7 +172,7 @@ class PagedForward:
         return graph
 
     def _step(self, control: Tensor, columns: int, long: bool) -> tuple[Tensor, Tensor]:
-        """control [B, 2] → logits [B, V], tokens [B]."""
+        """Run a decode step. control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
         batch = PagedDecode(control, self._table, columns, self.pages, self._facts)
         logits = self._run(self.tokens[slots], positions, 0, batch, long)
@@ -190,7 +192,7 @@ class PagedForward:
 
 
 def _only_device(model: Any) -> torch.device:
-    """Raises NotImplementedError for layers on several devices."""
+    """Return the model's device; refuse a model that lies on several."""
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or "meta" in {device.type for device in devices}:
         raise NotImplementedError("layers on several devices")
@@ -198,13 +200,13 @@ def _only_device(model: Any) -> torch.device:
 
 
 def _check_rotary(config: Any) -> None:
-    """Raises NotImplementedError for rotary frequencies that depend on the longest row so far."""
+    """Refuse rotary frequencies that depend on the longest row so far."""
     if "dynamic" in str(getattr(config, "rope_parameters", None)):
         raise NotImplementedError("rotary frequencies that change with the length")
 
 
 def _can_capture(model: Any) -> bool:
-    """Whether a step can be recorded: LLM.int8 looks at each product's outliers, a mixture at its routing."""
+    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, a mixture at its routing."""
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     config = model.config.get_text_config()
     mixture = any(getattr(config, name, None) for name in experts)
@@ -213,7 +215,7 @@ def _can_capture(model: Any) -> bool:
 
 @functools.cache
 def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
-    """Triton's kernels, and whether FlashAttention runs."""
+    """Import Triton's kernels, where they run, and say whether FlashAttention does."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None, False
     if torch.cuda.get_device_capability(device) < AMPERE:

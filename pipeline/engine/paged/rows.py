@@ -1,4 +1,4 @@
-"""A row of the running batch, and what the device has been told to do with some of them."""
+"""Keep track of rows in flight, and of what the device has been told to do with some of them."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -12,7 +12,7 @@ from pipeline.engine.scheduler import Sample
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A sample in the running batch."""
+    """Follow a sample through the running batch."""
 
     sample: Sample
     slot: int
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Something that the device was told to do, and whose tokens the host has not read yet."""
+    """Remember work that the device was given, and whose tokens the host has not read yet."""
 
     rows: list[Row]
     held: list[int]  # columns that each row of a decode step held before; none of a prefill
@@ -49,7 +49,7 @@ class Launch:
         return cls(rows, held, copy, ready, report)
 
     def read(self) -> list[int]:
-        """Each row's token, once the device has made it."""
+        """Read each row's token, once the device has made it."""
         if self.ready is not None:
             self.ready.synchronize()
         return [int(token) for token in self.tokens.tolist()]

@@ -1,1 +1,1 @@
-"""Keys and values in rectangles, for CPUs and models over several GPUs: contiguous, left-padded to one width."""
+"""Hold keys and values in rectangles, for CPUs and models over several GPUs: rows padded to one width."""

@@ -1,6 +1,6 @@
-"""A running batch in rectangles: rows of similar length together, left-padded to one width.
+"""Run a batch in rectangles: rows of similar length together, left-padded to one width.
 
-The way for CPUs, where a contiguous product is everything, and for a model that is split over several GPUs.
+This is the way for CPUs, where a contiguous product is everything, and for a model that is split over several GPUs.
 """
 
 import time
@@ -21,7 +21,7 @@ SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them a
 
 
 class RectangleBatch:
-    """Rows in flight, each in one of several rectangles.
+    """Hold rows in flight, each in one of several rectangles.
 
     Args:
         accept: gives a row its next token, and says whether the row is done.
@@ -105,7 +105,7 @@ class RectangleBatch:
         self._stats.prefill_sec += time.perf_counter() - started
 
     def _decode_step(self, scheduler: Scheduler) -> None:
-        """One token for every row. Its second pass can fail when rows of the first have finished."""
+        """Give every row one token. The second pass can fail when rows of the first have finished."""
         started = time.perf_counter()
         self._put_back_crossing(scheduler)
         self._regroup()
@@ -146,7 +146,7 @@ class RectangleBatch:
         self._stats.count_rectangles(kept)
 
     def _by_regime(self, rectangles: list[Rectangle]) -> list[list[Rectangle]]:
-        """Rows under long and short rotary factors never share a pass."""
+        """Part rectangles under long and short rotary factors, which never share a pass."""
         parts = ([r for r in rectangles if self._is_long(r.rows[0]) == long] for long in (True, False))
         return [part for part in parts if part]
 
@@ -158,7 +158,7 @@ class RectangleBatch:
         return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
-        """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
+        """Put rows back that grow past longrope's switch, to be prefilled again, as `generate` does."""
         if self._rope_switch is None:
             return
         for rectangle in self._rectangles:

@@ -1,6 +1,6 @@
-"""The model behind one interface: prefill a rectangle, decode a step.
+"""Run the model behind one interface: prefill a rectangle, decode a step.
 
-`FlatForward` is the fast path: one flat row of tokens, attention by rectangles (batch.py). `PaddedForward`
+`FlatForward` is the fast path: one flat row of tokens, attention by rectangles (passes.py). `PaddedForward`
 is the plain path for models whose attention is not transformers' own interface: one rectangle at a time,
 padded, with a mask, through the model's own attention.
 """
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
+    """Be a way through a model whose batch is in rectangles."""
+
     config: Any
     can_share_prefix: bool
     equal_lengths: bool  # rows of different length may not share a rectangle
@@ -46,7 +48,7 @@ class Forward(Protocol):
 
 
 class FlatForward:
-    """One flat row of tokens for all rectangles; the linear layers compute no padding."""
+    """Feed one flat row of tokens for all rectangles; the linear layers compute no padding."""
 
     can_share_prefix = True
     equal_lengths = False
@@ -93,7 +95,7 @@ class FlatForward:
         return self._run(tokens + spare, positions + spare, list(range(len(tokens))) if spare else 0, batch)
 
     def _run(self, tokens: list[int], positions: list[int], keep: list[int] | int, batch: Any) -> Tensor:
-        """Logits of the places in `keep`; of all for 0.
+        """Return the logits of the places in `keep`; of all for 0.
 
         Plain numbers, never a tensor: with layers on several GPUs, accelerate would bring a tensor to the
         first, and the head's states are on the last.
@@ -107,7 +109,7 @@ class FlatForward:
 
 
 class PaddedForward:
-    """One padded rectangle a pass, through the model's own attention with an explicit mask."""
+    """Feed one padded rectangle a pass, through the model's own attention with an explicit mask."""
 
     can_share_prefix = False
 
@@ -133,7 +135,7 @@ class PaddedForward:
         return torch.cat([self._run(r, [s.token_ids[-1:] for s in r.rows], r.head + 1) for r in rectangles])
 
     def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:
-        """Columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
+        """Run columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
         both = upload([[s, *own] for s, own in zip(rectangle.starts, ids, strict=True)], self._device)
         positions = torch.arange(columns, device=self._device) - both[:, :1]
         output = self._model(
@@ -149,7 +151,7 @@ class PaddedForward:
 
 
 class _RectangleLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a rectangle, as transformers' attention layers expect a cache."""
+    """Show one layer of a rectangle as the cache that transformers' attention layers expect."""
 
     is_sliding = False
 
@@ -191,7 +193,7 @@ class _RectangleCache(Cache):
 
 
 def _round_up(rows: int) -> int:
-    """A number of rows that comes up often.
+    """Round up to a number of rows that comes up often.
 
     oneDNN compiles a product anew for each number of rows: half a millisecond and half a megabyte, for each
     shape of weight.
