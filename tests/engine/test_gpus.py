@@ -11,9 +11,9 @@ from fake_gpus import fake_gpus, fake_model
 from transformers import masking_utils
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
 from pipeline.engine.limits import CPU, GPU, Limits
+from pipeline.engine.rectangles import batch as batch_module
 from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
@@ -97,7 +97,7 @@ def test_a_model_split_over_gpus_mixes_none_of_them(name, gpus, head, monkeypatc
         drawn = GenerationParams(max_new_tokens=9, n=2, temperature=1.0, top_p=top_p)
         requests.append(Request(f"{request.id}-drawn", request.prompt_token_ids, drawn))
     regrouped = mock.Mock(wraps=regroup)
-    monkeypatch.setattr(engine_module, "regroup", regrouped)
+    monkeypatch.setattr(batch_module, "regroup", regrouped)
     with fake_gpus() as traffic:
         forward = FlatForward(fake_model(name, split(name, gpus, head)))
         forward.limits = Limits(max_rows=128, chunk=8, rectangle_overhead=60, cuts_windows=True)

@@ -51,9 +51,8 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
     part = -(-blocks // parts)
     weights = p.weights + strip * blocks * BLOCK_BYTES
     next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p.gated)
-    lines = (
-        BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
-    )  # each group of rows asks for its share of the next strip
+    # Each group of rows asks for its share of the next strip.
+    lines = BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
     for block in range(0, blocks, part):
         count = min(part, blocks - block)
         for index in range((end - start + BLOCK - 1) // BLOCK):
