@@ -264,7 +264,7 @@ def stage_kernels(check: Check) -> dict[str, Any]:
     """[relative error, µs] of each kernel, and of attention with other numbers of columns, warps and stages."""
     if not check.cuda:
         return {"skipped": "needs a GPU"}
-    from pipeline.engine.paged import kernels
+    from pipeline.engine.paged import triton_kernels as kernels
 
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -298,7 +298,7 @@ def attention(
 ) -> tuple[Callable[[], Tensor], Tensor]:
     """A call of the decode attention for 64 rows of up to 600 columns, and what it is to give, in float32."""
     from pipeline.engine.limits import PAGE
-    from pipeline.engine.paged import kernels
+    from pipeline.engine.paged import triton_kernels as kernels
 
     rows, pages, on = 64, 32, check.device
     held = [(37 * i) % 600 for i in range(rows)]
@@ -331,7 +331,7 @@ def attention(
 
 def tune(check: Check) -> dict[str, float]:
     """µs of decode attention by columns of a split, columns of a product, warps and stages; the best stays."""
-    from pipeline.engine.paged import kernels
+    from pipeline.engine.paged import triton_kernels as kernels
 
     times: dict[tuple[int, tuple[int, int, int]], float] = {}
     call, _ = attention(check, torch.bfloat16, 32, 8, 128, None)

@@ -9,7 +9,8 @@ import torch
 
 from pipeline.common.request import Completion, GenerationParams, Request
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import Forward, rope_switch
+from pipeline.engine.model_facts import rope_switch
+from pipeline.engine.rectangles.forward import Forward
 
 EOS = frozenset({2, *range(40, 46)})  # enough of a tiny model's 300 tokens that some rows meet one
 # With a prefix of 12: below, at and above phi3's switch at 64 and gemma's window of 16.

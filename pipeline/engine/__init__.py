@@ -1,1 +1,1 @@
-"""The batching engine: token ids in, token ids out. It knows no text, no paths and no configs."""
+"""Make token ids of token ids: continuous batching that knows no text, no paths and no configs."""

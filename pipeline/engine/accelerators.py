@@ -1,6 +1,7 @@
-"""The GPUs as torch sees them. Only one that the model lies on is asked for its free memory: that opens it.
+"""List the GPUs as torch sees them.
 
-A context takes 300 to 600 MB on a card, used or not.
+Only a GPU that the model lies on is asked for its free memory: that opens it, and a context takes 300 to 600 MB
+on a card, used or not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,24 +17,24 @@ KINDS = ("cuda", "xpu")  # torch.cuda, which is ROCm too, and torch.xpu have the
 
 
 def usable_gpus(device_map: Any) -> tuple[Gpu, ...]:
-    """Those that a model with this device map may lie on."""
+    """List the GPUs that a model with this device map may lie on."""
     return tuple(map(describe, chosen(device_map, visible_devices())))
 
 
 def model_gpus(model: Any) -> tuple[Gpu, ...]:
-    """Those that a loaded model lies on, in the order of its layers."""
+    """List the GPUs that a loaded model lies on, in the order of its layers."""
     devices = dict.fromkeys(parameter.device for parameter in model.parameters())
     return tuple(describe(device) for device in devices if device.type not in ("cpu", "meta"))
 
 
 def visible_devices() -> list[torch.device]:
-    """Every GPU that this process could use."""
+    """List every GPU that this process could use."""
     found = [torch.device(kind, i) for kind in KINDS for i in range(getattr(torch, kind).device_count())]
     return found or ([torch.device("mps")] if torch.backends.mps.is_available() else [])
 
 
 def chosen(device_map: Any, visible: Sequence[torch.device]) -> list[torch.device]:
-    """The GPUs that a device map leaves: all for `auto` and its kind, else those that it names."""
+    """Choose the GPUs that a device map leaves: all for `auto` and its kind, else those that it names."""
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return list(visible)
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -41,13 +42,13 @@ def chosen(device_map: Any, visible: Sequence[torch.device]) -> list[torch.devic
 
 
 def _names(name: Any, device: torch.device) -> bool:
-    """`0`, "0", "cuda" and "cuda:0" all name the first GPU."""
+    """Say whether a name means this device: `0`, "0", "cuda" and "cuda:0" all name the first GPU."""
     kind, _, index = (f"{device.type}:{name}" if str(name).isdigit() else str(name)).partition(":")
     return (kind, int(index or 0)) == (device.type, device.index or 0)
 
 
 def describe(device: torch.device) -> Gpu:
-    """What the driver says of a GPU without opening it."""
+    """Describe a GPU as its driver does without opening it."""
     if device.type == "mps":
         return Gpu("mps", "Apple GPU", total_bytes=psutil.virtual_memory().total)
     properties = getattr(torch, device.type).get_device_properties(device)
@@ -64,7 +65,7 @@ def describe(device: torch.device) -> Gpu:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device can still hold. It opens a GPU: ask only of one that is in use."""
+    """Measure what a device can still hold. This opens a GPU: ask only of one that is in use."""
     if device.type not in KINDS:
         return host_free_bytes()
     module = getattr(torch, device.type)
@@ -73,6 +74,6 @@ def free_bytes(device: torch.device) -> int:
 
 
 def used_indices(module: Any) -> Iterable[int]:
-    """The GPUs of torch.cuda or torch.xpu on which this process has had tensors since peaks were reset."""
+    """List the GPUs of torch.cuda or torch.xpu on which this process has had tensors since peaks were reset."""
     if module.is_initialized():
         yield from (i for i in range(module.device_count()) if module.max_memory_allocated(i))

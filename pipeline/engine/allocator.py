@@ -1,4 +1,4 @@
-"""How torch's allocator for GPUs is set, before torch is there. No torch."""
+"""Set torch's allocator for GPUs, before torch is imported."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ def set_allocator() -> None:
 
 
 def allocator_settings(environ: Mapping[str, str], platform: str, torch_version: str) -> dict[str, str]:
-    """Segments that grow, unless the user has chosen: keys and values of ever new sizes leave no holes.
+    """Choose segments that grow, unless the user has chosen: keys and values of ever new sizes leave no holes.
 
     Only CUDA on Linux has them. Before 2.9, torch knew them by another name.
 

@@ -1,8 +1,8 @@
-"""How the engine comes between a model and its attention.
+"""Come between a model and its attention.
 
 The function is registered with transformers under ATTENTION, and gets the pass that it belongs to as the
 keyword argument `batch`, which models hand down to it: that knows where keys and values are. No mask function
-is registered beside it: so transformers makes no mask, and does not look for packed sequences, which would
+is registered beside it: then transformers makes no mask, and does not look for packed samples, which would
 wait for the device.
 """
 
@@ -16,10 +16,10 @@ ATTENTION = "pipeline"
 
 
 class Pass(Protocol):
-    """One forward pass over rows of the running batch."""
+    """Know what one forward pass over rows of the running batch attends to."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
+        """Store new keys and values, and attend. query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
         ...
 
 
@@ -33,7 +33,7 @@ def batch_attention(
     batch: Pass | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
+    """Attend as transformers asks for it. query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
 
     Raises:
         NotImplementedError: the model asks for something that this attention does not compute.

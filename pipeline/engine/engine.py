@@ -1,36 +1,35 @@
-"""Continuous batching over any causal language model: admit, prefill, decode, retire."""
+"""Run requests through a model in one ever-changing batch: admit, prefill, decode, retire."""
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from pipeline.common.errors import JobError
 from pipeline.common.request import Completion, FinishReason, Request
-from pipeline.engine.forward import Forward
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
-from pipeline.engine.rectangles import RectangleBatch
-from pipeline.engine.scheduler import Scheduler, Sequence
+from pipeline.engine.rectangles.batch import RectangleBatch
+from pipeline.engine.rectangles.forward import Forward
+from pipeline.engine.scheduler import Sample, Scheduler
 from pipeline.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
-    """The rows in flight, and the way that their keys and values are held."""
+    """Hold the rows in flight, and their keys and values in a way of its own."""
 
     @property
-    def live(self) -> list[Sequence]:
-        """The rows, those included that are admitted and not yet prefilled."""
+    def live(self) -> list[Sample]:
+        """List the rows, those included that are admitted and not yet prefilled."""
         ...
 
-    def tokens_of(self, sequence: Sequence) -> int:
-        """How many of the tokens in flight a sequence counts for."""
+    def tokens_of(self, sample: Sample) -> int:
+        """Count how many of the tokens in flight a sample takes."""
         ...
 
     def begin(self, scheduler: Scheduler) -> None:
@@ -41,13 +40,13 @@ class Batch(Protocol):
         """Admit what there is room for, and run a prefill or a decode step."""
         ...
 
-    def drop(self) -> list[Sequence]:
-        """Give all memory back; what was in flight, with the tokens that it has."""
+    def drop(self) -> list[Sample]:
+        """Give all memory back; return what was in flight, with the tokens that it has."""
         ...
 
 
 class Engine:
-    """Runs requests through a model.
+    """Run requests through a model.
 
     Args:
         forward: the model, behind the way its attention is computed.
@@ -56,7 +55,7 @@ class Engine:
         max_rows: rows in flight.
         max_tokens: tokens in flight, prompt and completion.
         prefill_tokens: prompt tokens in one forward pass.
-        window: sequences read ahead.
+        window: samples read ahead.
         share_prefix: compute once what all prompts of the first window share.
     """
 
@@ -64,7 +63,7 @@ class Engine:
         self,
         forward: Forward | PagedForward,
         eos_token_ids: frozenset[int],
-        decode: Callable[[Ordered[int]], str] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
         *,
         max_rows: int = 128,
         max_tokens: int = 1 << 20,
@@ -86,8 +85,8 @@ class Engine:
         )
 
     @property
-    def live(self) -> list[Sequence]:
-        """The rows of the running batch."""
+    def live(self) -> list[Sample]:
+        """List the rows of the running batch."""
         return self._batch.live
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -97,7 +96,7 @@ class Engine:
 
     @torch.inference_mode()
     def steps(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
-        """The same, step by step: yields after each prefill and each decode step, often an empty list.
+        """Yield what has finished after each prefill and each decode step, often an empty list.
 
         Raises:
             JobError: there is no memory even for one row to begin.
@@ -123,28 +122,29 @@ class Engine:
             scheduler.read_ahead()
         self._batch.drop()
 
-    def _accept(self, sequence: Sequence, token: int) -> bool:
-        """Give a row its next token; whether it is done, and then its completions are, too."""
-        reason = self._append(sequence, token)
+    def _accept(self, sample: Sample, token: int) -> bool:
+        """Give a row its next token; say whether it is done, and then its completions are, too."""
+        reason = self._append(sample, token)
         if reason is None:
             return False
-        self._scheduler.retire(sequence)
-        made = _completions(sequence, reason)
+        self._scheduler.retire(sample)
+        made = _completions(sample, reason)
         self.stats.completion_tokens += sum(len(c.token_ids) for c in made)
         self._finished += made
         return True
 
-    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.request.params
+    def _append(self, sample: Sample, token: int) -> FinishReason | None:
+        """Append a token that does not end the row by itself; say why the row ends, if it does."""
+        params = sample.request.params
         if token in self._eos_token_ids and not params.ignore_eos:
             return "stop"
-        sequence.token_ids.append(token)
-        if params.stop and self._decode and _has_stop(sequence, self._decode):
+        sample.token_ids.append(token)
+        if params.stop and self._decode and _has_stop(sample, self._decode):
             return "stop"
-        return None if sequence.remaining_tokens > 0 else "length"
+        return None if sample.remaining_tokens > 0 else "length"
 
     def _recover(self, scheduler: Scheduler) -> None:
-        """After running out of memory: put every row back with its tokens, and go on with half as many."""
+        """Put every row back with its tokens, after running out of memory, and go on with half as many."""
         rows = self._batch.drop()
         gc.collect()
         if torch.cuda.is_available():
@@ -157,8 +157,8 @@ class Engine:
             return
         if not rows and scheduler.max_rows == scheduler.max_tokens == 1:
             raise JobError(
-                "Not enough memory beside the model for a single row. Use a smaller model or quantization, "
-                "or end what else uses this memory"
+                found="there is not enough memory beside the model for a single row",
+                fix="Use a smaller model or quantization, or end what else uses this memory",
             )
         tokens = sum(map(self._batch.tokens_of, rows))
         scheduler.shrink(len(rows) or scheduler.max_rows, tokens or scheduler.max_tokens)
@@ -166,21 +166,20 @@ class Engine:
         scheduler.put_back(rows)
 
 
-def _completions(
-    sequence: Sequence, reason: FinishReason | None, error: str | None = None
-) -> list[Completion]:
-    """A finished sequence's completion, and those of the requests that share its tokens."""
-    tokens, logprobs = tuple(sequence.token_ids), tuple(sequence.logprobs) or None
-    samples: dict[str, int] = {sequence.request.id: sequence.sample}
-    done = [Completion(sequence.request.id, sequence.sample, tokens, reason, logprobs, error)]
-    for request in sequence.duplicates:
-        sample = samples[request.id] = samples.get(request.id, -1) + 1
-        done.append(Completion(request.id, sample, tokens, reason, logprobs, error))
+def _completions(sample: Sample, reason: FinishReason | None, error: str | None = None) -> list[Completion]:
+    """Complete a finished sample, and the requests that share its tokens."""
+    tokens, logprobs = tuple(sample.token_ids), tuple(sample.logprobs) or None
+    numbers: dict[str, int] = {sample.request.id: sample.index}
+    done = [Completion(sample.request.id, sample.index, tokens, reason, logprobs, error)]
+    for request in sample.duplicates:
+        index = numbers[request.id] = numbers.get(request.id, -1) + 1
+        done.append(Completion(request.id, index, tokens, reason, logprobs, error))
     return done
 
 
-def _has_stop(sequence: Sequence, decode: Callable[[Ordered[int]], str]) -> bool:
-    """Whether a stop string has just appeared: a token is at least a byte, a character at most four."""
-    longest = max(len(text) for text in sequence.request.params.stop)
-    text = decode(sequence.token_ids[-4 * longest - 4 :])
-    return any(stop in text for stop in sequence.request.params.stop)
+def _has_stop(sample: Sample, decode: Callable[[Sequence[int]], str]) -> bool:
+    """Say whether a stop string has just appeared."""
+    # A token is at least a byte, a character at most four: this tail holds all of the longest stop string.
+    longest = max(len(text) for text in sample.request.params.stop)
+    text = decode(sample.token_ids[-4 * longest - 4 :])
+    return any(stop in text for stop in sample.request.params.stop)

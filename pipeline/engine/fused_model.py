@@ -1,7 +1,7 @@
-"""Models of the Llama kind in half precision: a dozen calls a layer instead of seventy.
+"""Run models of the Llama kind in half precision by a dozen calls a layer instead of seventy.
 
 The products stay the model's own modules; what lies between them goes through kernels, those of a CPU or of a
-GPU: cpu/kernels.py and paged/kernels.py have the same functions.
+GPU: cpu/kernels/operators.py and paged/triton_kernels.py have the same functions.
 """
 
 from types import ModuleType
@@ -16,7 +16,7 @@ MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 
 
 def can_fuse(model: Any, device_type: str = "cpu") -> bool:
-    """One of MODELS in half precision there, with the usual activation, and no hook that would have to run."""
+    """Say whether a model is one of MODELS in half precision there, as usual, without a hook that has to run."""
     if type(model).__name__ not in MODELS:
         return False
     there = all(p.device.type == device_type for p in model.parameters())
@@ -28,7 +28,7 @@ def can_fuse(model: Any, device_type: str = "cpu") -> bool:
 
 
 class FusedModel:
-    """A model's pass over a batch, called like the model itself."""
+    """Stand in for a model in passes over a batch, called like the model itself."""
 
     def __init__(self, model: Any, kernels: ModuleType) -> None:
         self._body = model.model
@@ -38,7 +38,7 @@ class FusedModel:
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: list[int] | Tensor | int, batch: Any
     ) -> Tensor:
-        """input_ids and position_ids [1, N], K places to keep, 0 is all → logits [K, V]."""
+        """Run all layers. input_ids and position_ids [1, N], K places to keep, 0 is all → logits [K, V]."""
         keep = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
         states = self._body.embed_tokens(input_ids)[0]
         cos, sin = self._body.rotary_emb(states, position_ids)
@@ -75,7 +75,7 @@ class FusedModel:
         return output
 
     def _norm(self, norm: Any, states: Tensor, addition: Tensor | None = None) -> Tensor:
-        """The norm of states + addition, which states then are."""
+        """Add to the states in place, where there is an addition, and norm them."""
         weight, eps = norm.weight, norm.variance_epsilon
         normed: Tensor = (
             self._kernels.rms_norm(states, weight, eps)

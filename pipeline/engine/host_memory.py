@@ -21,7 +21,7 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def return_large_blocks(size_bytes: int = LARGE_BYTES) -> bool:
-    """Have glibc return each block of this size or more when it is freed; whether it could be told.
+    """Have glibc return each block of this size or more when it is freed; say whether it could be told.
 
     Without this, it takes blocks of up to 32 MiB from its heap, whose holes the system never gets back. But
     each block then costs page faults anew: worth it while loading, and for 8-bit products. Of its heap's end
@@ -70,7 +70,7 @@ def release_files(model: nn.Module) -> int:
 
 
 def mapped_files() -> list[tuple[int, int]]:
-    """Addresses [first, last) of this process's mapped weight files."""
+    """List the addresses [first, last) of this process's mapped weight files."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What suits a kind of device, and how it holds keys and values. The engine and the memory plan share it; no torch."""
+"""Say what suits a kind of device and its way to hold keys and values, to the engine and to a memory plan."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ PAGE = 32  # columns of a page
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many rows a batch has, and how its keys and values grow."""
+    """Limit the rows of a batch, and say how its keys and values grow."""
 
     max_rows: int  # more make no step faster on any device measured so far
     chunk: int  # columns allocated beyond a row's tokens
@@ -21,10 +21,10 @@ PAGES = Limits(max_rows=512, chunk=PAGE, rectangle_overhead=0, cuts_windows=Fals
 
 
 def limits(device_type: str) -> Limits:
-    """Those of rectangles on `cpu`, or on any accelerator."""
+    """Return the limits of rectangles on `cpu`, or on any accelerator."""
     return CPU if device_type == "cpu" else GPU
 
 
 def expected_limits(gpus: int) -> Limits:
-    """Those of a job on so many GPUs, before its model is loaded."""
+    """Expect the limits of a job on so many GPUs, before its model is loaded."""
     return PAGES if gpus == 1 else limits("cpu" if gpus == 0 else "gpu")

@@ -16,6 +16,6 @@ _SAYINGS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or on the host."""
+    """Say whether memory ran out, on a device or on the host."""
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(s in text for s in _SAYINGS)

@@ -1,7 +1,7 @@
-"""The next token of every row, each row with its own parameters; vectorised over rows."""
+"""Choose the next token of every row, each row with its own parameters; vectorised over rows."""
 
 import hashlib
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pipeline.common.request import TokenLogprob
 from pipeline.engine.cpu import load_kernels
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 HEAD = 1024  # the most probable tokens, sorted first: nearly always all that the filters keep
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The log-probabilities that some rows of a batch asked for, still on the device."""
+    """Hold the log-probabilities that some rows of a batch asked for, still on the device."""
 
     rows: list[int]  # K of the batch's rows
     own: Tensor  # [K] float32, of the chosen token
@@ -24,44 +24,44 @@ class Report:
     ids: Tensor  # [K, most asked for] int64, the tokens they belong to
 
 
-def next_tokens(logits: Tensor, sequences: Ordered[Sequence]) -> list[int]:
-    """Choose a token for each row, and record its logprobs in the sequence where they were asked for.
+def next_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
+    """Choose a token for each row, and record its logprobs in the sample where they were asked for.
 
     Args:
         logits: [B, V], any float dtype.
-        sequences: B rows, in the same order.
+        samples: B rows, in the same order.
     """
-    seen = seen_tokens(sequences, logits) if penalises(sequences) else None
-    tokens = choose(logits, sequences, [len(s.token_ids) for s in sequences], seen)
+    seen = seen_tokens(samples, logits) if penalises(samples) else None
+    tokens = choose(logits, samples, [len(s.token_ids) for s in samples], seen)
     chosen: list[int] = tokens.tolist()
-    if reported := report(logits, tokens, sequences):
-        record(reported, chosen, sequences)
+    if reported := report(logits, tokens, samples):
+        record(reported, chosen, samples)
     return chosen
 
 
 def choose(
-    logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int], seen: Tensor | None = None
+    logits: Tensor, samples: Sequence[Sample], steps: Sequence[int], seen: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row, on the device of the logits. [B, V] → [B] int64.
+    """Choose the next token of each row, on the device of the logits. [B, V] → [B] int64.
 
     Args:
         steps: how many tokens each row has made before.
         seen: [B, V] bool, the tokens of prompt and completion, where `penalises` says so.
     """
-    params = [s.request.params for s in sequences]
+    params = [s.request.params for s in samples]
     scores = logits if seen is None else _penalise(logits, [p.repetition_penalty for p in params], seen)
     sampled = [r for r, p in enumerate(params) if not p.greedy]
     if len(sampled) == len(params):
-        return _sample(scores.float(), sequences, steps)
+        return _draw(scores.float(), samples, steps)
     tokens = argmax(scores)
     if sampled:
-        draws = _sample(scores[sampled].float(), [sequences[r] for r in sampled], [steps[r] for r in sampled])
+        draws = _draw(scores[sampled].float(), [samples[r] for r in sampled], [steps[r] for r in sampled])
         tokens[sampled] = draws
     return tokens
 
 
 def argmax(scores: Tensor, block: int = 128) -> Tensor:
-    """`scores.argmax(-1)`, the first of equals; [B, V] → [B] int64.
+    """Compute `scores.argmax(-1)`, the first of equals. [B, V] → [B] int64.
 
     First the block with the largest score, then its place there: on a CPU in bf16, 9 times faster. A kernel
     does both at once where there is one.
@@ -80,35 +80,35 @@ def argmax(scores: Tensor, block: int = 128) -> Tensor:
 
 
 def uniform(seed: int, request_id: str, sample: int, step: int) -> float:
-    """A number in [0, 1) that depends on its arguments alone.
+    """Draw a number in [0, 1) that depends on its arguments alone.
 
-    A counter-based generator: the step is the counter, the rest the key, BLAKE2b the bijection's stand-in.
-    So a row's draws do not depend on its neighbours, the batch size, the order, the shard or a restart.
+    It is a counter-based generator: the step is the counter, the rest the key, BLAKE2b the bijection's stand-in.
+    A row's draws do not depend on its neighbours, the batch size, the order, the shard or a restart.
     """
     key = hashlib.blake2b(f"{seed}/{sample}/{step}/{request_id}".encode(), digest_size=8).digest()
     return (int.from_bytes(key, "big") >> 11) * 2.0**-53
 
 
-def penalises(sequences: Ordered[Sequence]) -> bool:
-    """Whether a row has a repetition penalty."""
-    return any(s.request.params.repetition_penalty != 1 for s in sequences)
+def penalises(samples: Sequence[Sample]) -> bool:
+    """Say whether a row has a repetition penalty."""
+    return any(s.request.params.repetition_penalty != 1 for s in samples)
 
 
-def seen_tokens(sequences: Ordered[Sequence], like: Tensor) -> Tensor:
-    """Which tokens each row has, prompt and completion. [B, V] bool, on the device of `like`, [B, V]."""
-    longest = max(s.length for s in sequences)
-    ids = [(*s.all_token_ids, *[s.request.prompt_token_ids[0]] * (longest - s.length)) for s in sequences]
+def seen_tokens(samples: Sequence[Sample], like: Tensor) -> Tensor:
+    """Mark the tokens that each row has, prompt and completion. [B, V] bool, like `like`, on its device."""
+    longest = max(s.length for s in samples)
+    ids = [(*s.all_token_ids, *[s.request.prompt_token_ids[0]] * (longest - s.length)) for s in samples]
     seen = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
     return seen.scatter_(1, torch.tensor(ids, device=like.device), True)
 
 
 def _penalise(logits: Tensor, penalties: list[float], seen: Tensor) -> Tensor:
-    """Repetition penalty on tokens of prompt and completion (Keskar et al. 2019, CTRL). → float32, a copy."""
+    """Penalise tokens of prompt and completion (Keskar et al. 2019, CTRL). → float32, a copy."""
     scores, penalty = logits.float(), _column(penalties, logits)
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _sample(logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int]) -> Tensor:
+def _draw(logits: Tensor, samples: Sequence[Sample], steps: Sequence[int]) -> Tensor:
     """Draw a token for each row by inverting its cumulative distribution.
 
     Args:
@@ -117,18 +117,18 @@ def _sample(logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int]) -
     Returns:
         tokens: [B] int64.
     """
-    params = [s.request.params for s in sequences]
+    params = [s.request.params for s in samples]
     # Falling from 0, so that a temperature near 0 gives -inf below the best token, and not inf / inf.
     coldest = torch.finfo(torch.float32).tiny
     columns = [
         (
             max(p.temperature, coldest),
-            uniform(p.seed, s.request.id, s.sample, step),
+            uniform(p.seed, s.request.id, s.index, step),
             p.top_k,
             p.top_p,
             p.min_p,
         )
-        for p, s, step in zip(params, sequences, steps, strict=True)
+        for p, s, step in zip(params, samples, steps, strict=True)
     ]
     temperatures, draws, *filters = torch.tensor(columns, device=logits.device).T[:, :, None]
     logits = (logits - logits.amax(-1, True)) / temperatures
@@ -136,13 +136,13 @@ def _sample(logits: Tensor, sequences: Ordered[Sequence], steps: Ordered[int]) -
     if not rest:
         return _invert(torch.softmax(logits, -1), draws)
     if len(rest) == len(params):
-        return _sample_filtered(logits, draws, filters)
+        return _draw_filtered(logits, draws, filters)
     tokens = _invert(torch.softmax(logits, -1), draws)
-    tokens[rest] = _sample_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
+    tokens[rest] = _draw_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
     return tokens
 
 
-def _sample_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tensor:
+def _draw_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tensor:
     probabilities, ids = filtered_probabilities(logits, *filters)
     return ids.gather(1, _invert(probabilities, draws)[:, None])[:, 0]
 
@@ -150,7 +150,7 @@ def _sample_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Te
 def filtered_probabilities(
     logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) leave.
+    """Filter by top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024).
 
     Only the HEAD most probable tokens are sorted, unless a row's filters reach further.
 
@@ -181,7 +181,7 @@ def filtered_probabilities(
 
 
 def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """The index at which the cumulative sum of each row passes draw × total. [B, K], [B, 1] → [B]."""
+    """Find the index at which each row's cumulative sum passes draw × total. [B, K], [B, 1] → [B]."""
     cumulative = probabilities.cumsum(-1)
     index = (cumulative <= draws * cumulative[:, -1:]).sum(-1)
     last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1)
@@ -189,29 +189,29 @@ def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
 
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
-    """[B, 1] float32."""
+    """Bring one number a row to a device. → [B, 1] float32."""
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def report(logits: Tensor, tokens: Tensor, sequences: Ordered[Sequence]) -> Report | None:
-    """The chosen token's logprob and the most probable alternatives, of the rows that ask; None if none does.
+def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report | None:
+    """Report the chosen token's logprob and the likeliest tokens of the rows that ask; None if none does.
 
     Args:
         logits: [B, V]; tokens: [B] int64, the chosen ones.
     """
-    rows = [r for r, s in enumerate(sequences) if s.request.params.logprobs is not None]
+    rows = [r for r, s in enumerate(samples) if s.request.params.logprobs is not None]
     if not rows:
         return None
     logprobs = torch.log_softmax(logits[rows].float(), -1)
-    most = max(sequences[r].request.params.logprobs or 0 for r in rows)
+    most = max(samples[r].request.params.logprobs or 0 for r in rows)
     values, ids = logprobs.topk(min(most, logits.shape[-1]))
     return Report(rows, logprobs.gather(1, tokens[rows][:, None])[:, 0], values, ids)
 
 
-def record(reported: Report, chosen: Ordered[int], sequences: Ordered[Sequence]) -> None:
-    """Append them to the sequences. The batch's chosen tokens and sequences, in its order."""
+def record(reported: Report, chosen: Sequence[int], samples: Sequence[Sample]) -> None:
+    """Append a report to the samples: the batch's chosen tokens and samples, in its order."""
     lists = (t.tolist() for t in (reported.own, reported.values, reported.ids))
     for row, own, values, ids in zip(reported.rows, *lists, strict=True):
-        count = sequences[row].request.params.logprobs
+        count = samples[row].request.params.logprobs
         top = tuple(zip(ids[:count], values[:count], strict=True))
-        sequences[row].logprobs.append(TokenLogprob(chosen[row], own, top))
+        samples[row].logprobs.append(TokenLogprob(chosen[row], own, top))

@@ -1,7 +1,6 @@
-"""Who runs next: pure bookkeeping on plain numbers, no tensors."""
+"""Decide who runs next: pure bookkeeping on plain numbers, no tensors."""
 
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 
 from pipeline.common.request import Request, TokenLogprob
@@ -10,11 +9,11 @@ CALM_STEPS = 64  # without running out of memory, before the first try to hold m
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """The progress of one sample of a request."""
+class Sample:
+    """Follow one completion in the making: a request has `n` of them."""
 
     request: Request
-    sample: int
+    index: int  # among the samples of its request
     token_ids: list[int] = field(default_factory=list)  # generated so far
     logprobs: list[TokenLogprob] = field(default_factory=list)
     duplicates: list[Request] = field(default_factory=list)  # identical greedy requests that get its tokens
@@ -25,7 +24,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens so far, prompt and completion."""
+        """Count the tokens so far, prompt and completion."""
         return len(self.request.prompt_token_ids) + len(self.token_ids)
 
     @property
@@ -34,7 +33,7 @@ class Sequence:
 
 
 class Scheduler:
-    """Holds the requests that wait, and says which sequences to admit.
+    """Hold the requests that wait, and say which samples to admit.
 
     It reads ahead `window` requests or samples at most, so that a prompt file of any size takes bounded memory,
     and admits the longest expected work first, so that no long row is left alone at the end.
@@ -46,7 +45,7 @@ class Scheduler:
         max_rows: int,
         max_tokens: int,
         window: int,
-        tokens_of: Callable[[Sequence], int] = lambda sequence: sequence.length,
+        tokens_of: Callable[[Sample], int] = lambda sample: sample.length,
     ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
@@ -54,46 +53,46 @@ class Scheduler:
         self._calm = 0  # steps since memory ran out, or since the last growth
         self._wait = CALM_STEPS // 2  # steps before the next growth: twice as many after each failure
         self._window = window
-        self._tokens_of = tokens_of  # what an admitted sequence counts for
+        self._tokens_of = tokens_of  # what an admitted sample counts for
         self._requests: Iterator[Request] = iter(requests)
-        self._waiting: list[Sequence] = []  # least work first: the next to admit is at the end
-        self._leaders: dict[tuple[object, ...], Sequence] = {}
+        self._waiting: list[Sample] = []  # least work first: the next to admit is at the end
+        self._leaders: dict[tuple[object, ...], Sample] = {}
         self._duplicates = 0  # requests that wait for another one's tokens
         self._exhausted = False
 
     @property
-    def waiting(self) -> Ordered[Sequence]:
+    def waiting(self) -> Sequence[Sample]:
         return self._waiting
 
     def read_ahead(self) -> bool:
-        """Fill the window once it is half empty; True if anything came in."""
+        """Fill the window once it is half empty; say whether anything came in."""
         if self._exhausted or (len(self._waiting) + self._duplicates) * 2 > self._window:
             return False
-        new: list[Sequence] = []
+        new: list[Sample] = []
         while len(self._waiting) + self._duplicates + len(new) < self._window:
             request = next(self._requests, None)
             if request is None:
                 self._exhausted = True
                 break
-            new.extend(self._sequences(request))
+            new.extend(self._samples(request))
         self.put_back(new)
         return bool(new)
 
-    def put_back(self, sequences: Iterable[Sequence]) -> None:
-        """Let sequences wait, with the tokens that they have."""
-        self._waiting.extend(sequences)
+    def put_back(self, samples: Iterable[Sample]) -> None:
+        """Let samples wait, with the tokens that they have."""
+        self._waiting.extend(samples)
         self._waiting.sort(key=lambda s: (s.remaining_tokens, s.length, s.request.id))
 
-    def admit(self, live_rows: int, live_tokens: int) -> list[Sequence]:
-        """Take the sequences that join the batch now, longest prompt first.
+    def admit(self, live_rows: int, live_tokens: int) -> list[Sample]:
+        """Take the samples that join the batch now, longest prompt first.
 
         A small place is left empty until enough rows are free for a prefill that is worth a pass of its
-        own, an eighth of the batch. A batch that is empty admits one sequence however long it is.
+        own, an eighth of the batch. A batch that is empty admits one sample however long it is.
         """
         free = self.max_rows - live_rows
         if live_rows and free < min(len(self._waiting), max(1, self.max_rows // 8)):
             return []
-        admitted: list[Sequence] = []
+        admitted: list[Sample] = []
         while self._waiting and len(admitted) < free:
             live_tokens += self._tokens_of(self._waiting[-1])
             if live_tokens > self.max_tokens and (live_rows or admitted):
@@ -102,11 +101,11 @@ class Scheduler:
         admitted.sort(key=lambda s: (s.length, s.all_token_ids), reverse=True)
         return admitted
 
-    def retire(self, sequence: Sequence) -> None:
-        """Forget a finished sequence."""
-        if sequence.request.params.greedy:
-            self._leaders.pop(_text_key(sequence.request), None)
-            self._duplicates -= len(sequence.duplicates)
+    def retire(self, sample: Sample) -> None:
+        """Forget a finished sample."""
+        if sample.request.params.greedy:
+            self._leaders.pop(_text_key(sample.request), None)
+            self._duplicates -= len(sample.duplicates)
 
     def shrink(self, live_rows: int, live_tokens: int) -> None:
         """Halve what may be in flight, after this much ran out of memory."""
@@ -115,7 +114,7 @@ class Scheduler:
         self._calm, self._wait = 0, self._wait * 2
 
     def grow(self) -> None:
-        """After a step that found its memory: every now and then, allow a quarter more, up to the first limits.
+        """Allow a quarter more every now and then, up to the first limits, after a step that found its memory.
 
         What took the memory may have gone. If it has not, each failure makes the next try later.
         """
@@ -125,11 +124,11 @@ class Scheduler:
             self.max_rows = min(self._most[0], self.max_rows + max(1, self.max_rows // 4))
             self.max_tokens = min(self._most[1], self.max_tokens + max(1, self.max_tokens // 4))
 
-    def _sequences(self, request: Request) -> list[Sequence]:
-        """A sequence for each sample; none for a request whose text another one is already making."""
+    def _samples(self, request: Request) -> list[Sample]:
+        """Make a request's samples; none where another request is already making the same text."""
         if not request.params.greedy:
-            return [Sequence(request, sample) for sample in range(request.params.n)]
-        leader = self._leaders.setdefault(_text_key(request), Sequence(request, 0))
+            return [Sample(request, index) for index in range(request.params.n)]
+        leader = self._leaders.setdefault(_text_key(request), Sample(request, 0))
         is_leader = leader.request is request
         copies = request.params.n - is_leader
         leader.duplicates.extend([request] * copies)
@@ -137,11 +136,11 @@ class Scheduler:
         return [leader] if is_leader else []
 
 
-def shared_prefix(sequences: Ordered[Sequence], min_tokens: int = 8) -> tuple[int, ...]:
-    """The longest token prefix that all prompts share, short of the shortest prompt's last token."""
-    if len(sequences) < 2:
+def shared_prefix(samples: Sequence[Sample], min_tokens: int = 8) -> tuple[int, ...]:
+    """Find the longest token prefix that all prompts share, short of the shortest prompt's last token."""
+    if len(samples) < 2:
         return ()
-    prompts = [s.request.prompt_token_ids for s in sequences]
+    prompts = [s.request.prompt_token_ids for s in samples]
     first, last = min(prompts), max(prompts)  # in lexical order only these two can differ first
     limit = min(map(len, prompts)) - 1
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
@@ -150,35 +149,35 @@ def shared_prefix(sequences: Ordered[Sequence], min_tokens: int = 8) -> tuple[in
 
 
 def prefill_groups(
-    sequences: Ordered[Sequence], prefix_tokens: int, max_tokens: int, equal_lengths: bool = False
-) -> list[list[Sequence]]:
-    """Cut sequences, sorted by length, into groups for one prefill each.
+    samples: Sequence[Sample], prefix_tokens: int, max_tokens: int, equal_lengths: bool = False
+) -> list[list[Sample]]:
+    """Cut samples, sorted by length, into groups for one prefill each.
 
     A group's rectangle holds at most `max_tokens` columns beyond the shared prefix, and less than a
     tenth of it is padding. Rows with the same tokens take the place of one.
     """
-    groups: list[list[Sequence]] = []
+    groups: list[list[Sample]] = []
     width = cells = tokens = 0
     previous: tuple[int, ...] = ()
-    for sequence in sequences:
-        own = sequence.length - prefix_tokens
-        ids = sequence.all_token_ids
+    for sample in samples:
+        own = sample.length - prefix_tokens
+        ids = sample.all_token_ids
         if groups and ids == previous:
-            groups[-1].append(sequence)
+            groups[-1].append(sample)
             continue
         previous = ids
         least = 1.0 if equal_lengths else 0.92
         fits = cells + width <= max_tokens and tokens + own >= least * (cells + width)
         if groups and fits:
-            groups[-1].append(sequence)
+            groups[-1].append(sample)
             cells, tokens = cells + width, tokens + own
         else:
-            groups.append([sequence])
+            groups.append([sample])
             width, cells, tokens = own, own, own
     return groups
 
 
-def partition(lengths: Ordered[int], overhead: int) -> list[slice]:
+def partition(lengths: Sequence[int], overhead: int) -> list[slice]:
     """Cut rows, sorted by falling length, into rectangles of the least total cost.
 
     A rectangle costs its rows × its longest row, in columns attended at each step, and `overhead` columns
@@ -204,6 +203,6 @@ def partition(lengths: Ordered[int], overhead: int) -> list[slice]:
 
 
 def _text_key(request: Request) -> tuple[object, ...]:
-    """What decides a greedy request's text."""
+    """Return what decides a greedy request's text."""
     p = request.params
     return (request.prompt_token_ids, *(tuple(v) if isinstance(v, list) else v for v in astuple(p)))

@@ -1,16 +1,16 @@
-"""What the engine counts while it runs."""
+"""Count what the engine does while it runs."""
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.engine.kv_cache import Rectangle
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.pages import Pages
+from pipeline.engine.rectangles.rectangle import Rectangle
 
 
 @dataclass
 class EngineStats:
-    """Counts over one run; times in seconds."""
+    """Hold the counts of one run; times in seconds."""
 
     completion_tokens: int = 0
     prefill_tokens: int = 0  # computed: a shared prefix and duplicates count once
@@ -37,7 +37,7 @@ class EngineStats:
         self.longest_prompt_columns = max(self.longest_prompt_columns, rectangle.head)
         self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
 
-    def count_rectangles(self, rectangles: Ordered[Rectangle]) -> None:
+    def count_rectangles(self, rectangles: Sequence[Rectangle]) -> None:
         held = sum(r.nbytes for r in rectangles)
         if held > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = held
@@ -48,7 +48,7 @@ class EngineStats:
             ]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 
-    def count_step(self, rectangles: Ordered[Rectangle]) -> None:
+    def count_step(self, rectangles: Sequence[Rectangle]) -> None:
         self.steps += 1
         for rectangle in rectangles:
             count = len(rectangle.rows)
@@ -57,7 +57,7 @@ class EngineStats:
             self.columns_needed += count * (rectangle.head + 1) - sum(rectangle.starts)
 
     def count_pass(self, tokens: int, columns: int) -> None:
-        """So many tokens were computed without padding, in a row that then has so many columns."""
+        """Count tokens that were computed without padding, in a row that then has so many columns."""
         self.prefill_tokens += tokens
         self.prefill_columns += tokens
         self.largest_prefill_columns = max(self.largest_prefill_columns, tokens)
@@ -71,15 +71,15 @@ class EngineStats:
             ]  # one row of them all, and the scratch page
         self.peak_rows = max(self.peak_rows, rows)
 
-    def count_launch(self, held: Ordered[int]) -> None:
-        """A step in which rows had so many columns before."""
+    def count_launch(self, held: Sequence[int]) -> None:
+        """Count a step over pages, in which rows had so many columns before."""
         self.steps += 1
         self.rows += len(held)
         self.columns_attended += sum((h // PAGE + 1) * PAGE for h in held)
         self.columns_needed += sum(h + 1 for h in held)
 
     def summary(self) -> dict[str, float | int | None]:
-        """What stats.json says of the batch; a ratio of nothing is None."""
+        """Return what stats.json says of the batch; a ratio of nothing is None."""
         padding = self.prefill_columns - self.prefill_tokens
         return {
             "prefill_tokens": self.prefill_tokens,

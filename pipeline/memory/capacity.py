@@ -12,8 +12,8 @@ from pipeline.common.gpu import Gpu
 from pipeline.common.units import megabytes
 from pipeline.config.quant import QuantConfig
 from pipeline.engine.accelerators import describe, free_bytes
-from pipeline.engine.forward import input_device
 from pipeline.engine.limits import CPU, Limits
+from pipeline.engine.model_facts import input_device
 from pipeline.memory.architecture import Architecture, known_architecture
 from pipeline.memory.peaks import activation_bytes, logits_bytes, scratch_bytes
 from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes

@@ -84,8 +84,8 @@ def test_without_numba_the_kernels_are_yellow(monkeypatch):
     (found,) = check_kernels()
     assert found.state is (State.green if importlib.util.find_spec("numba") else State.yellow)
     monkeypatch.setattr("pipeline.views.machine.load_kernels", load_kernels.__wrapped__)  # asks again
-    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu.kernels.calls", raising=False)
-    for name in ("calls", "loops"):
+    monkeypatch.delitem(sys.modules, "pipeline.engine.cpu.kernels.operators", raising=False)
+    for name in ("operators", "loops"):
         monkeypatch.delattr(f"pipeline.engine.cpu.kernels.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "pipeline.engine.cpu.kernels.loops", None)
     (missing,) = check_kernels()

@@ -9,12 +9,12 @@ import pytest
 from engine_runs import EOS, alone, mixed_requests, run, run_engine, shuffled, tokens
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward, Forward, PaddedForward
-from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.limits import CPU, PAGE
 from pipeline.engine.paged.forward import PagedForward
+from pipeline.engine.rectangles import batch as batch_module
+from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 
 ROWS = [1, 2, 3, 7, 8, 64]
 
@@ -35,8 +35,8 @@ class Counted:
             self.merged += len(sources) > 1
             for source in sources:
                 homes.setdefault(source, set()).add(id(rectangle))
-            for sequence, start in zip(rectangle.rows, rectangle.starts, strict=True):
-                self.trimmed += start < columns_before[id(sequence)][1]
+            for sample, start in zip(rectangle.rows, rectangle.starts, strict=True):
+                self.trimmed += start < columns_before[id(sample)][1]
         self.split += sum(len(h) > 1 for h in homes.values())
         return new
 
@@ -44,7 +44,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counter = Counted()
-    monkeypatch.setattr(engine_module, "regroup", counter)
+    monkeypatch.setattr(batch_module, "regroup", counter)
     return counter
 
 
@@ -124,7 +124,7 @@ def test_rows_are_trimmed_merged_and_split_without_a_change_of_text(
 ):
     # Cheap rectangles, so that a batch of a dozen rows is regrouped as one of a hundred is.
     monkeypatch.setattr(rectangles, "limits", replace(CPU, rectangle_overhead=60))
-    monkeypatch.setattr(engine_module, "SPARE_RECTANGLES", 0)
+    monkeypatch.setattr(batch_module, "SPARE_RECTANGLES", 0)
     same(run(rectangles, mixed_requests(), max_rows=9), expected)
     assert min(counted.trimmed, counted.merged, counted.split) > 0, vars(counted)
 

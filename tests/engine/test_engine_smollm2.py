@@ -11,7 +11,7 @@ from engine_runs import alone, run_engine, shuffled, tokens
 
 from pipeline.common.request import GenerationParams, PromptRow, Request
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
+from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.prompts.chat import decode, eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import read_prompts
 

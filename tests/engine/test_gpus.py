@@ -11,13 +11,13 @@ from fake_gpus import fake_gpus, fake_model
 from transformers import masking_utils
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine import rectangles as engine_module
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import Rectangle, regroup
 from pipeline.engine.limits import CPU, GPU, Limits
+from pipeline.engine.rectangles import batch as batch_module
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -34,16 +34,16 @@ def split(name: str, gpus: int, head: int | None = None) -> dict[str, int]:
     return {"model.embed_tokens": 0, "model.rotary_emb": 0, **places, "model.norm": last, "lm_head": last}
 
 
-def sequences(*lengths: int) -> list[Sequence]:
-    return [Sequence(Request(f"{n}", tuple(range(n)), GenerationParams()), 0) for n in lengths]
+def samples(*lengths: int) -> list[Sample]:
+    return [Sample(Request(f"{n}", tuple(range(n)), GenerationParams()), 0) for n in lengths]
 
 
 def decode(forward: Any, rectangles: list[Rectangle]) -> list[int]:
     """One step as the engine makes it."""
     rows = [s for r in rectangles for s in r.rows]
     tokens = next_tokens(forward.decode(rectangles), rows)
-    for sequence, token in zip(rows, tokens, strict=True):
-        sequence.token_ids.append(token)
+    for sample, token in zip(rows, tokens, strict=True):
+        sample.token_ids.append(token)
     for rectangle in rectangles:
         rectangle.head += 1
     return tokens
@@ -54,12 +54,12 @@ def decode(forward: Any, rectangles: list[Rectangle]) -> list[int]:
 def test_a_decode_step_is_one_upload_and_one_download(name, dtype):
     with fake_gpus() as traffic:
         forward = FlatForward(fake_model(name, ONE, dtype))
-        rectangles = [forward.prefill(sequences(*lengths), None, 1 << 20)[0] for lengths in ((5, 7), (30,))]
+        rectangles = [forward.prefill(samples(*lengths), None, 1 << 20)[0] for lengths in ((5, 7), (30,))]
         for _ in range(2):  # the first makes each rectangle's bias
             traffic.count.clear()
             for rectangle in rectangles:
-                for sequence in rectangle.rows:
-                    sequence.token_ids = sequence.token_ids or [3]
+                for sample in rectangle.rows:
+                    sample.token_ids = sample.token_ids or [3]
             assert decode(forward, rectangles) == [0, 0, 0]
         assert dict(traffic.count) == {"up": 1, "down": 1}
 
@@ -78,9 +78,9 @@ def test_transformers_does_not_look_for_packed_sequences(each_tiny_model, monkey
 def test_a_prefill_goes_up_once_whatever_the_number_of_layers(name):
     with fake_gpus() as traffic:
         forward = FlatForward(fake_model(name, ONE))
-        shared, _ = forward.prefill(sequences(4), None, 1 << 20)
+        shared, _ = forward.prefill(samples(4), None, 1 << 20)
         traffic.count.clear()
-        forward.prefill(sequences(9, 7), shared, 1 << 20)
+        forward.prefill(samples(9, 7), shared, 1 << 20)
         # Tokens and positions, places in the rectangle, the rows' last tokens.
         assert dict(traffic.count) == {"up": 3, "masks": len(set(forward._windows))}
 
@@ -97,7 +97,7 @@ def test_a_model_split_over_gpus_mixes_none_of_them(name, gpus, head, monkeypatc
         drawn = GenerationParams(max_new_tokens=9, n=2, temperature=1.0, top_p=top_p)
         requests.append(Request(f"{request.id}-drawn", request.prompt_token_ids, drawn))
     regrouped = mock.Mock(wraps=regroup)
-    monkeypatch.setattr(engine_module, "regroup", regrouped)
+    monkeypatch.setattr(batch_module, "regroup", regrouped)
     with fake_gpus() as traffic:
         forward = FlatForward(fake_model(name, split(name, gpus, head)))
         forward.limits = Limits(max_rows=128, chunk=8, rectangle_overhead=60, cuts_windows=True)
@@ -127,6 +127,6 @@ def test_what_accelerate_brings_across_is_what_the_layers_get():
 def test_a_gpu_has_limits_of_its_own(tiny_model):
     with fake_gpus():
         forward = FlatForward(fake_model("llama", ONE))
-        rectangle, _ = forward.prefill(sequences(5), None, 1 << 20)
+        rectangle, _ = forward.prefill(samples(5), None, 1 << 20)
         assert (forward.limits, rectangle.width) == (GPU, 5 + GPU.chunk)
     assert FlatForward(copy.deepcopy(tiny_model("llama"))).limits == CPU

@@ -14,12 +14,12 @@ from pipeline.common.errors import JobError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine import scheduler
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import Rectangle
-from pipeline.engine.rectangles import RectangleBatch
-from pipeline.engine.scheduler import Scheduler, Sequence
+from pipeline.engine.rectangles.batch import RectangleBatch
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.rectangle import Rectangle
+from pipeline.engine.scheduler import Sample, Scheduler
 
-Full = Callable[[str, list[Sequence]], bool]  # ("prefill" or "decode", rows): whether memory runs out
+Full = Callable[[str, list[Sample]], bool]  # ("prefill" or "decode", rows): whether memory runs out
 
 
 class Scarce(FlatForward):
@@ -31,7 +31,7 @@ class Scarce(FlatForward):
         self.failures = 0
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         return self._guarded("prefill", rows, lambda: super(Scarce, self).prefill(rows, prefix, max_tokens))
 
@@ -39,7 +39,7 @@ class Scarce(FlatForward):
         rows = [s for r in rectangles for s in r.rows]
         return self._guarded("decode", rows, lambda: super(Scarce, self).decode(rectangles))
 
-    def _guarded(self, kind: str, rows: list[Sequence], work: Callable[[], Any]) -> Any:
+    def _guarded(self, kind: str, rows: list[Sample], work: Callable[[], Any]) -> Any:
         full = self._full(kind, rows)
         result = work() if self._late or not full else None
         if full:
@@ -52,7 +52,7 @@ def on_calls(*numbers: int) -> Full:
     """Memory runs out at these calls, counted from 1; calls with one row alone do not count."""
     calls = 0
 
-    def full(kind: str, rows: list[Sequence]) -> bool:
+    def full(kind: str, rows: list[Sample]) -> bool:
         nonlocal calls
         calls += len(rows) > 1
         return len(rows) > 1 and calls in numbers
@@ -116,7 +116,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_the_batch_grows_again_when_memory_comes_back(tiny_model):
-    def another_takes_it_for_a_while(kind: str, rows: list[Sequence]) -> bool:
+    def another_takes_it_for_a_while(kind: str, rows: list[Sample]) -> bool:
         nonlocal calls
         calls += 1
         return calls < 40 and len(rows) > 2
@@ -153,7 +153,7 @@ def test_sampled_text_and_logprobs_are_unchanged(tiny_model):
 
 
 def test_a_prefix_that_does_not_fit_is_not_shared(tiny_model):
-    def first_call(kind: str, rows: list[Sequence]) -> bool:
+    def first_call(kind: str, rows: list[Sample]) -> bool:
         return rows[0].request.id == ""
 
     requests = mixed_requests()
@@ -166,7 +166,7 @@ def test_a_prefix_that_does_not_fit_is_not_shared(tiny_model):
 def test_a_completion_of_the_same_step_is_not_lost(tiny_model):
     """Under longrope a step has two passes, and the second can fail after a row of the first has finished."""
 
-    def second_pass_fails(kind: str, rows: list[Sequence]) -> bool:
+    def second_pass_fails(kind: str, rows: list[Sample]) -> bool:
         nonlocal failed
         fails = kind == "decode" and not failed and rows[0].length < 64 and len(rows[0].token_ids) == 4
         failed |= fails
@@ -185,7 +185,7 @@ def test_a_completion_of_the_same_step_is_not_lost(tiny_model):
 
 
 def test_a_row_that_never_fits_is_given_up_and_the_others_are_not(tiny_model):
-    def too_long(kind: str, rows: list[Sequence]) -> bool:
+    def too_long(kind: str, rows: list[Sample]) -> bool:
         return any(len(r.request.prompt_token_ids) > 95 for r in rows)
 
     requests = mixed_requests()

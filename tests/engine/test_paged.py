@@ -19,7 +19,7 @@ from pipeline.engine.paged import forward as forward_module
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import Pages, pages_for, places
 from pipeline.engine.paged.passes import Segment
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 
 def test_a_page_is_free_when_its_last_holder_lets_it_go():
@@ -257,8 +257,8 @@ def test_the_probe_takes_pages_where_asked_and_says_so(tiny_model, name):
     assert found["max_logit_difference"] < 0.001
 
 
-def test_what_a_sequence_counts_for_is_its_pages_at_its_longest(tiny_model):
+def test_what_a_sample_counts_for_is_its_pages_at_its_longest(tiny_model):
     engine = Engine(PagedForward(copy.deepcopy(tiny_model("llama"))), EOS)
     for prompt, new, pages in ((1, 1, 1), (PAGE, 1, 1), (PAGE, 2, 2), (10, 2 * PAGE, 3)):
-        sequence = Sequence(Request("", (1,) * prompt, GenerationParams(max_new_tokens=new)), 0)
-        assert engine._batch.tokens_of(sequence) == pages * PAGE
+        sample = Sample(Request("", (1,) * prompt, GenerationParams(max_new_tokens=new)), 0)
+        assert engine._batch.tokens_of(sample) == pages * PAGE

@@ -30,7 +30,7 @@ def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled for the GPU of this machine: benchmarks/gpu_check.py tries them")
-    from pipeline.engine.paged import kernels
+    from pipeline.engine.paged import triton_kernels as kernels
 
     return kernels
 
@@ -134,7 +134,7 @@ import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from pipeline.engine.paged import kernels
+from pipeline.engine.paged import triton_kernels as kernels
 
 size = int(sys.argv[1])
 block, warps, stages = kernels.tiling(torch.bfloat16, size)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pipeline.common.request import Completion, GenerationParams, Request
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
+from pipeline.engine.rectangles.forward import FlatForward
 
 
 def text(token_ids: Sequence[int]) -> str:

@@ -10,9 +10,10 @@ import transformers
 from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
 from pipeline.common.errors import LoadError
-from pipeline.engine.forward import FlatForward, PaddedForward, layer_windows
+from pipeline.engine.model_facts import layer_windows
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.probe import choose_forward
+from pipeline.engine.rectangles.forward import FlatForward, PaddedForward
 from pipeline.memory.architecture import Architecture
 
 SMALL = {
@@ -170,9 +171,11 @@ def test_what_a_library_cannot_compute_is_said_in_its_own_first_line(tiny_model,
     model.is_quantized = True  # as transformers marks what bitsandbytes has quantized
     with caplog.at_level("INFO"), pytest.raises(LoadError) as caught:
         choose_forward(model)
-    assert str(caught.value) == (
-        "Failing: its first pass failed: shape '[64, 2]' is invalid for input of size 160. Use quant=none or "
-        "another quantization, or another model. The log has the traceback"
+    assert caught.value.found == (
+        "Failing: its first pass failed: shape '[64, 2]' is invalid for input of size 160"
+    )
+    assert caught.value.fix == (
+        "Use quant=none or another quantization, or another model. The log has the traceback"
     )
     assert "Traceback" in caplog.text
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.sampling import HEAD, filtered_probabilities, next_tokens, uniform
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 SETTINGS: list[dict[str, float]] = [
     {},
@@ -34,8 +34,8 @@ SETTINGS: list[dict[str, float]] = [
 ]
 
 
-def sequence(id: str = "a", sample: int = 0, prompt: tuple[int, ...] = (0,), **params: Any) -> Sequence:
-    return Sequence(Request(id, prompt, GenerationParams(max_new_tokens=1 << 20, **params)), sample)
+def sample(id: str = "a", index: int = 0, prompt: tuple[int, ...] = (0,), **params: Any) -> Sample:
+    return Sample(Request(id, prompt, GenerationParams(max_new_tokens=1 << 20, **params)), index)
 
 
 def column(*values: float) -> Tensor:
@@ -98,7 +98,7 @@ def test_each_row_has_its_own_filters():
 
 def draws(logits: Tensor, count: int, prompt: tuple[int, ...] = (0,), **params: Any) -> list[int]:
     """This many draws from one row of logits, a row for each."""
-    rows = [sequence(f"{i}", prompt=prompt, **params) for i in range(count)]
+    rows = [sample(f"{i}", prompt=prompt, **params) for i in range(count)]
     return next_tokens(logits.expand(count, -1), rows)
 
 
@@ -179,7 +179,7 @@ def test_uniform_never_changes_between_versions():
 def test_greedy_is_the_most_probable_token_whatever_else_is_asked():
     torch.manual_seed(5)
     logits = torch.randn(3, 50)
-    rows = [sequence(), sequence(top_k=2, top_p=0.1, seed=9), sequence(logprobs=3)]
+    rows = [sample(), sample(top_k=2, top_p=0.1, seed=9), sample(logprobs=3)]
     assert next_tokens(logits, rows) == logits.argmax(-1).tolist()
 
 
@@ -187,13 +187,13 @@ def test_greedy_is_the_most_probable_token_whatever_else_is_asked():
 def test_repetition_penalty_is_that_of_transformers(penalty):
     torch.manual_seed(6)
     logits = torch.randn(2, 50) * 4
-    row = sequence(prompt=(3, 3, 7), repetition_penalty=penalty)
+    row = sample(prompt=(3, 3, 7), repetition_penalty=penalty)
     row.token_ids += [int(logits[0].argmax()), int(logits[0].argmin())]
     expected = RepetitionPenaltyLogitsProcessor(penalty)(
         torch.tensor([row.all_token_ids]), logits[:1].clone()
     )
     before = logits.clone()
-    chosen = next_tokens(logits, [row, sequence()])
+    chosen = next_tokens(logits, [row, sample()])
     assert chosen == [int(expected.argmax()), int(logits[1].argmax())]
     assert torch.equal(logits, before), "the model's logits stay as they are"
 
@@ -204,12 +204,12 @@ def test_logprobs_are_log_softmax_of_the_models_logits(dtype):
     logits = (torch.randn(4, 200) * 3).to(dtype)
     asked = (0, 5, None)
     rows = [
-        sequence(f"{i}", logprobs=count, temperature=t, top_k=k, repetition_penalty=p)
+        sample(f"{i}", logprobs=count, temperature=t, top_k=k, repetition_penalty=p)
         for i, (count, t, k, p) in enumerate(
             zip(asked, (0.0, 0.7, 1.0), (0, 3, 0), (1.0, 1.0, 1.5), strict=True)
         )
     ]
-    rows.append(sequence("3", logprobs=100, repetition_penalty=1.5))
+    rows.append(sample("3", logprobs=100, repetition_penalty=1.5))
     chosen = next_tokens(logits, rows)
     expected = logits.float().log_softmax(-1)
     assert rows[2].logprobs == []
@@ -224,7 +224,7 @@ def test_logprobs_are_log_softmax_of_the_models_logits(dtype):
 
 
 def test_more_logprobs_than_tokens_are_all_there_are():
-    row = sequence(logprobs=100)
+    row = sample(logprobs=100)
     next_tokens(torch.randn(1, 7), [row])
     assert len(row.logprobs[0].top) == 7
 

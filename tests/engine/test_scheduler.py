@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.scheduler import (
     CALM_STEPS,
+    Sample,
     Scheduler,
-    Sequence,
     partition,
     prefill_groups,
     shared_prefix,
@@ -36,8 +36,8 @@ def scheduler(requests: list[Request], rows: int = 8, tokens: int = FAR, window:
     return made
 
 
-def ids(sequences: list[Sequence]) -> list[str]:
-    return [s.request.id for s in sequences]
+def ids(samples: list[Sample]) -> list[str]:
+    return [s.request.id for s in samples]
 
 
 def test_the_longest_expected_work_is_admitted_first():
@@ -111,7 +111,7 @@ def test_tokens_in_flight_are_bounded():
     assert made.admit(live_rows=2, live_tokens=40) == []
 
 
-def test_an_empty_batch_admits_a_sequence_however_long():
+def test_an_empty_batch_admits_a_sample_however_long():
     made = scheduler([request("huge", 100, 50), request("small", 5)], tokens=10)
     assert ids(made.admit(0, 0)) == ["huge"]
 
@@ -122,7 +122,7 @@ def test_a_pass_is_not_spent_on_an_eighth_of_what_it_could_hold():
     assert len(made.admit(live_rows=56, live_tokens=0)) == 8
 
 
-def test_the_last_sequences_do_not_wait_for_more():
+def test_the_last_samples_do_not_wait_for_more():
     made = scheduler([request("a", 5), request("b", 5, first_token=1)], rows=64)
     assert len(made.admit(live_rows=62, live_tokens=0)) == 2
 
@@ -176,11 +176,11 @@ def test_each_failure_makes_the_next_growth_later():
     assert waits == [CALM_STEPS * 2**i for i in range(4)]
 
 
-def test_identical_greedy_requests_are_one_sequence():
+def test_identical_greedy_requests_are_one_sample():
     made = scheduler([request("a", 5), request("b", 5), request("c", 6), request("d", 5, new_tokens=9)])
-    sequences = {s.request.id: s for s in made.admit(0, 0)}
-    assert set(sequences) == {"a", "c", "d"}
-    assert [r.id for r in sequences["a"].duplicates] == ["b"]
+    samples = {s.request.id: s for s in made.admit(0, 0)}
+    assert set(samples) == {"a", "c", "d"}
+    assert [r.id for r in samples["a"].duplicates] == ["b"]
 
 
 @pytest.mark.parametrize("other", [{"stop": ["x"]}, {"logprobs": 1}, {"repetition_penalty": 1.5}])
@@ -189,7 +189,7 @@ def test_requests_that_differ_in_what_they_ask_are_not_duplicates(other):
     assert sorted(ids(made.admit(0, 0))) == ["a", "b"]
 
 
-def test_a_duplicate_joins_a_sequence_that_runs_already_but_not_one_that_has_finished():
+def test_a_duplicate_joins_a_sample_that_runs_already_but_not_one_that_has_finished():
     made = Scheduler([request(x, 5) for x in "abcd"], 8, FAR, window=4)
     made.read_ahead()
     (a,) = made.admit(0, 0)
@@ -209,13 +209,13 @@ def _after(act: object) -> Iterator[Request]:
     yield request("z", 5)
 
 
-def test_greedy_samples_are_one_sequence_and_drawn_ones_are_not():
+def test_greedy_samples_are_made_once_and_drawn_ones_apart():
     made = scheduler([request("greedy", 5, n=3), request("drawn", 6, n=3, temperature=1.0)])
-    sequences = made.admit(0, 0)
-    assert sorted((s.request.id, s.sample) for s in sequences) == [
+    samples = made.admit(0, 0)
+    assert sorted((s.request.id, s.index) for s in samples) == [
         ("drawn", 0), ("drawn", 1), ("drawn", 2), ("greedy", 0),
     ]  # fmt: skip
-    greedy = next(s for s in sequences if s.request.id == "greedy")
+    greedy = next(s for s in samples if s.request.id == "greedy")
     assert [r.id for r in greedy.duplicates] == ["greedy", "greedy"]
 
 
@@ -224,8 +224,8 @@ def test_drawn_requests_with_the_same_prompt_are_never_duplicates():
     assert len(made.admit(0, 0)) == 2
 
 
-def sequences_of(prompts: list[tuple[int, ...]]) -> list[Sequence]:
-    return [Sequence(Request(f"{i}", p, GenerationParams()), 0) for i, p in enumerate(prompts)]
+def samples_of(prompts: list[tuple[int, ...]]) -> list[Sample]:
+    return [Sample(Request(f"{i}", p, GenerationParams()), 0) for i, p in enumerate(prompts)]
 
 
 prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), min_size=2, max_size=6)
@@ -237,16 +237,16 @@ def test_the_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(promp
     while longest and len({p[:longest] for p in prompts}) > 1:
         longest -= 1
     expected = prompts[0][:longest] if longest >= least else ()
-    assert shared_prefix(sequences_of(prompts), least) == expected
+    assert shared_prefix(samples_of(prompts), least) == expected
 
 
 def test_one_prompt_shares_nothing():
-    assert shared_prefix(sequences_of([tuple(range(50))])) == ()
+    assert shared_prefix(samples_of([tuple(range(50))])) == ()
 
 
 def test_a_short_prefix_is_not_worth_a_pass():
-    assert shared_prefix(sequences_of([(*range(7), 8), (*range(7), 9)])) == ()
-    assert shared_prefix(sequences_of([(*range(8), 8), (*range(8), 9)])) == tuple(range(8))
+    assert shared_prefix(samples_of([(*range(7), 8), (*range(7), 9)])) == ()
+    assert shared_prefix(samples_of([(*range(8), 8), (*range(8), 9)])) == tuple(range(8))
 
 
 lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 600))
@@ -256,7 +256,7 @@ lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), min_size=1, max_siz
 def test_prefill_groups_keep_the_budget_and_waste_less_than_a_tenth(drawn, prefix, equal):
     lengths, budget = drawn
     rows = sorted(
-        sequences_of([(i, *range(prefix + n - 1)) for i, n in enumerate(lengths)]),
+        samples_of([(i, *range(prefix + n - 1)) for i, n in enumerate(lengths)]),
         key=lambda s: s.length,
         reverse=True,
     )
@@ -272,13 +272,13 @@ def test_prefill_groups_keep_the_budget_and_waste_less_than_a_tenth(drawn, prefi
 
 
 def test_prefill_groups_join_what_fits():
-    rows = sequences_of([(i, *range(99)) for i in range(10)])
+    rows = samples_of([(i, *range(99)) for i in range(10)])
     assert [len(g) for g in prefill_groups(rows, 0, 400)] == [4, 4, 2]
     assert [len(g) for g in prefill_groups(rows, 60, 400)] == [10]  # 40 tokens of each are its own
 
 
 def test_rows_with_the_same_tokens_take_the_place_of_one():
-    rows = sequences_of([(1,) * 100] * 50 + [(0,) * 100] * 50)
+    rows = samples_of([(1,) * 100] * 50 + [(0,) * 100] * 50)
     assert [len(g) for g in prefill_groups(rows, 0, 200)] == [100]
 
 

@@ -22,8 +22,8 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.quant import QUANTS, Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import root
-from pipeline.engine.kv_cache import allocate, regroup, write
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.rectangles.rectangle import allocate, regroup, write
+from pipeline.engine.scheduler import Sample
 from pipeline.memory.architecture import Architecture, differences
 from pipeline.memory.peaks import activation_bytes, load_peak, run_peak
 from pipeline.memory.plan import (
@@ -214,7 +214,7 @@ def test_float32_doubles_the_kv_cache_and_quantized_weights_do_not_shrink_it() -
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 def test_the_kv_cache_takes_the_bytes_that_the_engine_allocates(family: str) -> None:
     arch, quant = Architecture.read(tiny(family)), QUANTS["bf16"]
-    rows = [Sequence(Request(str(i), (1,) * 50, GenerationParams()), 0) for i in range(3)]
+    rows = [Sample(Request(str(i), (1,) * 50, GenerationParams()), 0) for i in range(3)]
     rectangle = allocate(rows, [50, 50, 50], arch.windows)
     keys = torch.ones(150, arch.num_key_value_heads, arch.head_dim, dtype=torch.bfloat16)
     row, column = torch.arange(3).repeat_interleave(50), torch.arange(50).repeat(3)

@@ -11,9 +11,9 @@ from engine_runs import alone, mixed_requests, run, tokens
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.engine.cpu.packing import PackedLinear, pack_weights
-from pipeline.engine.forward import FlatForward
 from pipeline.engine.host_memory import release_files
 from pipeline.engine.probe import choose_forward
+from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.models.loading import load_model
 
 
@@ -40,7 +40,7 @@ def test_an_offloaded_model_makes_the_same_text(tiny_model, tiny_dir, tmp_path, 
 
 def test_packing_leaves_offloaded_layers_alone(tiny_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "pipeline.engine.forward.load_kernels", lambda: None
+        "pipeline.engine.rectangles.forward.load_kernels", lambda: None
     )  # they round otherwise than torch
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.bfloat16).eval()
     model = offloaded(tiny_dir, tmp_path / "offload", Dtype.bfloat16, "200KB")

@@ -9,7 +9,7 @@ from engine_runs import alone, mixed_requests, run_engine
 
 from pipeline.common.request import BadRow, Completion, GenerationParams, PromptRow, Request, TokenLogprob
 from pipeline.engine.engine import Engine
-from pipeline.engine.forward import FlatForward
+from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.job.rows import completion_row, cut_at_stop, error_row, part_thinking
 from pipeline.prompts.chat import decode
 

@@ -1,4 +1,4 @@
-"""What makes the engine fast on a CPU in bf16. Without it everything runs, slower; no GPU uses it."""
+"""Make the engine fast on a CPU in bf16. Without this everything runs, slower; no GPU uses it."""
 
 import functools
 import logging
@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_kernels() -> ModuleType | None:
-    """The module `calls` of the kernels, or None where numba or the threads it needs are not to be had."""
+    """Import the kernels' operators; None where numba or the threads they need are not to be had."""
     try:
-        from pipeline.engine.cpu.kernels import calls
+        from pipeline.engine.cpu.kernels import operators
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: numba has nowhere to cache
         log.info("Without the CPU's kernels: %s", error)
         return None
-    return calls
+    return operators

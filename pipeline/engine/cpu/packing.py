@@ -1,4 +1,4 @@
-"""Linear layers on a CPU in bf16: reorder their weights once instead of at every call.
+"""Reorder the weights of linear layers on a CPU in bf16 once, instead of at every call.
 
 A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), but for layers
 that do not fill whole blocks. There oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
@@ -9,7 +9,7 @@ here alone, and only after they gave the very bits of `F.linear` on the weight a
 
 import logging
 import platform
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One weight, or those of siblings one below the other."""
+    """Hold one weight, or those of siblings one below the other, in an order for products."""
 
     weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for our own, else in oneDNN's own order
     bias: Tensor | None  # [M]
-    kernels: ModuleType | None  # cpu.kernels, where they multiply
+    kernels: ModuleType | None  # cpu.kernels.operators, where they multiply
     interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
 
     def product(self, input: Tensor) -> Tensor:
-        """[.., K] → [.., M]."""
+        """Multiply. [.., K] → [.., M]."""
         output: Tensor = (
             self.kernels.linear(input, self.weight, self.bias)
             if self.kernels
@@ -45,14 +45,14 @@ class PackedWeight:
         return output
 
     def gated(self, input: Tensor) -> Tensor:
-        """silu(first sibling) · second. [.., K] → [.., M/2]."""
+        """Compute silu(first sibling) · second. [.., K] → [.., M/2]."""
         assert self.kernels is not None
         assert self.interleaved
         output: Tensor = self.kernels.linear(input, self.weight, self.bias, gated=True)
         return output
 
-    def split(self, output: Tensor, sizes: list[int]) -> Ordered[Tensor]:
-        """The siblings' own outputs."""
+    def split(self, output: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        """Split an output into the siblings' own."""
         if not self.interleaved:
             return torch.split(output, sizes, -1)
         turns = output.view(*output.shape[:-1], -1, 2, 16)
@@ -60,7 +60,7 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that holds its weight in a better order. [.., in] → [.., out]."""
+    """Replace a linear layer by one whose weight is in a better order. [.., in] → [.., out]."""
 
     def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()
@@ -73,16 +73,16 @@ class PackedLinear(nn.Module):
 
 
 class _Siblings:
-    """Linear layers of one input as one product, which takes less time than two or three narrow ones."""
+    """Compute linear layers of one input as one product, which takes less time than two or three narrow ones."""
 
-    def __init__(self, packed: PackedWeight, linears: Ordered[nn.Linear]) -> None:
+    def __init__(self, packed: PackedWeight, linears: Sequence[nn.Linear]) -> None:
         self.packed = packed
         self._sizes = [linear.out_features for linear in linears]
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}  # not yet asked for
 
     def output(self, index: int, input: Tensor) -> Tensor:
-        """One layer's output: computed with its siblings' when the first is asked for, then handed out."""
+        """Hand out one layer's output: computed with its siblings' when the first is asked for."""
         if input is not self._input or index not in self._outputs:
             outputs = self.packed.split(self.packed.product(input), self._sizes)
             self._input, self._outputs = input, dict(enumerate(outputs))
@@ -93,7 +93,7 @@ class _Siblings:
 
 
 class PackedSibling(nn.Module):
-    """One of several linear layers that are packed as one. [.., in] → [.., out], a slice."""
+    """Replace one of several linear layers that are packed as one. [.., in] → [.., out], a slice."""
 
     def __init__(self, siblings: _Siblings, index: int, linear: nn.Linear) -> None:
         super().__init__()
@@ -140,14 +140,14 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def _families(module: nn.Module) -> list[list[str]]:
-    """The names of a module's own linear layers that can be packed; those of one input together."""
+    """Name a module's own linear layers that can be packed; those of one input together."""
     names = [name for name, child in module.named_children() if _can_pack(child)]
     families = [list(family) for family in FAMILIES if set(family) <= set(names) and _alike(module, family)]
     return families + [[name] for name in names if not any(name in family for family in families)]
 
 
-def _alike(module: nn.Module, names: Ordered[str]) -> bool:
-    """All with a bias, or none."""
+def _alike(module: nn.Module, names: Sequence[str]) -> bool:
+    """Say whether all have a bias, or none."""
     return len({getattr(module, name).bias is None for name in names}) == 1
 
 
@@ -156,16 +156,16 @@ def _can_pack(module: nn.Module) -> bool:
     return plain and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
 
 
-def _joined(linears: Ordered[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Their weights, one below the other, and their biases."""
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Join their weights, one below the other, and their biases."""
     if len(linears) == 1:
         return linears[0].weight.detach(), linears[0].bias
     weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
     return torch.cat(weights).detach(), None if biases[0] is None else torch.cat(biases).detach()
 
 
-def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
-    """Their packed weight, or None where packing is not to be had."""
+def _pack(linears: Sequence[nn.Linear]) -> PackedWeight | None:
+    """Pack their weights together; None where packing is not to be had."""
     weight, bias = _joined(linears)
     kernels = load_kernels()
     if kernels is not None and kernels.products is not None and all(size % 32 == 0 for size in weight.shape):
@@ -174,7 +174,7 @@ def _pack(linears: Ordered[nn.Linear]) -> PackedWeight | None:
 
 
 def _pack_blocks(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]) -> PackedWeight:
-    """Two siblings of one size, gate and up, take turns, so that a kernel finds them side by side."""
+    """Pack for the kernels. Two siblings of one size, gate and up, take turns, to lie side by side."""
     interleaved = len(sizes) == 2 and sizes[0] == sizes[1]
     if interleaved:
         weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
@@ -183,13 +183,13 @@ def _pack_blocks(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes
 
 
 def onednn_packs() -> bool:
-    """Whether oneDNN has packed weights in bf16 here. On Arm their products have other bits now and then."""
+    """Say whether oneDNN has packed weights in bf16 here. On Arm their products differ in bits now and then."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     return x86 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _pack_onednn(linears: Ordered[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
-    """None where torch or this CPU cannot, or where packing changes a bit of the result."""
+def _pack_onednn(linears: Sequence[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """Pack for oneDNN; None where torch or this CPU cannot, or where that changes a bit of the result."""
     if not onednn_packs():
         return None
     try:

@@ -1,4 +1,4 @@
-"""A decode step as a program: kernels that all threads run one after the other, with no Python in between.
+"""Run a decode step as a program: kernels one after the other on all threads, with no Python in between.
 
 At a few dozen rows a kernel takes some dozen microseconds, and so does each way from one to the next through
 Python and torch, whose own code and tables the streaming weights have just pushed out of the caches. A
@@ -7,7 +7,7 @@ after each kernel.
 """
 
 import ctypes
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,42 +15,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.packing import PackedWeight
+from pipeline.engine.rectangles.passes import RectangleDecode
 
 ROWS = 4  # a table for every so many: one for each number of rows would be too many
+EACH_STEP = ("tasks", "row_table", "block_table", "block_count")  # what attention reads anew in each step
 
 
 class _Table:
-    """The kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
+    """Hold the kernels of one number of rows, ready to run; `attends` are the places of those that attend."""
 
-    def __init__(self, kernels: ModuleType, calls: Ordered[Any], attends: list[int]) -> None:
+    def __init__(self, kernels: ModuleType, calls: Sequence[Any], attends: list[int]) -> None:
         self._kernels, self.attends = kernels, attends
-        parameters = [kernels.parameters(*call[1:]) for call in calls]
-        width = max(len(p) for p in parameters)
-        self.parameters = np.zeros((len(calls), width), np.int64)
-        for row, own in zip(self.parameters, parameters, strict=True):
-            row[: len(own)] = own
-        addresses = self.parameters.ctypes.data + np.arange(len(calls)) * self.parameters.strides[0]
-        self._kernels_table = np.stack(([call[0].address for call in calls], addresses), 1).astype(np.int64)
+        width = max(len(call.numbers) for call in calls)
+        self.numbers = np.zeros((len(calls), width), np.int64)
+        for row, call in zip(self.numbers, calls, strict=True):
+            row[: len(call.numbers)] = call.numbers
+        addresses = self.numbers.ctypes.data + np.arange(len(calls)) * self.numbers.strides[0]
+        self._calls = np.stack(([call.kernel.address for call in calls], addresses), 1).astype(np.int64)
         self._arrived = np.zeros(1, np.int64)
-        count = ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value
-        pointers = self._kernels_table.ctypes.data, len(calls), self._arrived.ctypes.data, count
-        self._pointers = np.array(pointers, np.int64)
+        own = kernels.loops.Run(
+            calls=self._calls.ctypes.data,
+            count=len(calls),
+            arrived=self._arrived.ctypes.data,
+            team=ctypes.cast(kernels.openmp.omp_get_num_threads, ctypes.c_void_p).value,
+        )
+        self._own = np.array(own, np.int64)
 
     def run(self) -> None:
-        """Raises MemoryError where a kernel found none."""
-        self.parameters[:, 0] = 0
+        """Run all kernels on torch's threads.
+
+        Raises:
+            MemoryError: a kernel found none.
+        """
+        kernels = self._kernels
+        self.numbers[:, kernels.NEXT_TASK] = 0
         self._arrived[0] = 0
-        self._kernels.parallel(
-            self._kernels.loops.run.address, self._pointers.ctypes.data, torch.get_num_threads(), 0
-        )
-        if (self.parameters[:, 0] < self.parameters[:, 1]).any():
+        kernels.parallel(kernels.loops.run.address, self._own.ctypes.data, torch.get_num_threads(), 0)
+        if (self.numbers[:, kernels.NEXT_TASK] < self.numbers[:, kernels.TASKS]).any():
             raise MemoryError("a kernel found no memory")
 
 
 class DecodeProgram:
-    """A decode step of one of fused_model's MODELS, its linear layers all packed in blocks."""
+    """Run decode steps of one of fused_model's MODELS, its linear layers all packed in blocks."""
 
     def __init__(self, model: Any, kernels: ModuleType) -> None:
         self._body, self._kernels = model.model, kernels
@@ -58,9 +65,10 @@ class DecodeProgram:
         self._widths = _widths(model)
         self._buffers: dict[str, Tensor] = {}
         self._tables: dict[int, _Table] = {}
+        self._each_step = [kernels.attention.Attend._fields.index(name) for name in EACH_STEP]
 
-    def run(self, tokens: list[int], positions: Tensor, batch: DecodeBatch) -> Tensor:
-        """tokens: B; positions: [1, B] → logits [B, V], which are good until the next step.
+    def run(self, tokens: list[int], positions: Tensor, batch: RectangleDecode) -> Tensor:
+        """Feed B tokens at positions [1, B] → logits [B, V], which are good until the next step.
 
         Raises:
             MemoryError: a kernel found none.
@@ -73,11 +81,11 @@ class DecodeProgram:
         for name, new in zip(("states", "cos", "sin"), inputs, strict=True):
             self._buffers[name][:count] = new[0]
             self._buffers[name][count:] = 0
+        tasks = count * self._body.config.num_key_value_heads
         for layer, place in enumerate(table.attends):
             rows, blocks = batch.tables(layer)
-            own = table.parameters[place]
-            own[1] = count * self._body.config.num_key_value_heads
-            own[8:11] = rows.ctypes.data, blocks.ctypes.data, len(blocks)
+            numbers = tasks, rows.ctypes.data, blocks.ctypes.data, len(blocks)
+            table.numbers[place, self._each_step] = numbers
         table.run()
         return self._buffers["logits"][:count]
 
@@ -87,11 +95,11 @@ class DecodeProgram:
             self._buffers = {name: like.new_zeros(rows, width) for name, width in self._widths.items()}
             self._tables.clear()
         if rows not in self._tables:
-            self._tables[rows] = self._made(rows)
+            self._tables[rows] = self._build(rows)
         return self._tables[rows]
 
-    def _made(self, rows: int) -> _Table:
-        """Every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
+    def _build(self, rows: int) -> _Table:
+        """List every kernel of a step of this many rows. The tables of rows and blocks come with each step."""
         at = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         calls: list[Any] = []
         attends: list[int] = []
@@ -130,7 +138,7 @@ class DecodeProgram:
 
 
 def can_run(model: Any) -> bool:
-    """Whether all linear layers of a fused model are packed in blocks, siblings together."""
+    """Say whether all linear layers of a fused model are packed in blocks, siblings together."""
     layers = [
         linear
         for layer in model.model.layers
@@ -146,7 +154,7 @@ def can_run(model: Any) -> bool:
 
 
 def _widths(model: Any) -> dict[str, int]:
-    """Of the buffers: numbers in a row."""
+    """Return how many numbers a row of each buffer has."""
     layer = model.model.layers[0]
     attention, size = layer.self_attn, layer.self_attn.head_dim
     projected = sum(p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj))

@@ -1,1 +1,1 @@
-"""Keys and values in pages, for one GPU: static shapes, so that a decode step is one graph of kernels."""
+"""Hold keys and values in pages, for one GPU: shapes stay, so that a decode step is one graph of kernels."""

@@ -1,4 +1,4 @@
-"""A running batch in pages: the device is always one launch ahead of the host.
+"""Run a batch in pages: the device is always one launch ahead of the host.
 
 What the host reads is a step old: while it looks at the tokens of one step, writes finished rows and admits
 new ones, the device runs the next. A row that ends by itself has by then one more token under way, which is
@@ -12,20 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.engine.forward import rope_switch
 from pipeline.engine.limits import PAGE
+from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import pages_for
 from pipeline.engine.paged.passes import Segment, upload
 from pipeline.engine.paged.rows import Launch, Row
 from pipeline.engine.sampling import choose, penalises, record, report, seen_tokens
-from pipeline.engine.scheduler import Scheduler, Sequence, shared_prefix
+from pipeline.engine.scheduler import Sample, Scheduler, shared_prefix
 from pipeline.engine.stats import EngineStats
 
 
 class PagedBatch:
-    """Rows in flight, each with a slot, and pages for its whole length from the time it is admitted.
+    """Hold rows in flight, each with a slot, and pages for its whole length from the time it is admitted.
 
     Args:
         max_rows: slots.
@@ -39,7 +39,7 @@ class PagedBatch:
         prefill_tokens: int,
         share_prefix: bool,
         stats: EngineStats,
-        accept: Callable[[Sequence, int], bool],
+        accept: Callable[[Sample, int], bool],
     ) -> None:
         self._forward = forward
         self._max_rows = max_rows
@@ -49,7 +49,7 @@ class PagedBatch:
         self._accept = accept
         self._switch = rope_switch(forward.config) or 1 << 62
         self._rows: list[Row] = []
-        self._admitted: list[Sequence] = []  # those without pages yet
+        self._admitted: list[Sample] = []  # those without pages yet
         self._queue: deque[Row] = deque()  # those not yet prefilled to their end, without copies
         self._launches: deque[Launch] = deque()
         self._slots: list[int] = []  # free
@@ -57,12 +57,12 @@ class PagedBatch:
         self._seen: Tensor | None = None  # [slots + 1, V] bool, once a row has a repetition penalty
 
     @property
-    def live(self) -> list[Sequence]:
-        return [row.sequence for row in self._rows] + self._admitted
+    def live(self) -> list[Sample]:
+        return [row.sample for row in self._rows] + self._admitted
 
-    def tokens_of(self, sequence: Sequence) -> int:
-        """Columns of the pages that it takes at its longest; its last token is never fed."""
-        return pages_for(sequence.length + sequence.remaining_tokens - 1) * PAGE
+    def tokens_of(self, sample: Sample) -> int:
+        """Count the columns of the pages that it takes at its longest; its last token is never fed."""
+        return pages_for(sample.length + sample.remaining_tokens - 1) * PAGE
 
     def begin(self, scheduler: Scheduler) -> None:
         """Make room for what waits, and compute once what all of it begins with."""
@@ -90,8 +90,8 @@ class PagedBatch:
         else:
             self._stats.decode_sec += seconds
 
-    def drop(self) -> list[Sequence]:
-        """Read what is under way, then give all memory back; what was in flight, with its tokens."""
+    def drop(self) -> list[Sample]:
+        """Read what is under way, then give all memory back; return what was in flight, with its tokens."""
         self._read(ahead=0)
         rows = self.live
         self._rows, self._admitted, self._seen, self._prefix = [], [], None, ((), [])
@@ -112,7 +112,7 @@ class PagedBatch:
             self._stats.count_pass(last - first, last)
 
     def _admit(self, scheduler: Scheduler) -> None:
-        """Give each admitted sequence a slot, and pages for its whole length."""
+        """Give each admitted sample a slot, and pages for its whole length."""
         if not scheduler.waiting or len(self._rows) >= scheduler.max_rows:
             return  # as in most steps, whose time on a fast card is short
         self._admitted = scheduler.admit(len(self._rows), sum(map(self.tokens_of, self.live)))
@@ -123,9 +123,9 @@ class PagedBatch:
             )
         made: list[Row] = []
         leader: Row | None = None
-        for sequence in self._admitted:
-            same = leader is not None and leader.sequence.all_token_ids == sequence.all_token_ids
-            row = self._row(sequence, leader if same else None)
+        for sample in self._admitted:
+            same = leader is not None and leader.sample.all_token_ids == sample.all_token_ids
+            row = self._row(sample, leader if same else None)
             made.append(row)
             if same and leader is not None:
                 leader.copies.append(row)
@@ -136,28 +136,28 @@ class PagedBatch:
             self._forward.assign([row.slot for row in made], [row.pages for row in made])
             self._rows, self._admitted = self._rows + made, []
 
-    def _row(self, sequence: Sequence, leader: Row | None) -> Row:
-        """A row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
-        pages, ids = self._forward.pages, sequence.all_token_ids
+    def _row(self, sample: Sample, leader: Row | None) -> Row:
+        """Make a row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
+        pages, ids = self._forward.pages, sample.all_token_ids
         prefix, shared = self._prefix
         if leader is not None:
             shared = leader.pages[: len(ids) // PAGE]
         elif len(ids) <= len(prefix) or ids[: len(prefix)] != prefix or len(ids) > self._switch:
             shared = []
-        own = pages.take(self.tokens_of(sequence) // PAGE - len(shared))
-        slot, made = self._slots.pop(), len(sequence.token_ids)
-        return Row(sequence, slot, pages.share(shared) + own, len(shared) * PAGE, made)
+        own = pages.take(self.tokens_of(sample) // PAGE - len(shared))
+        slot, made = self._slots.pop(), len(sample.token_ids)
+        return Row(sample, slot, pages.share(shared) + own, len(shared) * PAGE, made)
 
     def _prefill(self) -> int:
-        """Launch one pass over what is admitted; how many launches made tokens."""
+        """Launch one pass over what is admitted; return how many launches made tokens."""
         segments: list[Segment] = []
         rows: list[Row] = []
         keep: list[int] = []  # the segment of each row
         left = self._prefill_tokens
-        long = len(self._queue[0].sequence.all_token_ids) > self._switch
+        long = len(self._queue[0].sample.all_token_ids) > self._switch
         while self._queue and left > 0:
             row = self._queue[0]
-            ids = row.sequence.all_token_ids
+            ids = row.sample.all_token_ids
             # Under longrope a pass's largest position decides for all of it: long rows are never cut.
             last = len(ids) if long else min(len(ids), row.held + left)
             if (len(ids) > self._switch) != long or (long and segments and last > left):
@@ -174,7 +174,7 @@ class PagedBatch:
         self._copy_pages(rows)
         self._stats.count_pages(len(self._rows), self._forward.pages)
         if rows:
-            self._sample(rows, logits)
+            self._choose(rows, logits)
         return int(bool(rows))
 
     def _copy_pages(self, rows: list[Row]) -> None:
@@ -188,28 +188,28 @@ class PagedBatch:
         self._forward.pages.copy(pairs)
 
     def _decode_step(self) -> int:
-        """Launch one token for every row that may have more; how many launches that took."""
+        """Launch one token for every row that may have more; return how many launches that took."""
         launched = 0
         for long in (True, False):
             rows = [row for row in self._rows if row.goes_on and (row.held >= self._switch) == long]
             if rows:
                 logits, tokens = self._forward.decode([(row.slot, row.held) for row in rows], long)
-                self._sample(rows, logits, tokens)
+                self._choose(rows, logits, tokens)
                 for row in rows:
                     row.held += 1
                 launched += 1
         return launched
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
-        """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
+        """Put rows back that grow past longrope's switch, to be prefilled again, as `generate` does."""
         if any(row.goes_on and row.held == self._switch for row in self._rows):
             self._read(ahead=0)
             crossing = [row for row in self._rows if row.held == self._switch and row.goes_on]
             for row in crossing:
                 self._retire(row)
-            scheduler.put_back(row.sequence for row in crossing)
+            scheduler.put_back(row.sample for row in crossing)
 
-    def _sample(self, rows: list[Row], logits: Tensor, likeliest: Tensor | None = None) -> None:
+    def _choose(self, rows: list[Row], logits: Tensor, likeliest: Tensor | None = None) -> None:
         """Choose each row's next token, and start to bring the choice to the host.
 
         Args:
@@ -217,32 +217,32 @@ class PagedBatch:
             likeliest: [B] int64, after a decode step: the most probable tokens, which the device has as its
                 newest already.
         """
-        sequences = [row.sequence for row in rows]
+        samples = [row.sample for row in rows]
         tokens = likeliest
-        if tokens is None or not all(_is_plain(s) for s in sequences):
+        if tokens is None or not all(_is_plain(s) for s in samples):
             seen = self._seen_by(rows, logits)
             slots = upload([row.slot for row in rows], self._forward.device)
-            tokens = choose(logits, sequences, [row.made for row in rows], seen)
+            tokens = choose(logits, samples, [row.made for row in rows], seen)
             self._forward.tokens[slots] = tokens
             if seen is not None and self._seen is not None:
                 self._seen[slots, tokens] = True
-        reported = report(logits, tokens, sequences)
+        reported = report(logits, tokens, samples)
         held = [] if likeliest is None else [row.held for row in rows]
         self._launches.append(Launch.of(rows, held, tokens, reported))
         for row in rows:
             row.made += 1
 
     def _seen_by(self, rows: list[Row], logits: Tensor) -> Tensor | None:
-        """Which tokens each row has, where one has a repetition penalty. [B, V] bool."""
-        sequences = [row.sequence for row in rows]
-        if not penalises(sequences):
+        """Mark the tokens that each row has, where one has a repetition penalty. [B, V] bool."""
+        samples = [row.sample for row in rows]
+        if not penalises(samples):
             return None
         if self._seen is None:
             self._seen = logits.new_zeros(self._max_rows + 1, logits.shape[1], dtype=torch.bool)
         slots = upload([row.slot for row in rows], self._forward.device)
-        fresh = [i for i, row in enumerate(rows) if row.made == len(row.sequence.token_ids)]
+        fresh = [i for i, row in enumerate(rows) if row.made == len(row.sample.token_ids)]
         if fresh:  # their tokens are all on the host
-            self._seen[slots[fresh]] = seen_tokens([sequences[i] for i in fresh], logits[fresh])
+            self._seen[slots[fresh]] = seen_tokens([samples[i] for i in fresh], logits[fresh])
         return self._seen[slots]
 
     def _read(self, ahead: int) -> None:
@@ -251,12 +251,12 @@ class PagedBatch:
             launch = self._launches.popleft()
             chosen = launch.read()
             if launch.report is not None:
-                record(launch.report, chosen, [row.sequence for row in launch.rows])
+                record(launch.report, chosen, [row.sample for row in launch.rows])
             if launch.held:
                 live = zip(launch.held, launch.rows, strict=True)
                 self._stats.count_launch([held for held, row in live if not row.done])
             for row, token in zip(launch.rows, chosen, strict=True):
-                if not row.done and self._accept(row.sequence, token):
+                if not row.done and self._accept(row.sample, token):
                     self._retire(row)
 
     def _retire(self, row: Row) -> None:
@@ -267,7 +267,7 @@ class PagedBatch:
         self._forward.pages.release(row.pages)
 
 
-def _is_plain(sequence: Sequence) -> bool:
-    """Whether the next token is the most probable one."""
-    params = sequence.request.params
+def _is_plain(sample: Sample) -> bool:
+    """Say whether the next token is the most probable one."""
+    params = sample.request.params
     return params.greedy and params.repetition_penalty == 1

@@ -1,8 +1,8 @@
-"""The model on one device with its keys and values in pages: prefill some columns, decode a step."""
+"""Run the model on one device with its keys and values in pages: prefill some columns, decode a step."""
 
 import functools
 import logging
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.forward import input_device, layer_windows
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
+from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
-from pipeline.engine.paged.passes import DecodePass, PassModel, PrefillPass, Segment, upload
+from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment, upload
 from pipeline.engine.sampling import argmax
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
 
 
 class PagedForward:
-    """One flat row of tokens for all rows of a pass; a decode step is replayed from a graph, where it can be.
+    """Feed one flat row of tokens for all rows of a pass; replay a decode step from a graph, where it can be.
 
     Raises:
         NotImplementedError: the model lies on several devices, or has layers or rotary frequencies of
@@ -85,7 +85,7 @@ class PagedForward:
             graphs.clear()
         self._memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else (0, 0)
 
-    def assign(self, slots: Ordered[int], pages: Ordered[Ordered[int]]) -> None:
+    def assign(self, slots: Sequence[int], pages: Sequence[Sequence[int]]) -> None:
         """Tell the device which pages each of these slots has now."""
         widest = max(map(len, pages))
         if widest > self._table.shape[1]:
@@ -98,8 +98,8 @@ class PagedForward:
         made = upload(rows, self.device, torch.int32)
         self._table[made[:, 0].long()] = made[:, 1:]
 
-    def trial(self, rows: Ordered[Ordered[int]], next_token: int) -> tuple[Tensor, Tensor]:
-        """Logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
+    def trial(self, rows: Sequence[Sequence[int]], next_token: int) -> tuple[Tensor, Tensor]:
+        """Return logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
 
         Raises:
             NotImplementedError: a layer keeps other state than keys and values.
@@ -117,17 +117,17 @@ class PagedForward:
         self.close()
         return before, after
 
-    def prefill(self, segments: Ordered[Segment], keep: Ordered[int], long: bool = False) -> Tensor:
+    def prefill(self, segments: Sequence[Segment], keep: Sequence[int], long: bool = False) -> Tensor:
         """Compute some rows' columns: logits [K, V] after the last of each segment in `keep`.
 
         Args:
             long: under longrope, whether these rows are beyond its switch.
         """
-        batch = PrefillPass(segments, self.pages, self._facts)
+        batch = PagedPrefill(segments, self.pages, self._facts)
         kept = batch.last_tokens[upload(keep or [0], self.device)]
         return self._run(batch.ids, batch.positions, kept, batch, long)
 
-    def decode(self, rows: Ordered[tuple[int, int]], long: bool = False) -> tuple[Tensor, Tensor]:
+    def decode(self, rows: Sequence[tuple[int, int]], long: bool = False) -> tuple[Tensor, Tensor]:
         """Feed each row its slot's newest token, and make the most probable one after it the newest.
 
         Args:
@@ -146,8 +146,10 @@ class PagedForward:
         return logits[:count], tokens[:count]
 
     def _graph(self, count: int, columns: int, long: bool) -> StepGraph | None:
-        """A graph of at least so many rows and columns, but not of many more: rows that fill it up cost
-        little, and recording one anew takes as long as a dozen steps."""
+        """Find or record a graph of at least so many rows and columns, but not of many more.
+
+        Rows that fill it up cost little, and recording one anew takes as long as a dozen steps.
+        """
         rows = next((r for r in GRAPH_ROWS if r >= count), count)
         widest = max(LEAST_COLUMNS, 1 << (columns - 1).bit_length())
         fits = [
@@ -170,9 +172,9 @@ class PagedForward:
         return graph
 
     def _step(self, control: Tensor, columns: int, long: bool) -> tuple[Tensor, Tensor]:
-        """control [B, 2] → logits [B, V], tokens [B]."""
+        """Run a decode step. control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
-        batch = DecodePass(control, self._table, columns, self.pages, self._facts)
+        batch = PagedDecode(control, self._table, columns, self.pages, self._facts)
         logits = self._run(self.tokens[slots], positions, 0, batch, long)
         tokens = argmax(logits)
         self.tokens[slots] = tokens
@@ -190,7 +192,7 @@ class PagedForward:
 
 
 def _only_device(model: Any) -> torch.device:
-    """Raises NotImplementedError for layers on several devices."""
+    """Return the model's device; refuse a model that lies on several."""
     devices = {p.device for p in model.parameters()}
     if len(devices) != 1 or "meta" in {device.type for device in devices}:
         raise NotImplementedError("layers on several devices")
@@ -198,13 +200,13 @@ def _only_device(model: Any) -> torch.device:
 
 
 def _check_rotary(config: Any) -> None:
-    """Raises NotImplementedError for rotary frequencies that depend on the longest row so far."""
+    """Refuse rotary frequencies that depend on the longest row so far."""
     if "dynamic" in str(getattr(config, "rope_parameters", None)):
         raise NotImplementedError("rotary frequencies that change with the length")
 
 
 def _can_capture(model: Any) -> bool:
-    """Whether a step can be recorded: LLM.int8 looks at each product's outliers, a mixture at its routing."""
+    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, a mixture at its routing."""
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     config = model.config.get_text_config()
     mixture = any(getattr(config, name, None) for name in experts)
@@ -213,13 +215,13 @@ def _can_capture(model: Any) -> bool:
 
 @functools.cache
 def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
-    """Triton's kernels, and whether FlashAttention runs."""
+    """Import Triton's kernels, where they run, and say whether FlashAttention does."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None, False
     if torch.cuda.get_device_capability(device) < AMPERE:
         return None, False
     try:
-        from pipeline.engine.paged import kernels
+        from pipeline.engine.paged import triton_kernels as kernels
     except ImportError as error:
         log.info("Without Triton's kernels: %s", error)
         return None, torch.version.hip is None

@@ -1,4 +1,4 @@
-"""A decode step as one graph: launched at once, and not kernel by kernel."""
+"""Record a decode step as one graph, which is launched at once and not kernel by kernel."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Memory = tuple[int, int]  # what torch.cuda.graph_pool_handle gives
 
 
 class StepGraph:
-    """What a step launches, recorded once and replayed on the same buffers, whatever they hold by then.
+    """Record once what a step launches, and replay it on the same buffers, whatever they hold by then.
 
     Args:
         step: reads and writes tensors that stay where they are, and does not look at their values.
@@ -44,5 +44,5 @@ class StepGraph:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that graphs are recorded on: cuBLAS keeps 8 to 32 MiB for each that it has met."""
+    """Return the one stream that graphs are recorded on: cuBLAS keeps 8 to 32 MiB for each that it has met."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Rotary frequencies that are short or long for all tokens of a pass, without looking at the tokens.
+"""Choose short or long rotary frequencies for all tokens of a pass, without looking at the tokens.
 
 transformers looks for a pass's largest position to choose between the two; the host knows it beforehand,
 and a graph must not ask.
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine.forward import rope_switch
+from pipeline.engine.model_facts import rope_switch
 
 
 class LongRope:
-    """Both sets of a model's frequencies; a model without longrope has nothing to choose."""
+    """Keep both sets of a model's frequencies; a model without longrope has nothing to choose."""
 
     def __init__(self, model: Any) -> None:
         switch = rope_switch(model.config.get_text_config())
@@ -40,7 +40,7 @@ class LongRope:
 
 
 def _frequencies(module: nn.Module, switch: int) -> tuple[Tensor, Tensor]:
-    """The short and the long set, [D/2] each, as transformers chooses them by the position."""
+    """Read the short and the long set, [D/2] each, as transformers chooses them by the position."""
     made: list[Tensor] = []
     for position in (0, switch):
         places = torch.tensor([[position]], device=module.inv_freq.device)  # type: ignore[arg-type]

@@ -1,12 +1,11 @@
-"""Keys and values in pages of PAGE columns, and who holds which.
+"""Keep keys and values in pages of PAGE columns, and count who holds which.
 
 A row's columns lie on pages that its table lists, the first token in the first page's first column, without
 padding. Pages are all alike, so rows of any length share the memory without holes, and rows that begin with
 the same tokens share the pages of that beginning.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ SCRATCH = 0  # the page of rows that only fill a graph up
 
 
 class Pages:
-    """All pages: which are free, how many rows hold each, and each layer's tensors.
+    """Keep all pages: which are free, how many rows hold each, and each layer's tensors.
 
     A layer's keys and values are made at its first write, [pages, PAGE, H_kv, D].
     """
@@ -32,7 +31,7 @@ class Pages:
 
     @property
     def count(self) -> int:
-        """Pages for rows."""
+        """Count the pages for rows."""
         return len(self._holders) - 1
 
     @property
@@ -41,25 +40,25 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Count the bytes allocated for keys and values."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def take(self, count: int) -> list[int]:
-        """So many free pages, for one holder. The caller knows that there are enough."""
+        """Take so many free pages, for one holder. The caller knows that there are enough."""
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._holders[page] = 1
         return taken
 
     def share(self, pages: Iterable[int]) -> list[int]:
-        """The same pages for one more holder."""
+        """Share the same pages with one more holder."""
         shared = list(pages)
         for page in shared:
             self._holders[page] += 1
         return shared
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less; a page without any is free."""
+        """Release pages from one holder; a page without any is free."""
         for page in pages:
             self._holders[page] -= 1
             if not self._holders[page]:
@@ -77,7 +76,7 @@ class Pages:
                 del old
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values, made like those given, [any, H_kv, D], if it is its first time.
+        """Return a layer's keys and values; the first time, make them like those given, [any, H_kv, D].
 
         Zeros, since a masked column's weight of 0 times whatever it holds must be 0.
         """
@@ -86,7 +85,7 @@ class Pages:
                 tensors.append(like.new_zeros(len(self._holders), PAGE, *like.shape[1:]))
         return self.keys[index], self.values[index]
 
-    def copy(self, pairs: Ordered[tuple[int, int]]) -> None:
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, each (from, to), in all layers."""
         if pairs and self.keys:
             source, target = torch.tensor(pairs, device=self.keys[0].device).T
@@ -95,11 +94,11 @@ class Pages:
 
 
 def pages_for(columns: int) -> int:
-    """How many pages hold so many columns."""
+    """Count the pages that hold so many columns."""
     return -(-columns // PAGE)
 
 
-def places(pages: Ordered[int], first: int, last: int) -> np.ndarray:
-    """Where columns [first, last) of a row lie: page · PAGE + column on the page. [last − first] int64."""
+def places(pages: Sequence[int], first: int, last: int) -> np.ndarray:
+    """Locate columns [first, last) of a row: page · PAGE + column on the page. [last − first] int64."""
     columns = np.arange(first, last)
     return np.asarray(pages, dtype=np.int64)[columns // PAGE] * PAGE + columns % PAGE

@@ -1,10 +1,10 @@
-"""One forward pass over rows in pages: its inputs, and the attention that reads the pages.
+"""Prepare a forward pass over rows in pages: its inputs, and the attention that reads the pages.
 
 As with rectangles, the model sees one flat row of tokens, [1, N], with explicit position ids, and hands the
 pass down to attention as the keyword argument `batch`.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,21 +22,21 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Columns [first, last) of a row, to be computed in one pass."""
+    """Name columns [first, last) of a row, to be computed in one pass."""
 
-    token_ids: Ordered[int]  # the row's, from its first
-    pages: Ordered[int]
+    token_ids: Sequence[int]  # the row's, from its first
+    pages: Sequence[int]
     first: int
     last: int
 
 
-class PrefillPass:
-    """Tokens of several rows, one row after the other: N in all, without padding.
+class PagedPrefill:
+    """Prefill tokens of several rows, one row after the other: N in all, without padding.
 
     They attend to their row's earlier columns, which are written already, and to each other.
     """
 
-    def __init__(self, segments: Ordered[Segment], pages: Pages, model: "PassModel") -> None:
+    def __init__(self, segments: Sequence[Segment], pages: Pages, model: "PassModel") -> None:
         self._pages, self._model = pages, model
         self._counts = [s.last - s.first for s in segments]
         self._held = [s.last for s in segments]
@@ -66,7 +66,10 @@ class PrefillPass:
         scaling: float,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
+        """Store keys and values, and attend. query [N, H, D], key and value [N, H_kv, D] → [N, H, D].
+
+        A rotation is still to be applied.
+        """
         if rotation is not None:
             assert self._model.kernels is not None, "only the kernels rotate"
             query, key = (self._model.kernels.rotate(t, rotation) for t in (query, key))
@@ -81,7 +84,7 @@ class PrefillPass:
         return self._row_by_row(query, key, value, scaling, window)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        """All rows in one kernel, FlashAttention-2 for rows of any length (Dao 2023)."""
+        """Attend from all rows in one kernel, FlashAttention-2 for rows of any length (Dao 2023)."""
         left = None if window is None else window - 1
         output: Tensor = torch.ops.aten._flash_attention_forward(
             query.contiguous(), key.contiguous(), value.contiguous(), self._query_ends, self._key_ends,
@@ -93,6 +96,7 @@ class PrefillPass:
     def _row_by_row(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
+        """Attend from one row after the other, by torch's own operators."""
         outs: list[Tensor] = []
         parts = (
             torch.split(query, self._counts),
@@ -109,8 +113,8 @@ class PrefillPass:
         return torch.cat(outs)
 
 
-class DecodePass:
-    """One token of each row of a batch, B in all; a row's is written to the column after those that it holds.
+class PagedDecode:
+    """Decode one token of each row of a batch, B in all; it is written to the column after those held.
 
     Args:
         control: [B, 2] int32, each row's slot, and how many columns it holds.
@@ -133,7 +137,10 @@ class DecodePass:
         scaling: float,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """query [B, H, D], key and value [B, H_kv, D] → [B, H, D]. A rotation is still to be applied."""
+        """Store keys and values, and attend. query [B, H, D], key and value [B, H_kv, D] → [B, H, D].
+
+        A rotation is still to be applied.
+        """
         keys, values = self._pages.layer(layer, key, value)
         window, kernels = self._model.windows[layer], self._model.kernels
         if kernels is not None and key.shape == value.shape:
@@ -166,7 +173,7 @@ class DecodePass:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float) -> Tensor:
-    """query [R, T, H, D]; keys, values [R, W, H_kv, D]; seen [R, T, W] bool → [R, T, H, D].
+    """Attend with a mask. query [R, T, H, D]; keys, values [R, W, H_kv, D]; seen [R, T, W] bool → [R, T, H, D].
 
     Query heads that share a key head are queries of their own: of the kernels that take a mask, none knows
     groups.
@@ -185,22 +192,22 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: 
 
 @dataclass(frozen=True, slots=True)
 class PassModel:
-    """What attention needs to know of the model."""
+    """Tell attention what it needs to know of the model."""
 
     device: torch.device
     windows: tuple[int | None, ...]  # each layer's sliding window; None is full attention
-    kernels: ModuleType | None  # paged.kernels, on GPUs that Triton knows
+    kernels: ModuleType | None  # triton_kernels, on GPUs that Triton knows
     flash: bool  # the GPU is one of FlashAttention-2's
 
     def has_flash(self, query: Tensor, value: Tensor) -> bool:
-        """Whether FlashAttention takes these."""
+        """Say whether FlashAttention takes these."""
         half = query.dtype in (torch.float16, torch.bfloat16)
         size = query.shape[-1]
         return self.flash and half and size == value.shape[-1] and size % 8 == 0 and size <= 256
 
 
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A list or array of numbers on the device; from pinned memory, so that nobody waits."""
+    """Bring a list or array of numbers to the device; from pinned memory, so that nobody waits."""
     made = torch.as_tensor(numbers, dtype=dtype)
     pinned = device.type == "cuda" and torch.cuda.is_available()
     return made.pin_memory().to(device, non_blocking=True) if pinned else made.to(device)

@@ -1,4 +1,4 @@
-"""A row of the running batch, and what the device has been told to do with some of them."""
+"""Keep track of rows in flight, and of what the device has been told to do with some of them."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.sampling import Report
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """A sequence in the running batch."""
+    """Follow a sample through the running batch."""
 
-    sequence: Sequence
+    sample: Sample
     slot: int
     pages: list[int]
     held: int  # columns written, those of launched work included
@@ -24,12 +24,12 @@ class Row:
 
     @property
     def goes_on(self) -> bool:
-        return not self.done and self.made < self.sequence.request.params.max_new_tokens
+        return not self.done and self.made < self.sample.request.params.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Something that the device was told to do, and whose tokens the host has not read yet."""
+    """Remember work that the device was given, and whose tokens the host has not read yet."""
 
     rows: list[Row]
     held: list[int]  # columns that each row of a decode step held before; none of a prefill
@@ -49,7 +49,7 @@ class Launch:
         return cls(rows, held, copy, ready, report)
 
     def read(self) -> list[int]:
-        """Each row's token, once the device has made it."""
+        """Read each row's token, once the device has made it."""
         if self.ready is not None:
             self.ready.synchronize()
         return [int(token) for token in self.tokens.tolist()]

@@ -25,14 +25,14 @@ if kernels is None:
 from llvmlite.binding import get_host_cpu_features
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.batch import DecodeBatch
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
-from pipeline.engine.forward import FlatForward
-from pipeline.engine.kv_cache import allocate, regroup, write
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.passes import RectangleDecode
+from pipeline.engine.rectangles.rectangle import allocate, regroup, write
+from pipeline.engine.scheduler import Sample
 
 
 def linear_tiles() -> ModuleType:
@@ -54,8 +54,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float = 1.0)
     torch.testing.assert_close(found.float(), expected.float(), rtol=ulps * ULP, atol=ulps * ULP / 16)
 
 
-def sequence(length: int) -> Sequence:
-    return Sequence(Request(f"of {length}", (1,) * length, GenerationParams()), 0)
+def sample(length: int) -> Sample:
+    return Sample(Request(f"of {length}", (1,) * length, GenerationParams()), 0)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 60), (9, 576), (300, 64)])
@@ -170,7 +170,7 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
     """Rows of 1 to 70 columns: below, at and above a block; rectangles with a first column of their own."""
     rectangles = []
     for lengths in ([1, 2], [16, 17, 15], [70, 40, 66]):
-        rectangle = allocate([sequence(n) for n in lengths], lengths, (window,))
+        rectangle = allocate([sample(n) for n in lengths], lengths, (window,))
         rows, columns = torch.tensor(
             [(r, c) for r, start in enumerate(rectangle.starts) for c in range(start, rectangle.head)]
         ).T
@@ -182,9 +182,9 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
         store[0] = store[0][:, :, 3 if window else 0 :].contiguous()
     count = sum(len(r.rows) for r in rectangles)
     query, key, value = (random(count, h, size, seed=20 + h) for h in (3 * kv_heads, kv_heads, kv_heads))
-    plain = DecodeBatch([_in_float32(r) for r in rectangles])
+    plain = RectangleDecode([_in_float32(r) for r in rectangles])
     expected = plain.attend(0, query.float(), key.float(), value.float(), 0.3)
-    found = DecodeBatch(rectangles, kernels).attend(0, query, key, value, 0.3)
+    found = RectangleDecode(rectangles, kernels).attend(0, query, key, value, 0.3)
     # Weights are rounded to bf16 before they meet the values, as torch's own softmax does in bf16.
     torch.testing.assert_close(found.float(), expected, rtol=ULP, atol=ULP / 2)
     for rectangle, wide in zip(rectangles, plain.rectangles, strict=True):
@@ -353,7 +353,7 @@ def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
 
 def fed_one_by_one(forward: FlatForward, ids: list[int], given: int) -> torch.Tensor:
     """Prefill the first tokens in chunks of 16 beside a shorter row, then decode the rest: logits [.., V]."""
-    row, other = sequence(0), sequence(4)
+    row, other = sample(0), sample(4)
     row.token_ids += ids[:given]
     rectangle, logits = forward.prefill([row, other], None, 32)
     found = [logits[0].float()]

@@ -1,4 +1,4 @@
-"""Loops of attention behind kernels.py, in the manner of loops.py.
+"""Loop over rows and heads in compiled code: a prefill's way into its rectangle and out, and a decode step.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
@@ -18,17 +18,18 @@ from pipeline.engine.cpu.kernels.attention_vectors import (
     weigh_block,
 )
 from pipeline.engine.cpu.kernels.loops import f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import LANES, PAIRS, as_double, halves, longs
 
 AHEAD = 32  # columns between what is read and what is asked for
-NONE = np.float32(-1e30)  # the score of a column that is not there
+NONE = np.float32(-1e30)  # the score of a column that is not there; fast math knows no −inf
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
 
 
 @inner
 def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
-    """Rotary embedding of one head; a copy where the tables are empty."""
+    """Rotate one head by its position; copy it where the tables are empty."""
     if len(cos) == 0:
         for d in range(len(out)):
             out[d] = states[d]
@@ -44,27 +45,35 @@ def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
         out_right[d] = rounded(b * c + a * s)
 
 
+Place = slots(
+    "queries keys values cos sin starts padded kept_keys kept_values",
+    "count heads kv_heads size rows first last width query_stride key_stride value_stride table_width",
+)
+
+
 @threaded
 def place(pointer: Any) -> None:
-    p = carray(pointer, 23)
-    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
-    rows, first, last, width = p[15], p[16], p[17], p[18]
-    queries = carray(halves(p[2]), (count, p[19]))
-    new_keys, new_values = carray(halves(p[3]), (count, p[20])), carray(halves(p[4]), (count, p[21]))
-    cosines = carray(halves(p[5]), (count, p[22]))
-    sines = carray(halves(p[6]), (count, p[22]))
-    starts = carray(longs(p[7]), (rows, 2))
-    padded = carray(halves(p[8]), (rows, heads, last - first, size))
-    keys = carray(halves(p[9]), (rows, kv_heads, width, size))
-    values = carray(halves(p[10]), (rows, kv_heads, width, size))
+    """Bring tokens to their places in the rectangle, COLUMNS columns of a row a task."""
+    p = read(pointer, Place)
+    count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
+    rows, first, last, width = p.rows, p.first, p.last, p.width
+    queries = carray(halves(p.queries), (count, p.query_stride))
+    new_keys = carray(halves(p.keys), (count, p.key_stride))
+    new_values = carray(halves(p.values), (count, p.value_stride))
+    cosines = carray(halves(p.cos), (count, p.table_width))
+    sines = carray(halves(p.sin), (count, p.table_width))
+    starts = carray(longs(p.starts), (rows, 2))
+    padded = carray(halves(p.padded), (rows, heads, last - first, size))
+    keys = carray(halves(p.kept_keys), (rows, kv_heads, width, size))
+    values = carray(halves(p.kept_values), (rows, kv_heads, width, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, begin = task // blocks, first + task % blocks * COLUMNS
         for column in range(begin, min(begin + COLUMNS, last)):
-            if column < starts[row, 1]:
+            if column < starts[row, 1]:  # padding
                 for head in range(heads):
                     padded[row, head, column - first, :] = 0
                 continue
@@ -79,32 +88,41 @@ def place(pointer: Any) -> None:
                 values[row, head, column, :] = new_values[token, here]
 
 
+CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
+
+
 @threaded
 def copy_prefix(pointer: Any) -> None:
-    p = carray(pointer, 10)
-    rows, heads, width, count, prefix_width = p[5], p[6], p[7], p[8], p[9]
-    target, source = carray(halves(p[2]), (rows, heads, width)), carray(halves(p[3]), (heads, prefix_width))
-    starts = carray(longs(p[4]), rows)
+    """Copy the prefix to one head of one row a task: what each row has of it is in one piece."""
+    p = read(pointer, CopyPrefix)
+    rows, heads, width, count, prefix_width = p.rows, p.heads, p.width, p.count, p.prefix_width
+    target = carray(halves(p.store), (rows, heads, width))
+    source = carray(halves(p.prefix), (heads, prefix_width))
+    starts = carray(longs(p.starts), rows)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, head = task // heads, task % heads
         start = starts[row]
         target[row, head, start : start + count] = source[head, :count]
 
 
+Collect = slots("padded starts outputs rows heads first last size count")
+
+
 @threaded
 def collect(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, heads, first, last, size, count = p[5], p[6], p[7], p[8], p[9], p[10]
-    padded = carray(halves(p[2]), (rows, heads, last - first, size))
-    starts = carray(longs(p[3]), (rows, 2))
-    outputs = carray(halves(p[4]), (count, heads, size))
+    """Undo what `place` did to queries, COLUMNS columns of a row a task."""
+    p = read(pointer, Collect)
+    rows, heads, first, last, size, count = p.rows, p.heads, p.first, p.last, p.size, p.count
+    padded = carray(halves(p.padded), (rows, heads, last - first, size))
+    starts = carray(longs(p.starts), (rows, 2))
+    outputs = carray(halves(p.outputs), (count, heads, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, begin = task // blocks, first + task % blocks * COLUMNS
         for column in range(max(begin, starts[row, 1]), min(begin + COLUMNS, last)):
@@ -115,9 +133,9 @@ def collect(pointer: Any) -> None:
 
 @inner
 def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
-    """weights = e^(scaling · (scores − the largest)) in bf16; returns their sum, by which to divide.
+    """Write e^(scaling · (score − the largest)) in bf16 for `count` scores; return their sum, to divide by.
 
-    Of `count` scores; both arrays have room for whole vectors.
+    Both arrays have room for whole vectors.
     """
     whole = (count + LANES - 1) // LANES * LANES
     scores[count:whole] = NONE
@@ -125,22 +143,26 @@ def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
     return exponentials(scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
 
 
+CausalSoftmax = slots("scores starts rows heads columns width first window scaling")
+
+
 @threaded
 def causal_softmax(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, heads, columns, width, first, window = p[4], p[5], p[6], p[7], p[8], p[9]
-    scaling = f32(as_double(p[10]))
-    scores = carray(halves(p[2]), (rows * heads, columns, width))
-    starts = carray(longs(p[3]), rows)
+    """Take the softmax of one head of one row a task, query by query."""
+    p = read(pointer, CausalSoftmax)
+    rows, heads, columns, width, first, window = p.rows, p.heads, p.columns, p.width, p.first, p.window
+    scaling = f32(as_double(p.scaling))
+    scores = carray(halves(p.scores), (rows * heads, columns, width))
+    starts = carray(longs(p.starts), rows)
     own, weights = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.uint16)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for column in range(columns):
             line = scores[task, column]
             end = first + column + 1
-            start = max(starts[task // heads], end - window)
+            start = max(starts[task // heads], end - window)  # the first column that this query sees
             if start >= end:
                 line[:] = 0
                 continue
@@ -156,7 +178,7 @@ def causal_softmax(pointer: Any) -> None:
 
 @inner
 def _soon(states: Any, column: int, end: int, then: int) -> Any:
-    """The address a little ahead of a column; beyond `end`, that much behind the address `then`."""
+    """Return the address a little ahead of a column; beyond `end`, that much behind the address `then`."""
     size = states.shape[1] * 2
     ahead = column + AHEAD
     return states.ctypes.data + ahead * size if ahead < end else then + (ahead - end) * size
@@ -164,7 +186,7 @@ def _soon(states: Any, column: int, end: int, then: int) -> Any:
 
 @inner
 def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
-    """scores[h, c] = queries[h] · keys[c] for the columns [first, end); a block of keys serves all heads."""
+    """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads."""
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
         for column in range(first, end):
@@ -176,7 +198,7 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
         return
     column = first
     while column < end:
-        column = min(column, end - LANES)
+        column = min(column, end - LANES)  # the last block ends at `end`, and may repeat some columns
         soon, step = _soon(keys, column, end, then), 64 // heads
         for head in range(heads):
             score_block(
@@ -192,7 +214,7 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
 
 @inner
 def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any) -> None:
-    """out[h] = the sum of weights[h, c] · values[c] over the columns [first, end).
+    """Sum weights[h, c] · values[c] over the columns [first, end) to out[h].
 
     The last block ends at `end`: those of its columns weigh 0 that an earlier block has added, or that are
     padding.
@@ -229,26 +251,37 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         in_order(out[head].ctypes.data, size)
 
 
+Attend = slots(
+    "queries keys values cos sin outputs row_table block_table block_count",
+    "count heads kv_heads size query_stride key_stride value_stride table_width scaling threads",
+)
+
+
 @threaded
 def attend(pointer: Any) -> None:
-    p = carray(pointer, 21)
-    count, heads, kv_heads, size = p[11], p[12], p[13], p[14]
-    group, ahead = heads // kv_heads, p[20]
-    scaling = f32(as_double(p[19]))
-    queries = carray(halves(p[2]), (count, p[15]))
-    new_keys, new_values = carray(halves(p[3]), (count, p[16])), carray(halves(p[4]), (count, p[17]))
-    cosines = carray(halves(p[5]), (count, p[18]))
-    sines = carray(halves(p[6]), (count, p[18]))
-    outputs = carray(halves(p[7]), (count, heads, size))
-    rows = carray(longs(p[8]), (count, 4))
-    blocks = carray(longs(p[9]), (p[10], 3))
-    widest = blocks[:, 2].max() + LANES
+    """Attend from one row's newest token, a key head and the query heads that share it a task.
+
+    The task first writes its own new key and value: nobody else reads them in this step.
+    """
+    p = read(pointer, Attend)
+    count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
+    group, ahead = heads // kv_heads, p.threads
+    scaling = f32(as_double(p.scaling))
+    queries = carray(halves(p.queries), (count, p.query_stride))
+    new_keys = carray(halves(p.keys), (count, p.key_stride))
+    new_values = carray(halves(p.values), (count, p.value_stride))
+    cosines = carray(halves(p.cos), (count, p.table_width))
+    sines = carray(halves(p.sin), (count, p.table_width))
+    outputs = carray(halves(p.outputs), (count, heads, size))
+    rows = carray(longs(p.row_table), (count, 4))
+    blocks = carray(longs(p.block_table), (p.block_count, 3))
+    widest = blocks[:, 2].max() + LANES  # room for whole vectors
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
     scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
     totals = np.empty(group, np.float32)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         row, kv_head = task // kv_heads, task % kv_heads
         block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
@@ -266,6 +299,7 @@ def attend(pointer: Any) -> None:
         _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
             totals[head] = _softmax(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
+        # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
         _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]

@@ -1,6 +1,7 @@
-"""What attention does with vectors: scores, their exponentials, weighted sums, rotation. For attention.py.
+"""Write attention's inner loops in LLVM's vectors: scores, exponentials, weighted sums, rotation.
 
-numba's cache of the loops does not see a change in this file: touch attention.py too.
+Written out, because LLVM's own vectoriser finds neither the instruction for bf16 nor where to prefetch. numba's
+cache of the loops does not see a change in this file: touch attention.py too.
 """
 
 from typing import Any
@@ -49,7 +50,7 @@ SECOND_HALF = [place + 8 for place in FIRST_HALF]
 
 @intrinsic
 def largest(context: Any, numbers: Any, count: Any) -> Any:
-    """The largest of `count` float32 numbers, a multiple of LANES that is not 0."""
+    """Find the largest of `count` float32 numbers, a multiple of LANES that is not 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         numbers, count = arguments
@@ -64,7 +65,7 @@ def largest(context: Any, numbers: Any, count: Any) -> Any:
 
 @intrinsic
 def exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any) -> Any:
-    """weights = e^((scores − most) · scaling) in bf16; returns their sum, unrounded.
+    """Write weights = e^((scores − most) · scaling) in bf16; return their sum, unrounded.
 
     Args:
         scores, weights: addresses of `count` numbers, a multiple of LANES.
@@ -89,7 +90,7 @@ def exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: An
 
 @intrinsic
 def rotate(context: Any, states: Any, cos: Any, sin: Any, out: Any, half: Any) -> Any:
-    """Rotary embedding of one head in bf16. All addresses; half: of its size, a multiple of LANES."""
+    """Rotate one head in bf16. All addresses; half: of its size, a multiple of LANES."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *addresses, half = arguments
@@ -108,7 +109,7 @@ def rotate(context: Any, states: Any, cos: Any, sin: Any, out: Any, half: Any) -
 
 @intrinsic
 def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any, soon: Any, step: Any) -> Any:
-    """scores[c] = query · keys[c] for LANES columns in bf16. size: a multiple of PAIRS.
+    """Write scores[c] = query · keys[c] for LANES columns in bf16. size: a multiple of PAIRS.
 
     One vector of partial sums a column; they are added up across lanes only at the end. With each load of
     keys, the cache line at `soon` is asked for, `step` bytes further each time.
@@ -142,7 +143,7 @@ def weigh_block(
     soon: Any,
     step: Any,
 ) -> Any:
-    """out[h] += the sum of weights[h, c] · values[c] over LANES columns in bf16, for 1 to HEADS heads.
+    """Add the sum of weights[h, c] · values[c] over LANES columns in bf16 to out[h], for 1 to HEADS heads.
 
     Two columns at a time: their values are interleaved, once for all heads, which leaves each result in two
     vectors of which one holds the lower four of every eight numbers and the other the upper four:
@@ -162,6 +163,7 @@ def weigh_block(
 
 
 def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
+    """Write `weigh_block` for one number of heads: sums stay in registers only if it is known."""
     weights, width, values, out, size, soon, step = arguments
 
     def number(count: int) -> Any:
@@ -189,7 +191,7 @@ def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
 
 @intrinsic
 def in_order(context: Any, out: Any, size: Any) -> Any:
-    """What `weigh_block` has left in `out`, `size` float32 numbers, in their order."""
+    """Put what `weigh_block` has left in `out`, `size` float32 numbers, in their order."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, size = arguments
@@ -204,13 +206,13 @@ def in_order(context: Any, out: Any, size: Any) -> Any:
 
 
 def _prefetch_after(builder: Any, soon: Any, step: Any, d: Any, column: int) -> None:
-    """The next line to ask for, one for each column of each PAIRS numbers."""
+    """Ask for the next line: one for each column of each PAIRS numbers."""
     number = builder.add(builder.lshr(d, d.type(1)), d.type(column))  # PAIRS numbers come with LANES columns
     prefetch_line(builder, builder.add(soon, builder.mul(number, step)), cache=1)
 
 
 def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """LANES vectors to one: its lane i is the sum of vector i's lanes.
+    """Sum LANES vectors to one, whose lane i is the sum of vector i's lanes.
 
     Pairs become one, which holds the first's sums over two lanes in its even places and the second's in its
     odd ones; then over four lanes, and so on.

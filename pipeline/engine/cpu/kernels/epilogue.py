@@ -1,4 +1,4 @@
-"""What follows a product's sums: the bias, silu(gate) · up, and the way from float32 to bf16.
+"""Finish a product: from sums in float32 over bias and silu(gate) · up to an output in bf16.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
@@ -31,7 +31,7 @@ _NUMBER = ir.IntType(64)
 
 @inner
 def store(sums: int, rows: int, bias: int, output: int, stride: int, gated: int) -> None:
-    """Sums of a strip to its place in the output, in bf16.
+    """Store the sums of a strip at their place in the output, in bf16.
 
     Args:
         sums: address of [rows, 32] float32.
@@ -52,6 +52,8 @@ def store(sums: int, rows: int, bias: int, output: int, stride: int, gated: int)
 
 @intrinsic
 def _store_plain(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
+    """Round two vectors of sums to the 32 outputs of a row."""
+
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(16), PAIRS)
         kind = ir.FunctionType(line, [VECTOR, VECTOR])
@@ -69,7 +71,7 @@ def _store_plain(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -
 
 @intrinsic
 def _store_gated(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
-    """Gate, up and the silu are rounded to bf16, as they are between torch's operators."""
+    """Round gate, up and the silu to bf16, as they are between torch's operators, and store 16 outputs."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for gate, up, place in _each_row(builder, arguments):
@@ -83,7 +85,7 @@ def _store_gated(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -
 
 
 def _each_row(builder: Any, arguments: Any) -> Any:
-    """Writes a loop over rows: yields a row's two vectors of sums and its place in the output, once."""
+    """Write a loop over rows: yield a row's two vectors of sums and its place in the output, once."""
     sums, rows, output, stride = arguments
     with cgutils.for_range(builder, rows, intp=_NUMBER) as loop:
         left = builder.add(sums, builder.mul(loop.index, _NUMBER(BLOCK * 4)))
@@ -93,5 +95,5 @@ def _each_row(builder: Any, arguments: Any) -> Any:
 
 
 def _rounded(builder: Any, numbers: Any) -> Any:
-    """float32 that bf16 holds."""
+    """Round to what bf16 holds, and stay in float32."""
     return widened(builder, narrowed(builder, numbers))

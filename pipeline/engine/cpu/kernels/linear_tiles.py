@@ -1,51 +1,57 @@
-"""Linear layers in bf16 on a CPU's matrix tiles: the loop behind `kernels.linear`.
+"""Multiply by packed weights on a CPU's matrix tiles.
+
+A strip is 32 outputs. Its weights are read once for all rows of a chunk, in parts that stay in the L1 cache.
 
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any
 
-from numba import carray
-
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
 
 FEWEST_ROWS = TILE_ROWS  # that a product takes
 ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
+# The same as in linear_vectors.py; but numba's cache would not see a list of both change.
+Linear = slots(
+    "inputs weights bias outputs configuration",
+    "rows width_in width_out stride gated threads chunk",
+)
 
 
 @inner
 def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
-    """The first rows of a block's halves: the last 16 come up again where less than a block is left."""
+    """Return the first rows of a block's halves. Where less is left, the last 16 rows are computed again."""
     return min(row, rows - TILE_ROWS), min(row + TILE_ROWS, rows - TILE_ROWS)
 
 
 @inner
-def _store(pointer: Any, strip: int, row: int, sums: Any) -> None:
-    """A block of sums to its place in the output."""
-    p = carray(pointer, 13)
-    rows, outputs, gated = p[7], p[9], p[11]
-    bias = p[4] + strip * BLOCK * 2 if p[4] else 0
+def _store(p: Any, strip: int, row: int, sums: Any) -> None:
+    """Store a block of sums at its place in the output."""
+    rows, outputs, gated = p.rows, p.width_out, p.gated
+    bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     width = outputs * 2 // (1 + gated)
     for half, place in enumerate(_halves_of_block(row, rows)):
         own = sums[half * TILE_ROWS].ctypes.data
-        store(own, TILE_ROWS, bias, p[5] + place * width + strip * BLOCK * 2 // (1 + gated), width, gated)
+        output = p.outputs + place * width + strip * BLOCK * 2 // (1 + gated)
+        store(own, TILE_ROWS, bias, output, width, gated)
 
 
 @inner
-def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
-    """The outputs of one block's width for the rows [start, end)."""
-    p = carray(pointer, 13)
-    rows, inputs, stride, threads = p[7], p[8], p[10] * 2, p[12]
+def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
+    """Multiply the rows [start, end) by one strip."""
+    rows, inputs, stride, threads = p.rows, p.width_in, p.stride * 2, p.threads
     blocks = inputs // BLOCK
     parts = -(-blocks // PART)
     part = -(-blocks // parts)
-    weights = p[3] + strip * blocks * BLOCK_BYTES
-    next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p[11])
+    weights = p.weights + strip * blocks * BLOCK_BYTES
+    next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p.gated)
+    # Each group of rows asks for its share of the next strip.
     lines = BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
     for block in range(0, blocks, part):
         count = min(part, blocks - block)
@@ -53,8 +59,8 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
             row = start + index * BLOCK
             first, second = _halves_of_block(row, rows)
             multiply_block(
-                p[2] + first * stride + block * TILE_BYTES,
-                p[2] + second * stride + block * TILE_BYTES,
+                p.inputs + first * stride + block * TILE_BYTES,
+                p.inputs + second * stride + block * TILE_BYTES,
                 stride,
                 weights + block * BLOCK_BYTES,
                 count,
@@ -65,23 +71,24 @@ def _strip(pointer: Any, strip: int, start: int, end: int, sums: Any) -> None:
             )
             # The sums before these are stored while the tiles are at work.
             if block + count == blocks and index > 0:
-                _store(pointer, strip, row - BLOCK, sums[index - 1])
+                _store(p, strip, row - BLOCK, sums[index - 1])
     last = (end - start - 1) // BLOCK
-    _store(pointer, strip, start + last * BLOCK, sums[last])
+    _store(p, strip, start + last * BLOCK, sums[last])
 
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 14)
-    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
+    """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
+    p = read(pointer, Linear)
+    rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
     per_chunk = -(-strips // together)
-    configure(p[6])
+    configure(p.configuration)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(pointer, strip, start, min(start + chunk, rows), sums)
+            _strip(p, strip, start, min(start + chunk, rows), sums)
     release()

@@ -1,21 +1,23 @@
-"""Linear layers in bf16 on a CPU's vectors, where it has no matrix tiles: the loop behind `kernels.linear`.
+"""Multiply by packed weights on a CPU's vectors, where it has no matrix tiles.
 
 A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
 two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
 quarter of that room.
+
 numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
@@ -37,6 +39,11 @@ PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 
 _NUMBER = ir.IntType(64)
+# The same as in linear_tiles.py; but numba's cache would not see a list of both change.
+Linear = slots(
+    "inputs weights bias outputs configuration",
+    "rows width_in width_out stride gated threads chunk",
+)
 
 
 @intrinsic
@@ -51,7 +58,7 @@ def _multiply_rows(
     soon: Any,
     step: Any,
 ) -> Any:
-    """sums [rows, 32] float32 = rows at `input`, `stride` bytes apart, times packed weights.
+    """Multiply rows at `input`, `stride` bytes apart, by packed weights to sums [rows, 32] in float32.
 
     Args:
         rows: 1 to ROWS.
@@ -68,7 +75,11 @@ def _multiply_rows(
 
 
 def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
-    """Part by part. Every third row has its address in a register; the next two are one and two strides on."""
+    """Write the product of some rows part by part.
+
+    Every third row has its address in a register; the next two are one and two strides on: with an address for
+    each, the registers for addresses would run out.
+    """
     input, stride, weights, blocks, sums, soon, step = arguments
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]
     totals = [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(2 * rows)]
@@ -93,7 +104,7 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
 
 
 def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
-    """The sums after one more part, by instructions written as text: LLVM would load all of it beforehand."""
+    """Add one more part, by instructions written as text: LLVM would load all of it beforehand."""
     count = len(totals)
     left, right, own = (f"${count + i}" for i in range(3))
     weights, stride, *places = (f"${2 * count + 3 + i}" for i in range(len(addresses)))
@@ -115,7 +126,7 @@ def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
 
 
 def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
-    """The same on a CPU without instructions for bf16."""
+    """Add one more part on a CPU without instructions for bf16."""
     weights, stride, *places = addresses
     sums = [builder.load(total) for total in totals]
     for pair in range(PAIRS_TOGETHER):
@@ -130,34 +141,35 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 
 @inner
-def _strip(pointer: Any, strip: int, start: int, end: int, sums: int) -> None:
-    """The outputs of one block's width for the rows [start, end), in groups of nearly one size."""
-    p = carray(pointer, 13)
-    blocks, stride, gated, threads = p[8] // BLOCK, p[10] * 2, p[11], p[12]
-    weights = p[3] + strip * blocks * BLOCK_BYTES
+def _strip(p: Any, strip: int, start: int, end: int, sums: int) -> None:
+    """Multiply the rows [start, end) by one strip, in groups of nearly one size."""
+    blocks, stride, gated, threads = p.width_in // BLOCK, p.stride * 2, p.gated, p.threads
+    weights = p.weights + strip * blocks * BLOCK_BYTES
     soon = weights + threads * blocks * BLOCK_BYTES * (1 + gated)
-    bias = p[4] + strip * BLOCK * 2 if p[4] else 0
-    width = p[9] * 2 // (1 + gated)
-    output = p[5] + strip * BLOCK * 2 // (1 + gated)
+    bias = p.bias + strip * BLOCK * 2 if p.bias else 0
+    width = p.width_out * 2 // (1 + gated)
+    output = p.outputs + strip * BLOCK * 2 // (1 + gated)
+    # A small last group would load all weights anew for a few rows.
     groups = (end - start + ROWS - 1) // ROWS
     step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
     for group in range(groups):
         row, after = start + (end - start) * group // groups, start + (end - start) * (group + 1) // groups
         ahead = soon + group * blocks * PARTS * LINES * step
-        _multiply_rows(after - row, p[2] + row * stride, stride, weights, blocks, sums, ahead, step)
+        _multiply_rows(after - row, p.inputs + row * stride, stride, weights, blocks, sums, ahead, step)
         store(sums, after - row, bias, output + row * width, width, gated)
 
 
 @threaded
 def linear(pointer: Any) -> None:
-    p = carray(pointer, 14)
-    rows, strips, together, chunk = p[7], p[9] // BLOCK, 1 + p[11], p[13]
+    """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
+    p = read(pointer, Linear)
+    rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned(ROWS * BLOCK)
     per_chunk = -(-strips // together)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(pointer, strip, start, min(start + chunk, rows), sums.ctypes.data)
+            _strip(p, strip, start, min(start + chunk, rows), sums.ctypes.data)

@@ -1,16 +1,17 @@
-"""Loops behind kernels.py, compiled by numba: bf16 in and out, float32 in between.
+"""Loop over rows in compiled code: norms, silu, argmax, and the program that runs one kernel after the other.
 
-A loop that threads run takes one pointer, to its parameters: a counter from which each thread takes its
-next task, the number of tasks, and what the caller in kernels.py passes. Numbers in bf16 are held as
-uint16, the upper half of a float32.
+Numbers in bf16 are held as uint16, the upper half of a float32: they come in and go out in bf16, and what lies
+between is float32. numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 import math
+from collections import namedtuple
 from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import arrive, arrived, call, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
 
@@ -18,26 +19,28 @@ PATIENCE = 1000  # looks at a counter, some dozen nanoseconds each, before other
 ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
 
+# fastmath lets a sum be vectorised; "numpy" divides without a check for 0 that would keep a loop scalar.
 inner = njit(fastmath=True, error_model="numpy")
 threaded = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=True, error_model="numpy")
 
 
 @inner
 def wide(half: Any) -> Any:
-    """bf16 to float32: its upper half."""
+    """Widen bf16 to float32, whose upper half it is."""
     return as_float(u32(u32(half) << u32(16)))
 
 
 @inner
 def rounded(number: Any) -> Any:
-    """float32 to bf16, to the nearest, ties to even."""
+    """Round float32 to bf16, to the nearest, ties to even."""
+    # Half of what is cut off, less one: it carries over where more is cut off, and the last bit decides a tie.
     bits = as_bits(f32(number))
     return types.uint16((bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
 
 
 @inner
 def aligned(count: int) -> Any:
-    """`count` float32 numbers from the start of a cache line on."""
+    """Make room for `count` float32 numbers, from the start of a cache line on."""
     numbers = np.empty(count + 16, np.float32)
     skipped = -numbers.ctypes.data % 64 // 4
     return numbers[skipped : skipped + count]
@@ -45,45 +48,49 @@ def aligned(count: int) -> Any:
 
 @inner
 def exp(x: Any) -> Any:
-    """e^x for x ≤ 0 in float32, vectorizable: 2^n times a polynomial on the rest (Cephes' expf)."""
-    x = max(x, f32(-87.0))
+    """Compute e^x for x ≤ 0 in float32, vectorizable: 2^n times a polynomial on the rest (Cephes' expf)."""
+    x = max(x, f32(-87.0))  # below, 2^n is no normal number
     power = i32(x * f32(1.44269504) - f32(0.5))  # cut towards zero: the nearest
     n = f32(power)
-    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)
+    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts, of which the first is exact
     p = f32(1.9875691500e-4)
     p = p * r + f32(1.3981999507e-3)
     p = p * r + f32(8.3334519073e-3)
     p = p * r + f32(4.1665795894e-2)
     p = p * r + f32(1.6666665459e-1)
     p = p * r + f32(5.0000001201e-1)
-    return (p * r * r + r + f32(1)) * as_float(u32((power + i32(127)) << i32(23)))
+    return (p * r * r + r + f32(1)) * as_float(u32((power + i32(127)) << i32(23)))  # 2^n by its bits
 
 
 @inner
 def silu_times(gate: Any, up: Any) -> Any:
-    """silu(gate) · up, all three and the silu in bf16."""
+    """Compute silu(gate) · up, all three and the silu in bf16."""
     x = wide(gate)
-    e = exp(-abs(x))  # of a number that is not above 0
+    e = exp(-abs(x))  # e^x would overflow where x is large
     silu = x * (f32(1) if x > 0 else e) / (f32(1) + e)
     return rounded(wide(rounded(silu)) * wide(up))
 
 
+Norm = slots("inputs additions weight outputs rows width heads stride eps")
+
+
 @threaded
 def rms_norm(pointer: Any) -> None:
-    p = carray(pointer, 11)
-    rows, width, heads, stride, eps = p[6], p[7], p[8], p[9], f32(as_double(p[10]))
-    inputs = carray(halves(p[2]), rows * stride)
-    additions = carray(halves(p[3]), rows * stride)
-    weight = carray(halves(p[4]), width)
-    outputs = carray(halves(p[5]), rows * stride)
+    """Norm heads of `width` numbers, ROWS of them a task, after the addition where there is one."""
+    p = read(pointer, Norm)
+    rows, width, heads, stride, eps = p.rows, p.width, p.heads, p.stride, f32(as_double(p.eps))
+    inputs = carray(halves(p.inputs), rows * stride)
+    additions = carray(halves(p.additions), rows * stride)
+    weight = carray(halves(p.weight), width)
+    outputs = carray(halves(p.outputs), rows * stride)
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for row in range(task * ROWS, min(task * ROWS + ROWS, rows * heads)):
             start = row // heads * stride + row % heads * width
             x, y = inputs[start : start + width], outputs[start : start + width]
-            if p[3]:
+            if p.additions:
                 addition = additions[start : start + width]
                 for d in range(width):
                     x[d] = rounded(wide(x[d]) + wide(addition[d]))
@@ -95,16 +102,20 @@ def rms_norm(pointer: Any) -> None:
                 y[d] = rounded(wide(rounded(wide(x[d]) * scale)) * wide(weight[d]))
 
 
+Silu = slots("gates ups outputs rows width gate_stride up_stride")
+
+
 @threaded
 def silu_multiply(pointer: Any) -> None:
-    p = carray(pointer, 9)
-    rows, width = p[5], p[6]
-    gates = carray(halves(p[2]), (rows, p[7]))
-    ups = carray(halves(p[3]), (rows, p[8]))
-    outputs = carray(halves(p[4]), (rows, width))
+    """Multiply silu(gate) by up, ROWS rows a task."""
+    p = read(pointer, Silu)
+    rows, width = p.rows, p.width
+    gates = carray(halves(p.gates), (rows, p.gate_stride))
+    ups = carray(halves(p.ups), (rows, p.up_stride))
+    outputs = carray(halves(p.outputs), (rows, width))
     while True:
         task = next_task(pointer)
-        if task >= p[1]:
+        if task >= p.tasks:
             break
         for row in range(task * ROWS, min(task * ROWS + ROWS, rows)):
             gate, up, output = gates[row], ups[row], outputs[row]
@@ -114,41 +125,51 @@ def silu_multiply(pointer: Any) -> None:
 
 @inner
 def _order(half: Any) -> Any:
-    """bf16 as a whole number in the same order, -0 as 0."""
+    """Turn bf16 to a whole number in the same order, -0 to 0."""
+    # bf16 is a sign and a magnitude: only the negative ones are in the wrong order.
     bits = i32(types.int16(half))
     return bits if bits >= 0 else -(bits & i32(0x7FFF))
 
 
+Argmax = slots("scores places rows width")
+
+
 @threaded
 def argmax(pointer: Any) -> None:
-    p = carray(pointer, 6)
-    rows, width = p[4], p[5]
-    inputs = carray(halves(p[2]), (rows, width))
-    outputs = carray(longs(p[3]), rows)
+    """Find the first of each row's largest numbers, a row a task."""
+    p = read(pointer, Argmax)
+    rows, width = p.rows, p.width
+    inputs = carray(halves(p.scores), (rows, width))
+    outputs = carray(longs(p.places), rows)
     while True:
         row = next_task(pointer)
-        if row >= p[1]:
+        if row >= p.tasks:
             break
         numbers = inputs[row]
         most = _order(numbers[0])
         for i in range(width):
             most = max(most, _order(numbers[i]))
+        # A second look is cheaper than carrying places along, which would keep the first one scalar.
         place = 0
         while _order(numbers[place]) != most:
             place += 1
         outputs[row] = place
 
 
+Run = namedtuple("Run", "calls count arrived team")
+
+
 @threaded
 def run(pointer: Any) -> None:
-    """Kernels one after the other; the threads meet after each."""
-    p = carray(pointer, 4)
-    kernels, counter, threads = carray(longs(p[0]), (p[1], 2)), p[2], team(p[3])
-    for i in range(p[1]):
+    """Run kernels one after the other; the threads meet after each."""
+    p = read(pointer, Run)
+    kernels, threads = carray(longs(p.calls), (p.count, 2)), team(p.team)
+    for i in range(p.count):
         call(kernels[i, 0], kernels[i, 1])
-        arrive(counter)
+        arrive(p.arrived)
         looks = 0
-        while arrived(counter) < threads * (i + 1):
+        # Within a run the counter only rises, so no thread can miss a meeting that the others have left.
+        while arrived(p.arrived) < threads * (i + 1):
             looks += 1
             if looks % PATIENCE == 0:  # another process may hold the core that the last thread needs
                 let_others_run()

@@ -1,4 +1,7 @@
-"""torch's own threads, and what they need to run kernels: whose turn it is, and a place to meet.
+"""Run kernels on torch's own threads: whose turn it is, and a place to meet.
+
+A second pool of threads, as numba would make, fights with torch's for the cores: OpenMP's threads spin while
+they wait for the next work.
 
 Importing this module raises OSError where torch is linked with another OpenMP.
 """
@@ -18,7 +21,7 @@ PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")  # a
 
 @intrinsic
 def next_task(context: Any, pointer: Any) -> Any:
-    """The counter before it is raised by one, whichever thread asks."""
+    """Take the next task: the counter before it is raised by one, whichever thread asks."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
@@ -40,7 +43,7 @@ def call(context: Any, function: Any, pointer: Any) -> Any:
 
 @intrinsic
 def team(context: Any, function: Any) -> Any:
-    """How many threads have come: omp_get_num_threads, at an address."""
+    """Ask how many threads have come: omp_get_num_threads, at an address. It may be fewer than were asked for."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [])
@@ -64,7 +67,7 @@ def arrive(context: Any, counter: Any) -> Any:
 
 @intrinsic
 def arrived(context: Any, counter: Any) -> Any:
-    """A counter, read after a short pause."""
+    """Read a counter after a short pause, which leaves the core to its other thread."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.asm(ir.FunctionType(ir.VoidType(), []), PAUSE, "", [], side_effect=True)
@@ -95,6 +98,6 @@ def _openmp() -> Any:
 
 
 openmp = _openmp()
-parallel = openmp.GOMP_parallel  # what a `parallel` region compiles to: calls a function of one pointer
+parallel = openmp.GOMP_parallel  # what `#pragma omp parallel` compiles to: calls a function of one pointer
 parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 parallel.restype = None

@@ -1,4 +1,4 @@
-"""A CPU's matrix tiles (Intel AMX), for linear_tiles.py: whether there are any, and their instructions.
+"""Use a CPU's matrix tiles (Intel AMX): whether there are any, and their instructions.
 
 A tile register holds 16 rows of 64 bytes. A product of two blocks of 32 × 32 numbers keeps four of them as
 sums in float32, and loads two of inputs and two of weights for every 32 numbers that a sum runs over.
@@ -33,7 +33,7 @@ _POINTER = ir.IntType(8).as_pointer()
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether this CPU multiplies bf16 tiles, and Linux lets this process use them."""
+    """Ask whether this CPU multiplies bf16 tiles, and have Linux let this process use them."""
     features = ("amx-bf16", "amx-tile", "avx512bf16")
     if platform.system() != "Linux" or not all(compiles_for(feature) for feature in features):
         return False
@@ -59,7 +59,7 @@ def configure(context: Any, address: Any) -> Any:
 
 @intrinsic
 def release(context: Any) -> Any:
-    """Back to no configuration."""
+    """Give the tiles back: with them in use, each switch of threads would save 8 KiB."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _call(builder, "tilerelease")
@@ -97,10 +97,10 @@ def multiply_block(
     soon: Any,
     lines: Any,
 ) -> Any:
-    """sums [32, 32] float32 = 16 rows at `first` and 16 at `second`, `stride` bytes apart, times packed weights.
+    """Multiply 16 rows at `first` and 16 at `second`, `stride` bytes apart, to sums [32, 32] in float32.
 
-    `blocks` of 32 inputs each. Where `go_on` is not 0, to be added to the sums that are there. With each
-    block, `lines` cache lines from `soon` on are asked for.
+    The packed weights are `blocks` of 32 inputs each. Where `go_on` is not 0, they add to the sums that are
+    there. With each block, `lines` cache lines from `soon` on are asked for.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -1,7 +1,8 @@
-"""What the CPU kernels need below numba's own language: LLVM instructions on addresses and vectors.
+"""Write LLVM instructions on addresses and vectors, where numba's own language does not reach.
 
 Each function marked `intrinsic` is called from compiled code; its inner `codegen` writes the instructions.
-numba's cache of the loops does not see a change in this file: touch those too.
+A vector has 16 lanes on any CPU; where its registers are shorter, LLVM takes several. numba's cache of the
+loops does not see a change in this file: touch those too.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ initialize_native_asmparser()  # reads the one instruction that is written as te
 
 
 def compiles_for(feature: str) -> bool:
-    """Whether numba compiles for a CPU that has this feature: the one at hand, unless it was told otherwise."""
+    """Say whether numba compiles for a CPU that has this feature: the one at hand, unless told otherwise."""
     features: str = cpu_target.target_context.codegen().magic_tuple()[2]
     return f"+{feature}" in features.split(",")
 
@@ -33,7 +34,7 @@ HAS_BF16 = compiles_for("avx512bf16")
 
 
 def _cast(function: Any, source: Any, target: Any) -> Any:
-    """An intrinsic that is one LLVM instruction."""
+    """Make an intrinsic of one LLVM instruction."""
 
     @intrinsic
     def cast(context: Any, value: Any) -> Any:
@@ -56,7 +57,7 @@ as_bits = _cast("bitcast", types.float32, types.uint32)
 def prefetch_line(builder: Any, address: Any, cache: int) -> None:
     """Ask for the cache line at an address that will soon be read, into the first or second level's cache.
 
-    Any address will do.
+    Any address will do: one that is not mapped is passed over, so that none needs a check.
     """
     line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
@@ -66,21 +67,21 @@ def prefetch_line(builder: Any, address: Any, cache: int) -> None:
 
 @contextmanager
 def stepwise(builder: Any, end: Any, width: int) -> Iterator[Any]:
-    """Writes a loop over 0, width, 2 · width … below `end`: the instructions within, which get the index."""
+    """Write a loop over 0, width, 2 · width … below `end`: the instructions within get the index."""
     first, step = end.type(0), end.type(width)
     with cgutils.for_range_slice(builder, first, end, step, intp=end.type) as (index, _):
         yield index
 
 
 def spread(builder: Any, number: Any) -> Any:
-    """A number of 32 bits in every lane."""
+    """Put a number of 32 bits in every lane."""
     lanes = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
     vector = builder.insert_element(lanes, number, ir.IntType(32)(0))
     return shuffle(builder, vector, vector, [0] * LANES)
 
 
 def for_each_count(builder: Any, number: Any, most: int, write: Any) -> None:
-    """Instructions for each count from 1 to `most`, as `write(count)` writes them; `number` chooses."""
+    """Write instructions for each count from 1 to `most`, as `write(count)` does; `number` chooses."""
     end = builder.append_basic_block()
     choice = builder.switch(number, end)
     for count in range(1, most + 1):
@@ -93,7 +94,7 @@ def for_each_count(builder: Any, number: Any, most: int, write: Any) -> None:
 
 
 def dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """sums[i] + a[2i] · b[2i] + a[2i + 1] · b[2i + 1], of bf16 numbers two by two: one instruction, or four."""
+    """Add a[2i] · b[2i] + a[2i + 1] · b[2i + 1] to sums[i], in bf16: by one instruction, or by some more."""
     if HAS_BF16:
         kind = ir.FunctionType(VECTOR, [VECTOR, LANE_NUMBERS, LANE_NUMBERS])
         return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
@@ -108,6 +109,7 @@ def dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
 
 
 def call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
+    """Call one of LLVM's own functions on vectors."""
     kind = ir.FunctionType(result, [VECTOR] * len(vectors))
     return builder.call(
         cgutils.get_or_insert_function(builder.module, kind, name), vectors, fastmath=["fast"]
@@ -115,7 +117,7 @@ def call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
 
 
 def exp_vector(builder: Any, x: Any) -> Any:
-    """e^x of each lane, x held between -87 and 87: 2^n times a polynomial on the rest (Cephes' expf)."""
+    """Compute e^x of each lane, x held between -87 and 87: 2^n times a polynomial on the rest (Cephes' expf)."""
     x = call(builder, "llvm.maxnum.v16f32", VECTOR, x, constant(-87.0))
     x = call(builder, "llvm.minnum.v16f32", VECTOR, x, constant(87.0))
     n = call(builder, "llvm.rint.v16f32", VECTOR, times(builder, x, constant(1.44269504)))
@@ -148,12 +150,12 @@ def times(builder: Any, a: Any, b: Any) -> Any:
 
 
 def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    """Lanes of a and then of b."""
+    """Pick lanes: those of a are numbered first, then those of b."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
 
 
 def load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size: int) -> Any:
-    """`lanes` elements of `size` bytes from address[index] on; one lane is a plain number."""
+    """Load `lanes` elements of `size` bytes from address[index] on; one lane is a plain number."""
     place = builder.add(address, builder.mul(index, index.type(size)))
     kind = ir.VectorType(element, lanes) if lanes > 1 else element
     return builder.load(builder.inttoptr(place, kind.as_pointer()), align=size)
@@ -164,23 +166,23 @@ def load_floats(builder: Any, address: Any, index: Any) -> Any:
 
 
 def load_pairs(builder: Any, address: Any, index: Any) -> Any:
-    """PAIRS bf16 numbers, two in each lane."""
+    """Load PAIRS bf16 numbers, two in each lane."""
     return builder.bitcast(load(builder, address, index, ir.IntType(16), PAIRS, 2), LANE_NUMBERS)
 
 
 def load_halves(builder: Any, address: Any, index: Any) -> Any:
-    """LANES bf16 numbers in float32."""
+    """Load LANES bf16 numbers as float32."""
     return widened(builder, load(builder, address, index, ir.IntType(16), LANES, 2))
 
 
 def widened(builder: Any, numbers: Any) -> Any:
-    """bf16 to float32."""
+    """Widen bf16 to float32."""
     sixteen = ir.Constant(LANE_NUMBERS, [16] * LANES)
     return builder.bitcast(builder.shl(builder.zext(numbers, LANE_NUMBERS), sixteen), VECTOR)
 
 
 def narrowed(builder: Any, numbers: Any) -> Any:
-    """float32 to bf16, to the nearest, ties to even: one instruction, or six."""
+    """Round float32 to bf16, to the nearest, ties to even: by one instruction, or by six."""
     if HAS_BF16:
         kind = ir.FunctionType(HALVES, [VECTOR])
         return builder.asm(kind, "vcvtneps2bf16 $1, $0", "=v,v", [numbers], side_effect=False)
@@ -191,7 +193,7 @@ def narrowed(builder: Any, numbers: Any) -> Any:
 
 
 def store_halves(builder: Any, vector: Any, address: Any, index: Any) -> None:
-    """float32 as bf16."""
+    """Store float32 as bf16."""
     place = builder.add(address, builder.mul(index, index.type(2)))
     builder.store(narrowed(builder, vector), builder.inttoptr(place, HALVES.as_pointer()), align=2)
 
@@ -206,5 +208,5 @@ def add(builder: Any, a: Any, b: Any) -> Any:
 
 
 def broadcast_pair(builder: Any, address: Any, index: int) -> Any:
-    """Two bf16 numbers in every lane."""
+    """Load two bf16 numbers into every lane."""
     return spread(builder, load(builder, address, address.type(index // 2), ir.IntType(32), 1, 4))

@@ -1,54 +1,54 @@
-"""The model behind one interface: prefill a rectangle, decode a step.
+"""Run the model behind one interface: prefill a rectangle, decode a step.
 
-`FlatForward` is the fast path: one flat row of tokens, attention by rectangles (batch.py). `PaddedForward`
+`FlatForward` is the fast path: one flat row of tokens, attention by rectangles (passes.py). `PaddedForward`
 is the plain path for models whose attention is not transformers' own interface: one rectangle at a time,
 padded, with a mask, through the model's own attention.
 """
 
-import inspect
 import logging
-import sys
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.batch import DecodeBatch, prefill_batch
 from pipeline.engine.cpu import load_kernels
 from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse
-from pipeline.engine.kv_cache import Rectangle, allocate, new_layer, upload
 from pipeline.engine.limits import Limits, limits
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.model_facts import input_device, layer_windows
+from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
+from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
+from pipeline.engine.scheduler import Sample
 
 log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
+    """Be a way through a model whose batch is in rectangles."""
+
     config: Any
     can_share_prefix: bool
     equal_lengths: bool  # rows of different length may not share a rectangle
     limits: Limits
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         """Compute the rows' tokens, at most about max_tokens in a pass: the rectangle, and logits [R, V]."""
         ...
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
         """Feed every row its newest token: logits [B, V]."""
         ...
 
 
 class FlatForward:
-    """One flat row of tokens for all rectangles; the linear layers compute no padding."""
+    """Feed one flat row of tokens for all rectangles; the linear layers compute no padding."""
 
     can_share_prefix = True
     equal_lengths = False
@@ -68,7 +68,7 @@ class FlatForward:
         model.set_attn_implementation(ATTENTION)
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         ids = [s.all_token_ids for s in rows]
@@ -76,7 +76,7 @@ class FlatForward:
         width = max(1, max_tokens // len(rows))
         while True:
             last = min(first + width, rectangle.head)
-            batch = prefill_batch(rectangle, first, last, prefix, self._kernels)
+            batch = rectangle_prefill(rectangle, first, last, prefix, self._kernels)
             positions = batch.positions
             places = zip(batch.rows.tolist(), positions, strict=True)
             tokens = [ids[row][position] for row, position in places]
@@ -86,16 +86,16 @@ class FlatForward:
             self._run(tokens, positions, [0], batch)
             first = last
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
-        batch = DecodeBatch(rectangles, self._kernels)
-        tokens, positions = [s.token_ids[-1] for s in batch.sequences], batch.positions
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
+        batch = RectangleDecode(rectangles, self._kernels)
+        tokens, positions = [s.token_ids[-1] for s in batch.samples], batch.positions
         if self._program is not None:
             return self._program.run(tokens, torch.tensor([positions]), batch)
         spare = [0] * (_round_up(len(tokens)) - len(tokens)) if self._packed else []
         return self._run(tokens + spare, positions + spare, list(range(len(tokens))) if spare else 0, batch)
 
     def _run(self, tokens: list[int], positions: list[int], keep: list[int] | int, batch: Any) -> Tensor:
-        """Logits of the places in `keep`; of all for 0.
+        """Return the logits of the places in `keep`; of all for 0.
 
         Plain numbers, never a tensor: with layers on several GPUs, accelerate would bring a tensor to the
         first, and the head's states are on the last.
@@ -109,7 +109,7 @@ class FlatForward:
 
 
 class PaddedForward:
-    """One padded rectangle a pass, through the model's own attention with an explicit mask."""
+    """Feed one padded rectangle a pass, through the model's own attention with an explicit mask."""
 
     can_share_prefix = False
 
@@ -122,7 +122,7 @@ class PaddedForward:
         self.limits = limits(self._device.type)
 
     def prefill(
-        self, rows: list[Sequence], prefix: Rectangle | None, max_tokens: int
+        self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
         rectangle = allocate(rows, [s.length for s in rows], self._windows, self.limits)
         width, rectangle.head = rectangle.head, 0
@@ -131,11 +131,11 @@ class PaddedForward:
         rectangle.head = width
         return rectangle, logits
 
-    def decode(self, rectangles: Ordered[Rectangle]) -> Tensor:
+    def decode(self, rectangles: Sequence[Rectangle]) -> Tensor:
         return torch.cat([self._run(r, [s.token_ids[-1:] for s in r.rows], r.head + 1) for r in rectangles])
 
     def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:
-        """Columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
+        """Run columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
         both = upload([[s, *own] for s, own in zip(rectangle.starts, ids, strict=True)], self._device)
         positions = torch.arange(columns, device=self._device) - both[:, :1]
         output = self._model(
@@ -151,7 +151,7 @@ class PaddedForward:
 
 
 class _RectangleLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a rectangle, as transformers' attention layers expect a cache."""
+    """Show one layer of a rectangle as the cache that transformers' attention layers expect."""
 
     is_sliding = False
 
@@ -193,7 +193,7 @@ class _RectangleCache(Cache):
 
 
 def _round_up(rows: int) -> int:
-    """A number of rows that comes up often.
+    """Round up to a number of rows that comes up often.
 
     oneDNN compiles a product anew for each number of rows: half a millisecond and half a megabyte, for each
     shape of weight.
@@ -204,51 +204,3 @@ def _round_up(rows: int) -> int:
 
 def _is_bf16_on_cpu(model: Any) -> bool:
     return model.dtype == torch.bfloat16 and all(p.device.type in ("cpu", "meta") for p in model.parameters())
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
-    embedding = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    if device.type == "meta":
-        device = torch.device(embedding._hf_hook.execution_device)
-    return device
-
-
-def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's sliding window in tokens, itself included; None is full attention.
-
-    A config may carry keys that its architecture does not read: what counts is the masks that the model's own
-    code makes.
-
-    Raises:
-        NotImplementedError: a layer is neither.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
-        raise NotImplementedError(f"layers of type {sorted(unknown)}")
-    layers = int(config.num_hidden_layers)
-    code = _model_code(config)
-    if code is not None and "create_sliding_window_causal_mask" not in code:
-        return (None,) * layers
-    window: int | None = getattr(config, "sliding_window", None)
-    if kinds is None or (code is not None and "layer_types" not in code):
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _model_code(config: Any) -> str | None:
-    """The source of the architecture, in transformers; None for code that comes with a model."""
-    try:
-        return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
-    except (KeyError, OSError, TypeError):
-        return None
-
-
-def rope_switch(config: Any) -> int | None:
-    """The length above which longrope turns to its long factors, for all tokens of a row; None without."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    switch: int = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return switch

@@ -1,4 +1,4 @@
-"""Keys and values of the running batch, as rectangles.
+"""Keep keys and values of the running batch in rectangles.
 
 A rectangle holds rows of similar length, left-padded to one width: row i's tokens occupy columns
 [starts[i], head), and what lies before is its padding. All rows write their next token in column `head`,
@@ -9,7 +9,7 @@ attention of this rectangle does. Rows leave by moving the last row into their p
 merging and splitting are one verb, `regroup`: it copies rows into new rectangles, once in a chunk of steps.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.engine.host_memory import return_heap
 from pipeline.engine.limits import CPU, Limits
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.scheduler import Sample
 
 # Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
 LAYERS = 4
@@ -26,13 +26,13 @@ LAYERS = 4
 
 @dataclass(eq=False)
 class Rectangle:
-    """Rows of near-equal length.
+    """Hold rows of near-equal length.
 
     A sliding-window layer keeps only the columns that can still be seen: its column c is stored at
     c − first_columns[window].
     """
 
-    rows: list[Sequence]
+    rows: list[Sample]
     starts: list[int]
     head: int
     width: int
@@ -53,7 +53,7 @@ class Rectangle:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Count the bytes allocated for keys and values."""
         return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
 
     def retire(self, row: int) -> None:
@@ -66,19 +66,19 @@ class Rectangle:
         self.rows.pop()
         self.starts.pop()
 
-    def repeat(self, sequences: list[list[Sequence]]) -> None:
-        """Turn each row into as many copies as it has sequences, one for each."""
-        index = [i for i, copies in enumerate(sequences) for _ in copies]
-        self.rows = [s for copies in sequences for s in copies]
+    def repeat(self, samples: list[list[Sample]]) -> None:
+        """Turn each row into as many copies as it has samples, one for each."""
+        index = [i for i, copies in enumerate(samples) for _ in copies]
+        self.rows = [s for copies in samples for s in copies]
         self.starts = [self.starts[i] for i in index]
         on = {device: upload(index, device) for device in {t.device for t in self.keys}}
         self.keys = [t.index_select(0, on[t.device]) for t in self.keys]
         self.values = [t.index_select(0, on[t.device]) for t in self.values]
 
     def bias(self, window: int | None, keys: Tensor) -> Tensor:
-        """What a decode step adds to the scores: 0 on the columns that a row may see, −inf elsewhere.
+        """Return what a decode step adds to the scores: 0 on the columns that a row may see, −inf elsewhere.
 
-        Made once for a rectangle and a device, then kept up by one column a step.
+        It is made once for a rectangle and a device, then kept up by one column a step.
 
         Returns:
             [rows, H_kv or 1, width − first] in the dtype of `keys`: one for each head for `by_products`.
@@ -112,7 +112,7 @@ def upload(numbers: Any, device: torch.device) -> Tensor:
 
 
 def by_products(states: Tensor) -> bool:
-    """Whether attention is two products and a softmax.
+    """Say whether attention is two products and a softmax.
 
     Else it is torch's own kernel, which keeps scores in float32 where these are in half precision.
     """
@@ -120,14 +120,14 @@ def by_products(states: Tensor) -> bool:
 
 
 def aligned(columns: int) -> int:
-    """The columns of a mask that torch's kernels on a GPU read as it is; others they copy at each layer."""
+    """Round up to columns of a mask that torch's kernels on a GPU read as it is; others they copy each time."""
     return -(-columns // 16) * 16
 
 
 def allocate(
-    rows: list[Sequence], lengths: Ordered[int], windows: tuple[int | None, ...], limits: Limits = CPU
+    rows: list[Sample], lengths: Sequence[int], windows: tuple[int | None, ...], limits: Limits = CPU
 ) -> Rectangle:
-    """A rectangle about to be prefilled: its rows end together; each layer is made at its first write."""
+    """Make a rectangle for a prefill: its rows end together; each layer is made at its first write."""
     longest = max(lengths)
     return Rectangle(rows, [longest - n for n in lengths], longest, longest + limits.chunk, windows, limits)
 
@@ -148,7 +148,7 @@ def write(
 
 
 def new_layer(rectangle: Rectangle, keys: Tensor, values: Tensor) -> None:
-    """Room for the next layer's keys and values, zeros, of the given ones' heads, sizes, dtype and device.
+    """Make room for the next layer's keys and values: zeros, with the given ones' heads, size, dtype and device.
 
     Args:
         keys, values: [any, H_kv, D].
@@ -157,7 +157,7 @@ def new_layer(rectangle: Rectangle, keys: Tensor, values: Tensor) -> None:
         store.append(new.new_zeros(len(rectangle.rows), new.shape[1], rectangle.width, new.shape[2]))
 
 
-def regroup(rectangles: Ordered[Rectangle], groups: Ordered[Ordered[Sequence]]) -> list[Rectangle]:
+def regroup(rectangles: Sequence[Rectangle], groups: Sequence[Sequence[Sample]]) -> list[Rectangle]:
     """Copy rows into new rectangles, one for each group: padding trimmed, a chunk to grow into.
 
     The old rectangles are used up: their layers are freed one by one as they are copied, so that no more
@@ -188,6 +188,7 @@ Run = tuple[int, int, int, int]  # neighbours in both: new row, rectangle copied
 
 
 def _runs(places: list[tuple[int, int]]) -> list[Run]:
+    """Join neighbours that stay neighbours, so that each run is one copy."""
     runs: list[Run] = []
     for row, (source, source_row) in enumerate(places):
         if runs:
@@ -199,8 +200,8 @@ def _runs(places: list[tuple[int, int]]) -> list[Run]:
     return runs
 
 
-def _copy(new: Rectangle, runs: list[Run], rectangles: Ordered[Rectangle], name: str, layer: int) -> Tensor:
-    """One layer's keys or values of a new rectangle; rows are aligned on the right, at the head."""
+def _copy(new: Rectangle, runs: list[Run], rectangles: Sequence[Rectangle], name: str, layer: int) -> Tensor:
+    """Copy one layer's keys or values to a new rectangle; rows are aligned on the right, at the head."""
     like: Tensor = getattr(rectangles[0], name)[layer]
     window = new.windows[layer]
     used = new.head - new.first_columns.get(window, 0)  # columns before the chunk

@@ -1,12 +1,12 @@
-"""One forward pass over the running batch: its inputs, and the attention that reads the rectangles.
+"""Prepare a forward pass over rectangles: its inputs, and the attention that reads them.
 
 The model sees one flat row of tokens, [1, N], with explicit position ids: its linear layers compute no
-padding at all. Only attention knows rectangles (attention.py).
+padding at all. Only attention knows rectangles, through the interface in ../attention.py.
 
 What a pass needs on a device goes there once, whatever the number of layers.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.engine.kv_cache import Rectangle, aligned, by_products, new_layer, upload, write
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.rectangles.rectangle import Rectangle, aligned, by_products, new_layer, upload, write
+from pipeline.engine.scheduler import Sample
 
 SEEN = 64  # columns: what lies beyond the head is not read, in steps that leave masks aligned
 
@@ -26,8 +26,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(eq=False)
-class PrefillBatch:
-    """Columns [first, last) of one rectangle, whose earlier columns are already written.
+class RectanglePrefill:
+    """Prefill columns [first, last) of one rectangle, whose earlier columns are already written.
 
     N tokens: those of every row in these columns, row by row; without those of a shared prefix, which the
     first pass copies from the rectangle of one row where they were computed.
@@ -39,18 +39,18 @@ class PrefillBatch:
     last: int
     rows: np.ndarray  # [N] int64, each token's row
     columns: np.ndarray  # [N] int64, and its column in the rectangle
-    kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
+    kernels: ModuleType | None = None  # cpu.kernels.operators, for models in bf16 on a CPU
     _places: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, torch.device], Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> list[int]:
-        """Of each of the N, the tokens so far in its row; never the column."""
+        """Count for each of the N the tokens so far in its row; never the column."""
         positions: list[int] = (self.columns - np.array(self.rectangle.starts)[self.rows]).tolist()
         return positions
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Rows [N], columns [N] and starts [R] on a device, brought there together."""
+        """Bring rows [N], columns [N] and starts [R] to a device, all together."""
         if device not in self._places:
             parts = (self.rows, self.columns, np.array(self.rectangle.starts))
             together = upload(np.concatenate(parts), device)
@@ -59,7 +59,7 @@ class PrefillBatch:
 
     @cached_property
     def _spans(self) -> np.ndarray:
-        """[R, 2] int64: each row's first token among the N, and the first column that is its own."""
+        """Find each row's first token among the N, and the first column that is its own. [R, 2] int64."""
         own = np.array(self.rectangle.starts) + (self.prefix.head if self.prefix else 0)
         counts = self.last - np.clip(own, self.first, self.last)
         return np.stack((counts.cumsum() - counts, own), 1)
@@ -73,7 +73,10 @@ class PrefillBatch:
         scaling: float,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
+        """Store keys and values, and attend. query [N, H, D], key and value [N, H_kv, D] → [N, H, D].
+
+        A rotation is still to be applied.
+        """
         rectangle, window = self.rectangle, self.rectangle.windows[layer]
         if layer == len(rectangle.keys):
             new_layer(rectangle, key, value)
@@ -100,9 +103,9 @@ class PrefillBatch:
     def _attend_block(
         self, query: Tensor, keys: Tensor, values: Tensor, window: int | None, scaling: float
     ) -> Tensor:
-        """query [R, H, T, D]; keys, values [R, H_kv, W, D] → [R, H, T, D].
+        """Attend in one block. query [R, H, T, D]; keys, values [R, H_kv, W, D] → [R, H, T, D].
 
-        Short blocks on a CPU as products of all query heads that share a key head: 1.6 times faster there.
+        On a CPU short blocks are products of all query heads that share a key head: 1.6 times faster there.
         """
         rows, heads, columns, size = query.shape
         kv_heads, width = keys.shape[1:3]
@@ -129,9 +132,9 @@ class PrefillBatch:
         return out.view(rows, heads, columns, -1)
 
     def _mask(self, window: int | None, query: Tensor) -> Tensor:
-        """[R, 1, T, last]: True where a query sees a key; on a GPU 0 there and −inf elsewhere.
+        """Return the mask [R, 1, T, last]: True where a query sees a key; on a GPU 0 there and −inf elsewhere.
 
-        Made once for all layers of this window and device.
+        It is made once for all layers of this window and device.
         """
         key = (window, query.device)
         if key not in self._masks:
@@ -154,6 +157,7 @@ class PrefillBatch:
         return seen[:, None]
 
     def _write_prefix(self, prefix: Rectangle, layer: int) -> None:
+        """Copy the shared prefix into each row, from its own start on."""
         starts, length = self.rectangle.starts, prefix.head
         for stores, sources in ((self.rectangle.keys, prefix.keys), (self.rectangle.values, prefix.values)):
             store, source = stores[layer], sources[layer]
@@ -166,21 +170,21 @@ class PrefillBatch:
 
 
 @dataclass(eq=False)
-class DecodeBatch:
-    """One token of every row of every rectangle, in column `head`. N = B, or more with spare rows at the end."""
+class RectangleDecode:
+    """Decode one token of every row, in column `head` of its rectangle. N = B, or more with spare rows last."""
 
-    rectangles: Ordered[Rectangle]
-    kernels: ModuleType | None = None  # cpu.kernels, for models in bf16 on a CPU
+    rectangles: Sequence[Rectangle]
+    kernels: ModuleType | None = None  # cpu.kernels.operators, for models in bf16 on a CPU
     _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
     _tables: dict[int | None, np.ndarray] = field(default_factory=dict)
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def samples(self) -> list[Sample]:
         return [s for rectangle in self.rectangles for s in rectangle.rows]
 
     @property
     def positions(self) -> list[int]:
-        """Of each row, the tokens so far."""
+        """Count each row's tokens so far."""
         return [r.head - start for r in self.rectangles for start in r.starts]
 
     def attend(
@@ -192,7 +196,10 @@ class DecodeBatch:
         scaling: float,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """query [N, H, D], key and value [N, H_kv, D] → [N, H, D]. A rotation is still to be applied."""
+        """Store keys and values, and attend. query [N, H, D], key and value [N, H_kv, D] → [N, H, D].
+
+        A rotation is still to be applied.
+        """
         window = self.rectangles[0].windows[layer]
         if self.kernels is None or key.shape != value.shape:
             assert rotation is None, "only the kernels rotate"
@@ -201,12 +208,12 @@ class DecodeBatch:
         return output
 
     def tables(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `kernels.attend` reads: where the rows are, and where their rectangles."""
+        """Return what `kernels.attend` reads: where the rows are, and where their rectangles."""
         return self._table(self.rectangles[0].windows[layer]), self._blocks[layer]
 
     @cached_property
     def _blocks(self) -> np.ndarray:
-        """[L, rectangles, 3] int64: where each layer's keys and values lie, and how wide they are."""
+        """Locate each layer's keys and values, and say how wide they are. [L, rectangles, 3] int64."""
         return np.array(
             [
                 [(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in layer]
@@ -215,7 +222,7 @@ class DecodeBatch:
         )
 
     def _table(self, window: int | None) -> np.ndarray:
-        """[B, 4] int64: each row's rectangle, its row there, the first column it sees, the one it writes."""
+        """List each row's rectangle, its row there, the first column it sees, the one it writes. [B, 4] int64."""
         if window not in self._tables:
             rows = []
             for index, rectangle in enumerate(self.rectangles):
@@ -230,7 +237,7 @@ class DecodeBatch:
     def _attend_rectangles(
         self, layer: int, window: int | None, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """The same, rectangle by rectangle, in torch's own operators.
+        """Attend rectangle by rectangle, in torch's own operators.
 
         Query heads that share a key head are queries of that one head, so keys are read once.
         """
@@ -254,7 +261,7 @@ class DecodeBatch:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _bias(self, rectangle: Rectangle, window: int | None, keys: Tensor) -> Tensor:
-        """The rectangle's bias, brought up to date once a step."""
+        """Return the rectangle's bias, brought up to date once a step."""
         key = (id(rectangle), window, keys.device)
         if key not in self._biases:
             self._biases[key] = rectangle.bias(window, keys)
@@ -262,7 +269,7 @@ class DecodeBatch:
 
 
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, 1, W] → [R, H, D]."""
+    """Attend from one token a row. query [R, H, D]; keys, values [R, H_kv, W, D]; bias [R, 1, W] → [R, H, D]."""
     rows, heads, size = query.shape
     folded = query.reshape(rows, keys.shape[1], heads // keys.shape[1], size)
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias[:, :, None], scale=scaling)
@@ -270,7 +277,7 @@ def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scal
 
 
 def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """The same with bias [R, H_kv, W]; all blocks are contiguous."""
+    """Attend by two products and a softmax: the same with bias [R, H_kv, W]; all blocks are contiguous."""
     rows, heads, size = query.shape
     kv_heads, width = keys.shape[1:3]
     scores = torch.baddbmm(
@@ -283,10 +290,10 @@ def _attend_by_products(query: Tensor, keys: Tensor, values: Tensor, bias: Tenso
     return out.reshape(rows, heads, values.shape[-1])
 
 
-def prefill_batch(
+def rectangle_prefill(
     rectangle: Rectangle, first: int, last: int, prefix: Rectangle | None, kernels: ModuleType | None = None
-) -> PrefillBatch:
-    """The tokens of columns [first, last) that are neither padding nor shared prefix."""
+) -> RectanglePrefill:
+    """Prepare the tokens of columns [first, last) that are neither padding nor shared prefix."""
     own = np.array(rectangle.starts)[:, None] + (prefix.head if prefix else 0)
     rows, columns = np.nonzero(np.arange(first, last) >= own)
-    return PrefillBatch(rectangle, prefix, first, last, rows, columns + first, kernels)
+    return RectanglePrefill(rectangle, prefix, first, last, rows, columns + first, kernels)

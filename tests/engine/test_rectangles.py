@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.batch import DecodeBatch, prefill_batch
-from pipeline.engine.kv_cache import Rectangle, allocate, regroup, write
 from pipeline.engine.limits import CPU
-from pipeline.engine.scheduler import Sequence
+from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
+from pipeline.engine.rectangles.rectangle import Rectangle, allocate, regroup, write
+from pipeline.engine.scheduler import Sample
 
 KV_HEADS, HEADS, SIZE = 2, 6, 4
 WINDOWS = (None, 5, None, 40)  # of each layer
@@ -23,13 +23,13 @@ class Dense:
     """What every row holds: for each layer its keys and values, [tokens, H_kv, D]."""
 
     rows: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    sequences: list[Sequence] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
-    def row(self, tokens: int) -> Sequence:
-        sequence = Sequence(Request(f"{len(self.rows)}", (0,) * tokens, GenerationParams()), 0)
-        self.sequences.append(sequence)  # keeps its id() its own
-        self.rows[id(sequence)] = [(random_kv(tokens), random_kv(tokens)) for _ in WINDOWS]
-        return sequence
+    def row(self, tokens: int) -> Sample:
+        sample = Sample(Request(f"{len(self.rows)}", (0,) * tokens, GenerationParams()), 0)
+        self.samples.append(sample)  # keeps its id() its own
+        self.rows[id(sample)] = [(random_kv(tokens), random_kv(tokens)) for _ in WINDOWS]
+        return sample
 
     def rectangle(self, *lengths: int) -> Rectangle:
         """Rows of these lengths, written as a prefill writes them."""
@@ -42,13 +42,11 @@ class Dense:
             write(rectangle, layer, keys, values, index, columns)
         return rectangle
 
-    def attention(self, sequence: Sequence, layer: int, query: Tensor) -> Tensor:
+    def attention(self, sample: Sample, layer: int, query: Tensor) -> Tensor:
         """One query [H, D] after the row's last token, over what its window lets it see: [H, D]."""
         window = WINDOWS[layer]
         seen = slice(None) if window is None else slice(-window, None)
-        keys, values = (
-            t[seen].repeat_interleave(HEADS // KV_HEADS, 1) for t in self.rows[id(sequence)][layer]
-        )
+        keys, values = (t[seen].repeat_interleave(HEADS // KV_HEADS, 1) for t in self.rows[id(sample)][layer])
         weights = torch.einsum("hd,nhd->hn", query, keys).mul(SIZE**-0.5).softmax(-1)
         return torch.einsum("hn,nhd->hd", weights, values)
 
@@ -70,8 +68,8 @@ def check(rectangle: Rectangle, dense: Dense) -> None:
         for stored, which in ((rectangle.keys[layer], 0), (rectangle.values[layer], 1)):
             assert stored.is_contiguous()
             assert stored.shape[1:] == (KV_HEADS, rectangle.width - first, SIZE)
-            for row, (sequence, start) in enumerate(zip(rectangle.rows, rectangle.starts, strict=True)):
-                expected = dense.rows[id(sequence)][layer][which]
+            for row, (sample, start) in enumerate(zip(rectangle.rows, rectangle.starts, strict=True)):
+                expected = dense.rows[id(sample)][layer][which]
                 assert rectangle.head - start == len(expected)
                 kept = min(len(expected), rectangle.head - first)
                 assert window is None or kept >= min(len(expected), window - 1)
@@ -82,19 +80,19 @@ def check(rectangle: Rectangle, dense: Dense) -> None:
 
 def step(rectangles: list[Rectangle], dense: Dense) -> None:
     """Feed every row one token, and compare every layer's attention with the dense one."""
-    sequences = [s for r in rectangles for s in r.rows]
-    batch = DecodeBatch(rectangles)
+    samples = [s for r in rectangles for s in r.rows]
+    batch = RectangleDecode(rectangles)
     for layer in range(len(WINDOWS)):
-        query = torch.randn(len(sequences), HEADS, SIZE)
-        key, value = random_kv(len(sequences)), random_kv(len(sequences))
-        for row, sequence in enumerate(sequences):
-            old_keys, old_values = dense.rows[id(sequence)][layer]
-            dense.rows[id(sequence)][layer] = (
+        query = torch.randn(len(samples), HEADS, SIZE)
+        key, value = random_kv(len(samples)), random_kv(len(samples))
+        for row, sample in enumerate(samples):
+            old_keys, old_values = dense.rows[id(sample)][layer]
+            dense.rows[id(sample)][layer] = (
                 torch.cat([old_keys, key[row : row + 1]]),
                 torch.cat([old_values, value[row : row + 1]]),
             )
         out = batch.attend(layer, query, key, value, SIZE**-0.5)
-        expected = torch.stack([dense.attention(s, layer, query[i]) for i, s in enumerate(sequences)])
+        expected = torch.stack([dense.attention(s, layer, query[i]) for i, s in enumerate(samples)])
         torch.testing.assert_close(out, expected)
     for rectangle in rectangles:
         rectangle.head += 1
@@ -236,16 +234,16 @@ def test_prefill_attends_as_each_row_alone(dense, chunk, prefix_tokens):
     rows = [dense.row(n) for n in lengths]
     shared = dense.rectangle(prefix_tokens) if prefix_tokens else None
     if shared:
-        for sequence in rows:
+        for sample in rows:
             for layer, pair in enumerate(dense.rows[id(shared.rows[0])]):
-                dense.rows[id(sequence)][layer] = tuple(  # type: ignore[assignment]
+                dense.rows[id(sample)][layer] = tuple(  # type: ignore[assignment]
                     torch.cat([head, own[prefix_tokens:]])
-                    for head, own in zip(pair, dense.rows[id(sequence)][layer], strict=True)
+                    for head, own in zip(pair, dense.rows[id(sample)][layer], strict=True)
                 )
     rectangle = allocate(rows, lengths, WINDOWS)
     seen = 0
     for first in range(prefix_tokens, rectangle.head, chunk):
-        batch = prefill_batch(rectangle, first, min(first + chunk, rectangle.head), shared)
+        batch = rectangle_prefill(rectangle, first, min(first + chunk, rectangle.head), shared)
         places = [
             (row, column - rectangle.starts[row])
             for row, column in zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)
@@ -283,8 +281,8 @@ def rectangle_in(dtype: torch.dtype, dense: Dense, scale: float, *lengths: int) 
     for layer in range(len(WINDOWS)):
         rectangle.keys[layer] = (rectangle.keys[layer] * scale).to(dtype)
         rectangle.values[layer] = rectangle.values[layer].to(dtype)
-    for sequence in rectangle.rows:
-        pairs = dense.rows[id(sequence)]
+    for sample in rectangle.rows:
+        pairs = dense.rows[id(sample)]
         pairs[:] = [((k * scale).to(dtype).float(), v.to(dtype).float()) for k, v in pairs]
     return rectangle
 
@@ -294,15 +292,15 @@ def rectangle_in(dtype: torch.dtype, dense: Dense, scale: float, *lengths: int) 
 def test_decode_keeps_scores_of_half_precision_in_float32(dense, dtype, scale):
     """Scores of about 5 × 5, which bfloat16 would round by an eighth; of 300 × 300, too large for float16."""
     rectangles = [rectangle_in(dtype, dense, scale, *lengths) for lengths in ((3, 61, 40), (130,))]
-    sequences = [s for r in rectangles for s in r.rows]
+    samples = [s for r in rectangles for s in r.rows]
     for rectangle in rectangles:
         rectangle.head -= 1  # the last column is written anew, with what it holds
-    batch = DecodeBatch(rectangles)
+    batch = RectangleDecode(rectangles)
     for layer in range(len(WINDOWS)):
-        query = (torch.randn(len(sequences), HEADS, SIZE) * scale).to(dtype)
-        key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in sequences]) for i in (0, 1))
+        query = (torch.randn(len(samples), HEADS, SIZE) * scale).to(dtype)
+        key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in samples]) for i in (0, 1))
         out = batch.attend(layer, query, key.to(dtype), value.to(dtype), SIZE**-0.5)
-        expected = torch.stack([dense.attention(s, layer, query[i].float()) for i, s in enumerate(sequences)])
+        expected = torch.stack([dense.attention(s, layer, query[i].float()) for i, s in enumerate(samples)])
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=4 * HALF[dtype])
 
 
@@ -311,7 +309,7 @@ def test_decode_keeps_scores_of_half_precision_in_float32(dense, dtype, scale):
 @pytest.mark.parametrize("length", [40, 1100])
 def test_prefill_keeps_scores_of_half_precision_in_float32(dense, dtype, scale, length):
     rectangle = rectangle_in(dtype, dense, scale, length, length - 20)
-    batch = prefill_batch(rectangle, length - 1, length, None)
+    batch = rectangle_prefill(rectangle, length - 1, length, None)
     for layer in range(len(WINDOWS)):
         query = (torch.randn(2, HEADS, SIZE) * scale).to(dtype)
         key, value = (torch.stack([dense.rows[id(s)][layer][i][-1] for s in rectangle.rows]) for i in (0, 1))

@@ -1,16 +1,13 @@
-"""Kernels for a CPU in bf16: what torch takes dozens of small operators for, and products on packed weights.
+"""Call the kernels on tensors: operators for a CPU in bf16, and products on packed weights.
 
-At a few dozen rows a step spends more time in dozens of small operators than in its products. Each kernel
-here does in one call what takes torch five to fifteen, and computes in float32.
+At a few dozen rows a step spends more time in dozens of small operators than in its products. Each of these
+does in one call what takes torch five to fifteen, and computes in float32. How kernels work: README.md.
 
-They are compiled by numba at the first import and kept in its cache. They run on torch's own OpenMP
-threads (a second pool of threads would fight with it for the cores): a kernel is a function of one pointer
-that every thread calls, and each thread takes the next task until none is left.
-
-Importing this module raises ImportError without numba, and OSError where torch is not linked with libgomp.
+Importing this module compiles them, or takes them from numba's cache. It raises ImportError without numba,
+and OSError where torch is not linked with libgomp.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from pipeline.engine.cpu.kernels import attention as attention
 from pipeline.engine.cpu.kernels import loops as loops
 from pipeline.engine.cpu.kernels.blocks import BLOCK, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
+from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call, bits, prepare
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
@@ -33,37 +31,37 @@ if has_tiles():
 elif compiles_for("avx2"):
     from pipeline.engine.cpu.kernels import linear_vectors as products
 
-Call = tuple[Any, *tuple[Any, ...]]  # a kernel, its number of tasks, its arguments
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (Zhang and Sennrich 2019), rounded as transformers does. [.., D] → [.., D]."""
+    """Norm by the root mean square (Zhang and Sennrich 2019), rounded as transformers does. [.., D] → [.., D]."""
     return _rms_norm(input.contiguous(), None, weight, eps)
 
 
 def add_rms_norm(states: Tensor, addition: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """states += addition, in place, and the norm of that. Contiguous [.., D] → [.., D]."""
+    """Add to the states in place, and norm the sum. Contiguous [.., D] → [.., D]."""
     return _rms_norm(states, addition, weight, eps)
 
 
 def _rms_norm(states: Tensor, addition: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     output = torch.empty_like(states)
-    _run(*norm_call(states.view(-1, len(weight)), addition, weight, eps, output))
+    _run(norm_call(states.view(-1, len(weight)), addition, weight, eps, output))
     return output
 
 
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, each rounded as torch does. Two of [N, M], each row contiguous → [N, M]."""
+    """Compute silu(gate) · up, each rounded as torch does. Two of [N, M], each row contiguous → [N, M]."""
     output = gate.new_empty(gate.shape)
     rows, width = gate.shape
-    strides = _stride(gate), _stride(up)
-    _run(loops.silu_multiply, -(-rows // loops.ROWS), gate, up, output, rows, width, *strides)
+    numbers = {"rows": rows, "width": width, "gate_stride": _stride(gate), "up_stride": _stride(up)}
+    tasks = -(-rows // loops.ROWS)
+    _run(prepare(loops.silu_multiply, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
     return output
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
-    """A product. [.., K] → [.., M], or where gated [.., M/2].
+    """Multiply by a packed weight. [.., K] → [.., M], or where gated [.., M/2].
 
     Args:
         weight: from `pack_blocks`, [M/32, K/32, 2, 16, 16, 2]. Gated, 16 gates and 16 ups take turns, and the
@@ -83,19 +81,19 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = Fal
         states = F.pad(states, (0, 0, 0, products.FEWEST_ROWS - count))
     width = outputs // 2 if gated else outputs
     output = states.new_empty(len(states), width)
-    _run(*linear_call(states, weight, bias, output, gated))
+    _run(linear_call(states, weight, bias, output, gated))
     return output[:count].view(*input.shape[:-1], width)
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """The first of the largest. Contiguous [B, V] → [B] int64."""
+    """Find the first of the largest. Contiguous [B, V] → [B] int64."""
     rows, width = scores.shape
     places = torch.empty(rows, dtype=torch.int64)
-    _run(loops.argmax, rows, scores, places, rows, width)
+    _run(prepare(loops.argmax, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
     return places
 
 
-def copy_prefix(store: Tensor, prefix: Tensor, starts: Ordered[int], columns: int) -> None:
+def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
     """Write the first columns of one row into every row of a store, from its own start on.
 
     Args:
@@ -105,8 +103,21 @@ def copy_prefix(store: Tensor, prefix: Tensor, starts: Ordered[int], columns: in
     """
     rows, heads, width, size = store.shape
     places = np.array(starts, np.int64) * size
-    numbers = rows, heads, width * size, columns * size, prefix.shape[2] * size
-    _run(attention.copy_prefix, rows * heads, store, prefix, places.ctypes.data, *numbers)
+    _run(
+        prepare(
+            attention.copy_prefix,
+            attention.CopyPrefix,
+            rows * heads,
+            store=store,
+            prefix=prefix,
+            starts=places.ctypes.data,
+            rows=rows,
+            heads=heads,
+            width=width * size,
+            count=columns * size,
+            prefix_width=prefix.shape[2] * size,
+        )
+    )
 
 
 def place(
@@ -132,31 +143,52 @@ def place(
         [R, H, T, D], zeros before a row's first column.
     """
     query, key, value = (_rows_contiguous(t) for t in (query, key, value))
-    count, heads, size = query.shape
     first, last = columns
-    padded = query.new_empty(len(starts), heads, last - first, size)
-    tasks = len(starts) * -(-(last - first) // attention.COLUMNS)
-    cos, sin, table_width = _tables(rotation, query)
-    pointers = query, key, value, cos, sin, starts.ctypes.data, padded, keys, values
-    shape = count, heads, key.shape[1], size, len(starts), first, last, keys.shape[2]
-    strides = _stride(query), _stride(key), _stride(value), table_width
-    _run(attention.place, tasks, *pointers, *shape, *strides)
+    padded = query.new_empty(len(starts), query.shape[1], last - first, query.shape[2])
+    call = prepare(
+        attention.place,
+        attention.Place,
+        len(starts) * -(-(last - first) // attention.COLUMNS),
+        starts=starts.ctypes.data,
+        padded=padded,
+        kept_keys=keys,
+        kept_values=values,
+        rows=len(starts),
+        first=first,
+        last=last,
+        width=keys.shape[2],
+        **_states(query, key, value, rotation),
+    )
+    _run(call)
     return padded
 
 
 def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count: int) -> Tensor:
-    """What `place` has padded, without its padding. [R, H, T, D] → [N, H, D]."""
+    """Take the padding out of what `place` has padded. [R, H, T, D] → [N, H, D]."""
     rows, heads, width, size = padded.shape
     output = padded.new_empty(count, heads, size)
-    tasks = rows * -(-width // attention.COLUMNS)
-    _run(attention.collect, tasks, padded, starts.ctypes.data, output, rows, heads, *columns, size, count)
+    call = prepare(
+        attention.collect,
+        attention.Collect,
+        rows * -(-width // attention.COLUMNS),
+        padded=padded,
+        starts=starts.ctypes.data,
+        outputs=output,
+        rows=rows,
+        heads=heads,
+        first=columns[0],
+        last=columns[1],
+        size=size,
+        count=count,
+    )
+    _run(call)
     return output
 
 
 def causal_softmax(
-    scores: Tensor, starts: Ordered[int], first: int, window: int | None, scaling: float
+    scores: Tensor, starts: Sequence[int], first: int, window: int | None, scaling: float
 ) -> None:
-    """Of scores · scaling, in place: what a query does not see becomes 0, and so does all that padding sees.
+    """Take the softmax of scores · scaling in place: 0 where a query does not see, and all that padding sees.
 
     Args:
         scores: [R, H, T, W] contiguous, the queries of columns [first, first + T).
@@ -166,8 +198,21 @@ def causal_softmax(
     """
     rows, heads, columns, width = scores.shape
     places = np.array(starts, np.int64)
-    shape = rows, heads, columns, width, first, window or width
-    _run(attention.causal_softmax, rows * heads, scores, places.ctypes.data, *shape, _bits(scaling))
+    call = prepare(
+        attention.causal_softmax,
+        attention.CausalSoftmax,
+        rows * heads,
+        scores=scores,
+        starts=places.ctypes.data,
+        rows=rows,
+        heads=heads,
+        columns=columns,
+        width=width,
+        first=first,
+        window=window or width,
+        scaling=bits(scaling),
+    )
+    _run(call)
 
 
 def attend(
@@ -193,30 +238,55 @@ def attend(
     """
     query, key, value = (_rows_contiguous(t) for t in (query, key, value))
     output = query.new_zeros(query.shape)
-    _run(*attend_call(query, key, value, rotation, rows, blocks, scaling, output))
+    _run(attend_call(query, key, value, rotation, rows, blocks, scaling, output))
     return output
 
 
 def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: float, output: Tensor) -> Call:
-    """`add_rms_norm` into an output. states and output: [N, D], or [N, H, D], each token's heads contiguous."""
+    """Prepare `add_rms_norm` into an output. Both [N, D], or [N, H, D], each token's heads contiguous."""
     width = len(weight)
-    rows, heads, stride = len(states), states[0].numel() // width, _stride(states)
-    tasks = -(-rows * heads // loops.ROWS)
-    pointers = states, 0 if addition is None else addition, weight, output
-    return loops.rms_norm, tasks, *pointers, rows, width, heads, stride, _bits(eps)
+    rows, heads = len(states), states[0].numel() // width
+    return prepare(
+        loops.rms_norm,
+        loops.Norm,
+        -(-rows * heads // loops.ROWS),
+        inputs=states,
+        additions=0 if addition is None else addition,
+        weight=weight,
+        outputs=output,
+        rows=rows,
+        width=width,
+        heads=heads,
+        stride=_stride(states),
+        eps=bits(eps),
+    )
 
 
 def linear_call(
     states: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, gated: bool = False
 ) -> Call:
-    """`linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
+    """Prepare `linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
     inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
     chunk = chunk_rows(inputs, products.ROWS)
     # For each chunk of rows, as many tasks as a row of the output has cache lines.
     tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
-    pointers = states, weight, 0 if bias is None else bias, output, CONFIGURATION.ctypes.data
-    shape = len(states), inputs, outputs, states.stride(0), int(gated)
-    return products.linear, tasks, *pointers, *shape, torch.get_num_threads(), chunk
+    return prepare(
+        products.linear,
+        products.Linear,
+        tasks,
+        inputs=states,
+        weights=weight,
+        bias=0 if bias is None else bias,
+        outputs=output,
+        configuration=CONFIGURATION.ctypes.data,
+        rows=len(states),
+        width_in=inputs,
+        width_out=outputs,
+        stride=states.stride(0),
+        gated=int(gated),
+        threads=torch.get_num_threads(),
+        chunk=chunk,
+    )
 
 
 def attend_call(
@@ -229,19 +299,44 @@ def attend_call(
     scaling: float,
     output: Tensor,
 ) -> Call:
-    """`attend` into an output."""
+    """Prepare `attend` into an output."""
+    return prepare(
+        attention.attend,
+        attention.Attend,
+        len(rows) * key.shape[1],
+        outputs=output,
+        row_table=rows.ctypes.data,
+        block_table=blocks.ctypes.data,
+        block_count=len(blocks),
+        scaling=bits(scaling),
+        threads=torch.get_num_threads(),
+        **_states(query, key, value, rotation),
+    )
+
+
+def _states(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None) -> dict[str, Tensor | int]:
+    """Gather what `place` and `attend` read of new tokens: where they are, their shapes, and their rotation."""
     count, heads, size = query.shape
-    kv_heads = key.shape[1]
     cos, sin, table_width = _tables(rotation, query)
-    pointers = query, key, value, cos, sin, output, rows.ctypes.data, blocks.ctypes.data
-    shape = len(blocks), count, heads, kv_heads, size
-    strides = _stride(query), _stride(key), _stride(value), table_width
-    numbers = *shape, *strides, _bits(scaling), torch.get_num_threads()
-    return attention.attend, len(rows) * kv_heads, *pointers, *numbers
+    return {
+        "queries": query,
+        "keys": key,
+        "values": value,
+        "cos": cos,
+        "sin": sin,
+        "count": count,
+        "heads": heads,
+        "kv_heads": key.shape[1],
+        "size": size,
+        "query_stride": _stride(query),
+        "key_stride": _stride(key),
+        "value_stride": _stride(value),
+        "table_width": table_width,
+    }
 
 
 def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Tensor | int, int]:
-    """Cosines, sines and their width; 0 is none.
+    """Return cosines, sines and their width; 0 is none.
 
     Raises:
         ValueError: only a part of each head is rotated, or in another precision.
@@ -258,34 +353,26 @@ def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Te
 
 
 def _rows_contiguous(states: Tensor) -> Tensor:
-    """[N, H, D], the heads of a token contiguous."""
+    """Have each token's heads contiguous. [N, H, D] → [N, H, D]."""
     return states if states[0].is_contiguous() else states.contiguous()
 
 
-def parameters(tasks: int, *arguments: Tensor | int) -> np.ndarray:
-    """What a kernel reads: the counter, the number of tasks, the arguments. int64, a tensor as its address."""
-    return np.array([0, tasks, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)], np.int64)
-
-
-def _run(kernel: Any, tasks: int, *arguments: Tensor | int) -> None:
+def _run(call: Call) -> None:
     """Call a kernel on all of torch's threads.
 
     Raises:
         MemoryError: no thread could run it.
     """
-    passed = parameters(tasks, *arguments)
-    parallel(kernel.address, passed.ctypes.data, min(torch.get_num_threads(), tasks), 0)
-    if passed[0] < tasks:  # threads that found no memory for their scratch took no task
+    kernel, numbers = call
+    tasks = int(numbers[TASKS])
+    parallel(kernel.address, numbers.ctypes.data, min(torch.get_num_threads(), tasks), 0)
+    if numbers[NEXT_TASK] < tasks:  # threads that found no memory for their scratch took no task
         raise MemoryError("a kernel found no memory")
 
 
 def _stride(rows: Tensor) -> int:
-    """Numbers from one row to the next; that of a single row says nothing."""
+    """Count the numbers from one row to the next. A single row's own stride may be anything."""
     return rows.stride(0) if len(rows) > 1 else rows[0].numel()
-
-
-def _bits(number: float) -> int:
-    return int(np.float64(number).view(np.int64))
 
 
 if not hasattr(loops.rms_norm, "address"):

@@ -1,4 +1,4 @@
-"""Kernels for a GPU in Triton: what a decode step takes dozens of small launches for, and its attention.
+"""Compute in Triton what a decode step takes dozens of small launches for, and its attention.
 
 Replayed from a graph, a small kernel of torch's still takes 2 to 9 µs, and a Llama of 32 layers has 1,300 of
 them a step: on an H200 a third of the time. With these a layer is six products and six kernels.
@@ -20,13 +20,13 @@ TILE = 8192  # numbers of keys in one product: more of 256 a head than this is t
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (Zhang and Sennrich 2019), rounded as transformers does. [.., D] → [.., D]."""
+    """Norm by the root mean square (Zhang and Sennrich 2019), rounded as transformers does. [.., D] → [.., D]."""
     states = input.contiguous()
     return _normed(states, states, weight, eps, adds=False)
 
 
 def add_rms_norm(states: Tensor, addition: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """states += addition, in place, and the norm of that. Contiguous [.., D] → [.., D]."""
+    """Add to the states in place, and norm the sum. Contiguous [.., D] → [.., D]."""
     return _normed(states, addition.contiguous(), weight, eps, adds=True)
 
 
@@ -57,7 +57,7 @@ def _norm_kernel(states, addition, weight, output, eps, size, ADDS: tl.constexpr
 
 
 def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, each rounded as torch does. Two of [N, M] → [N, M]."""
+    """Compute silu(gate) · up, each rounded as torch does. Two of [N, M] → [N, M]."""
     gate, up = gate.contiguous(), up.contiguous()
     output = torch.empty_like(gate)
     _silu_kernel[(triton.cdiv(gate.numel(), 1024),)](gate, up, output, gate.numel(), SIZE=1024)
@@ -76,7 +76,7 @@ def _silu_kernel(gate, up, output, count, SIZE: tl.constexpr):
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of [N, H, D], as transformers' rotate_half does it."""
+    """Rotate heads by their positions (Su et al. 2021), as transformers' rotate_half does. [N, H, D]."""
     states = states.contiguous()
     cos, sin = (t.contiguous() for t in rotation)
     output = torch.empty_like(states)
@@ -123,7 +123,7 @@ def attend(
     window: int | None,
     scaling: float,
 ) -> Tensor:
-    """One token of each row: rotate it, store its key and value, and attend to all that the row holds.
+    """Rotate one token of each row, store its key and value, and attend to all that the row holds.
 
     Flash decoding (Dao et al. 2023): each SPLIT columns are attended to apart, then merged. → [B, H, D].
 
@@ -161,7 +161,7 @@ def attend(
 
 
 def tiling(dtype: torch.dtype, padded: int) -> tuple[int, int, int]:
-    """Columns in one product, warps and stages, for heads of this size; it must be no less than 16 columns."""
+    """Choose columns in one product (no less than 16), warps and stages, for heads of this size."""
     block, warps, stages = FLOAT32 if dtype == torch.float32 else HALF
     return max(16, min(block, TILE // padded)), warps, stages
 
@@ -174,7 +174,7 @@ def _attend_kernel(
     GROUP_PADDED: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The query heads that share a key head, of one row, over one split of its columns."""
+    """Attend from the query heads of one row that share a key head, over one split of its columns."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(control + row * control_stride).to(tl.int64)
     held = tl.load(control + row * control_stride + 1)  # the new token goes to this column
@@ -215,9 +215,9 @@ def _attend_columns(
     KV_HEADS: tl.constexpr, GROUP_PADDED: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over columns [first, last), block by block (Milakov and Gimelshein 2018); column `held` is new.
+    """Attend to columns [first, last), block by block (Milakov and Gimelshein 2018); column `held` is new.
 
-    Returns the weighted values, and the logarithm of the weights' sum.
+    Return the weighted values, and the logarithm of the weights' sum.
     """
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)

@@ -1,6 +1,6 @@
-"""A running batch in rectangles: rows of similar length together, left-padded to one width.
+"""Run a batch in rectangles: rows of similar length together, left-padded to one width.
 
-The way for CPUs, where a contiguous product is everything, and for a model that is split over several GPUs.
+This is the way for CPUs, where a contiguous product is everything, and for a model that is split over several GPUs.
 """
 
 import time
@@ -9,18 +9,19 @@ from collections.abc import Callable
 import torch
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.forward import Forward, rope_switch
-from pipeline.engine.kv_cache import Rectangle, regroup
+from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.rectangles.forward import Forward
+from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
-from pipeline.engine.scheduler import Scheduler, Sequence, partition, prefill_groups, shared_prefix
+from pipeline.engine.scheduler import Sample, Scheduler, partition, prefill_groups, shared_prefix
 from pipeline.engine.stats import EngineStats
 
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
 
 
 class RectangleBatch:
-    """Rows in flight, each in one of several rectangles.
+    """Hold rows in flight, each in one of several rectangles.
 
     Args:
         accept: gives a row its next token, and says whether the row is done.
@@ -32,7 +33,7 @@ class RectangleBatch:
         prefill_tokens: int,
         share_prefix: bool,
         stats: EngineStats,
-        accept: Callable[[Sequence, int], bool],
+        accept: Callable[[Sample, int], bool],
     ) -> None:
         self._forward = forward
         self._prefill_tokens = prefill_tokens
@@ -42,15 +43,15 @@ class RectangleBatch:
         self._accept = accept
         self._rope_switch = rope_switch(forward.config)
         self._rectangles: list[Rectangle] = []
-        self._groups: list[list[Sequence]] = []  # admitted, not yet prefilled
+        self._groups: list[list[Sample]] = []  # admitted, not yet prefilled
         self._prefix: tuple[tuple[int, ...], Rectangle] | None = None
 
     @property
-    def live(self) -> list[Sequence]:
+    def live(self) -> list[Sample]:
         return [s for r in self._rectangles for s in r.rows] + [s for group in self._groups for s in group]
 
-    def tokens_of(self, sequence: Sequence) -> int:
-        return sequence.length
+    def tokens_of(self, sample: Sample) -> int:
+        return sample.length
 
     def begin(self, scheduler: Scheduler) -> None:
         if self._share_prefix:
@@ -64,7 +65,7 @@ class RectangleBatch:
         else:
             self._decode_step(scheduler)
 
-    def drop(self) -> list[Sequence]:
+    def drop(self) -> list[Sample]:
         rows = self.live
         self._rectangles, self._groups, self._prefix = [], [], None
         return rows
@@ -85,9 +86,9 @@ class RectangleBatch:
         """Run one admitted group; it joins the batch as a rectangle of its own."""
         started = time.perf_counter()
         group = self._groups[0]
-        copies: dict[tuple[int, ...], list[Sequence]] = {}
-        for sequence in group:
-            copies.setdefault(sequence.all_token_ids, []).append(sequence)
+        copies: dict[tuple[int, ...], list[Sample]] = {}
+        for sample in group:
+            copies.setdefault(sample.all_token_ids, []).append(sample)
         prefix = self._prefix[1] if self._prefix and self._has_prefix(group[0]) else None
         # Under longrope a pass's largest position decides for all of it: long rows are never cut.
         budget = self._prefill_tokens if not self._is_long(group[0]) else 1 << 62
@@ -104,7 +105,7 @@ class RectangleBatch:
         self._stats.prefill_sec += time.perf_counter() - started
 
     def _decode_step(self, scheduler: Scheduler) -> None:
-        """One token for every row. Its second pass can fail when rows of the first have finished."""
+        """Give every row one token. The second pass can fail when rows of the first have finished."""
         started = time.perf_counter()
         self._put_back_crossing(scheduler)
         self._regroup()
@@ -145,11 +146,11 @@ class RectangleBatch:
         self._stats.count_rectangles(kept)
 
     def _by_regime(self, rectangles: list[Rectangle]) -> list[list[Rectangle]]:
-        """Rows under long and short rotary factors never share a pass."""
+        """Part rectangles under long and short rotary factors, which never share a pass."""
         parts = ([r for r in rectangles if self._is_long(r.rows[0]) == long] for long in (True, False))
         return [part for part in parts if part]
 
-    def _partition(self, rectangles: list[Rectangle]) -> list[list[Sequence]]:
+    def _partition(self, rectangles: list[Rectangle]) -> list[list[Sample]]:
         rows = sorted((s for r in rectangles for s in r.rows), key=lambda s: s.length, reverse=True)
         if self._forward.equal_lengths:
             lengths = sorted({s.length for s in rows})
@@ -157,7 +158,7 @@ class RectangleBatch:
         return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:
-        """Rows that grow past longrope's switch are prefilled again, as `generate` does."""
+        """Put rows back that grow past longrope's switch, to be prefilled again, as `generate` does."""
         if self._rope_switch is None:
             return
         for rectangle in self._rectangles:
@@ -171,7 +172,7 @@ class RectangleBatch:
     def _compute_prefix(self, ids: tuple[int, ...]) -> None:
         self._prefix = None
         if ids and not (self._rope_switch and len(ids) > self._rope_switch):
-            row = Sequence(Request("", ids, GenerationParams()), 0)
+            row = Sample(Request("", ids, GenerationParams()), 0)
             try:
                 rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -181,11 +182,11 @@ class RectangleBatch:
             self._stats.count_prefill(rectangle, None)
             self._prefix = ids, rectangle
 
-    def _has_prefix(self, sequence: Sequence) -> bool:
-        if self._prefix is None or self._is_long(sequence):
+    def _has_prefix(self, sample: Sample) -> bool:
+        if self._prefix is None or self._is_long(sample):
             return False
         ids = self._prefix[0]
-        return sequence.length > len(ids) and sequence.request.prompt_token_ids[: len(ids)] == ids
+        return sample.length > len(ids) and sample.request.prompt_token_ids[: len(ids)] == ids
 
-    def _is_long(self, sequence: Sequence) -> bool:
-        return self._rope_switch is not None and sequence.length > self._rope_switch
+    def _is_long(self, sample: Sample) -> bool:
+        return self._rope_switch is not None and sample.length > self._rope_switch

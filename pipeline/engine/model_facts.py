@@ -1,0 +1,56 @@
+"""Read from a model what the engine needs to know of it: its device, its windows, longrope's switch."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def input_device(model: Any) -> torch.device:
+    """Find where token ids go: the embedding's device, or the one it is brought to when it is offloaded."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        device = torch.device(embedding._hf_hook.execution_device)
+    return device
+
+
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """Read each layer's sliding window in tokens, itself included; None is full attention.
+
+    A config may carry keys that its architecture does not read: what counts is the masks that the model's own
+    code makes.
+
+    Raises:
+        NotImplementedError: a layer is neither.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of type {sorted(unknown)}")
+    layers = int(config.num_hidden_layers)
+    code = _model_code(config)
+    if code is not None and "create_sliding_window_causal_mask" not in code:
+        return (None,) * layers
+    window: int | None = getattr(config, "sliding_window", None)
+    if kinds is None or (code is not None and "layer_types" not in code):
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _model_code(config: Any) -> str | None:
+    """Read the architecture's source in transformers; None for code that comes with a model."""
+    try:
+        return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+    except (KeyError, OSError, TypeError):
+        return None
+
+
+def rope_switch(config: Any) -> int | None:
+    """Read the length above which longrope turns to its long factors, for all tokens of a row; None without."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    switch: int = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return switch
