@@ -88,10 +88,10 @@ def _hydra() -> int:
 
     def run(composed: DictConfig) -> int:
         nonlocal status
-        from pipeline.job.runner import Job
+        from pipeline.job.runner import run_job
 
         folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-        status = Job(to_config(composed), folder).run()
+        status = run_job(to_config(composed), folder)
         return status
 
     hydra.main(version_base="1.3", config_path=prepare(), config_name="config")(run)()

@@ -35,8 +35,8 @@ from pipeline.common.errors import ConfigError, PipelineError, PromptError
 from pipeline.common.request import BadRow, PromptRow
 from pipeline.common.terminal import say
 from pipeline.config.compose import read_config, take_own
-from pipeline.config.schema import Config, root
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.config.schema import Config
+from pipeline.prompts.reader import open_prompts
 from pipeline.prompts.row import BadLine, to_row
 
 EXAMPLES = {
@@ -130,7 +130,7 @@ def rows(config: Config, options: Options) -> list[PromptRow]:
         ConfigError: messages= cannot be read, or there is no such row.
         PromptError: the file cannot be read, or the row cannot be run.
     """
-    params = config.generation
+    params = config.generation.params()
     if options.texts:
         return [
             PromptRow(i, f"text {i}", "text=", text, None, None, params, {})
@@ -143,11 +143,10 @@ def rows(config: Config, options: Options) -> list[PromptRow]:
         except (ValueError, BadLine) as error:
             raise ConfigError(f"messages=: {error} As messages={EXAMPLES['messages']}.") from error
     count = (config.limit or BATCH_ROWS) if options.view == "batch" else 1
-    path = find_prompts(config.prompts, root() / "jobs")
-    read = read_prompts(path, params, prompt_field=config.prompt_field)
-    chosen = list(islice(read, options.row, options.row + count))
+    rows = open_prompts(replace(config, limit=None, shard=None))
+    chosen = list(islice(rows, options.row, options.row + count))
     if not chosen:
-        raise ConfigError(f"row={options.row}: {path} has fewer rows; they count from 0.")
+        raise ConfigError(f"row={options.row}: {config.prompts} has fewer rows; they count from 0.")
     good = [row for row in chosen if isinstance(row, PromptRow)]
     if not good:
         raise PromptError(next(row.error for row in chosen if isinstance(row, BadRow)))
@@ -239,12 +238,7 @@ def _step_ids(tokenizer: Any, row: PromptRow, config: Config, options: Options) 
 def _prepare(tokenizer: Any, config: Config) -> Any:
     from pipeline.prompts.chat import prepare_chat
 
-    return prepare_chat(
-        tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    return prepare_chat(tokenizer, config)
 
 
 VIEWS = {"tokens": _tokens, "chat": _chat, "batch": _batch, "architecture": _architecture, "step": _step}

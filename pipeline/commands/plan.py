@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.config.compose import options, read_config
-from pipeline.config.schema import Config, root
+from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts, model_folder
 from pipeline.memory.fit import Job, Plan, Settings, best_choice, make_plan, planned
@@ -27,7 +27,7 @@ from pipeline.prompts.lengths import (
     by_tokenizer,
     prompt_lengths,
 )
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.reader import open_prompts
 
 QUANTS = ("none", "fp32", "fp16", "bf16", "int8", "nf4_single", "nf4", "fp4", "fp4_double")
 # For the best choice: what comes nearest to the checkpoint's own answers, first.
@@ -145,14 +145,11 @@ def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     context = facts.architecture.max_position_embeddings
     generation = config.generation
     try:
-        path = find_prompts(config.prompts, root() / "jobs")
+        rows = open_prompts(config)
     except PipelineError:
         if given:
             raise
         return assumed_lengths(generation.max_new_tokens, context, not generation.greedy)
-    rows = read_prompts(
-        path, generation, prompt_field=config.prompt_field, limit=config.limit, shard=config.shard
-    )
     folder = model_folder(config.model, config.models_dir, "tokenizer.json")
     if folder is None:
         return prompt_lengths(rows, config.system, by_characters, "characters ÷ 4, an estimate", context)

@@ -10,7 +10,7 @@ in windows of that many tokens.
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ set_allocator()  # the next lines import torch
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError, JobError, PipelineError
 from pipeline.common.fingerprint import row_key
-from pipeline.common.request import GenerationParams, PromptRow
+from pipeline.common.request import PromptRow
 from pipeline.config.compose import to_config
-from pipeline.config.schema import Config, root
-from pipeline.job.folder import JobFolder, read_rows
+from pipeline.config.schema import Config
+from pipeline.job.folder import JobFolder
+from pipeline.job.paths import JobPaths
+from pipeline.job.rows import read_rows
 from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.scoring import Scores, TextRow, score
 from pipeline.prompts.chat import prepare_chat, render
-from pipeline.prompts.reader import find_prompts, read_prompts
-from pipeline.report.jobs import SCORES, Job, find_jobs
+from pipeline.prompts.reader import open_prompts
+from pipeline.report.jobs import ReportedJob, find_jobs
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def score_jobs(arguments: Arguments) -> int:
 
 
 def score_job(
-    job: Job, arguments: Arguments, baseline: Loaded, tasks: dict[str, list[TextRow]]
+    job: ReportedJob, arguments: Arguments, baseline: Loaded, tasks: dict[str, list[TextRow]]
 ) -> dict[str, Any]:
     """Read all rows with the job's model, and write its scores.json.
 
@@ -142,7 +144,7 @@ def score_job(
         **({"text": {"file": str(arguments.text), **summaries["text"]}} if "text" in summaries else {}),
     }
     with JobFolder(job.folder) as folder:
-        folder.write_json(SCORES, scores)
+        folder.write_json(folder.scores, scores)
     return scores
 
 
@@ -152,12 +154,11 @@ def job_config(folder: Path) -> Config:
     Raises:
         ConfigError: it is not there, or not one of this version's.
     """
-    path = folder / ".hydra" / "config.yaml"
-    if not path.is_file():
-        shards = sorted(folder.glob("shard-*/.hydra/config.yaml"))
-        if not shards:
-            raise ConfigError(f"{path}: no such file. Pass the folder of a job that was run.")
-        path = shards[0]
+    job = JobPaths(folder)
+    found = [paths.config for paths in (job, *map(JobPaths, job.shards)) if paths.config.is_file()]
+    if not found:
+        raise ConfigError(found=f"{job.config}: no such file", fix="Pass the folder of a job that was run.")
+    path = found[0]
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     except OmegaConfBaseException as error:
@@ -173,14 +174,10 @@ def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | N
         PromptError: the prompt file cannot be read.
     """
     asked = _prompts(folder, config)
-    chat = prepare_chat(
-        tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    chat = prepare_chat(tokenizer, config)
     rows: list[TextRow] = []
-    answered = [row for part in (sorted(folder.glob("shard-*-of-*")) or [folder]) for row in read_rows(part)]
+    parts = JobPaths(folder).shards or [folder]
+    answered = [row for part in parts for row in read_rows(JobPaths(part).rows)]
     for row in sorted(answered, key=lambda row: (row["index"], row.get("sample", 0))):
         prompt = asked.get(row["key"])
         if row["error"] or prompt is None or ("thinking" in row and "token_ids" not in row):
@@ -199,14 +196,8 @@ def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | N
 
 def _prompts(folder: Path, config: Config) -> dict[str, PromptRow]:
     """The good rows of the job's prompt file, by their key."""
-    path = (
-        str(folder / "prompts.jsonl")
-        if config.prompts == "-"
-        else find_prompts(config.prompts, root() / "jobs")
-    )
-    names = GenerationParams.__dataclass_fields__
-    params = GenerationParams(**{name: getattr(config.generation, name) for name in names})
-    rows = read_prompts(path, params, prompt_field=config.prompt_field, limit=config.limit)
+    kept = str(JobPaths(folder).prompts) if config.prompts == "-" else None
+    rows = open_prompts(replace(config, shard=None), kept)
     return {row_key(row): row for row in rows if isinstance(row, PromptRow)}
 
 
@@ -228,7 +219,7 @@ def text_rows(path: Path, tokenizer: Any, window: int) -> list[TextRow]:
     return rows
 
 
-def _line(job: Job, scores: dict[str, Any]) -> tuple[str, ...]:
+def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:
     def shown(name: str, form: str) -> str:
         found = scores[name]
         if found["low"] is None:

@@ -23,3 +23,8 @@ class ExitStatus(IntEnum):
         member._value_ = value
         member.meaning = meaning
         return member
+
+    @classmethod
+    def meaning_of(cls, status: int) -> str | None:
+        """Say what a process's exit status means; None where it is none of these."""
+        return next((known.meaning for known in cls if known == status), None)

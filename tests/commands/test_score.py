@@ -10,7 +10,7 @@ import transformers
 from pipeline.commands.score import parse, score_jobs, text_rows
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.config.schema import Config, Dtype, GenerationConfig, ModelConfig, QuantConfig, QuantMethod
-from pipeline.job.runner import Job
+from pipeline.job.runner import run_job
 from pipeline.models.loading import load_model
 from pipeline.models.scoring import Scores, TextRow, pad_right, passes, score
 
@@ -136,7 +136,7 @@ def jobs(tiny_dir, tmp_path):
             token_ids=True,
         )
         folder = tmp_path / "outputs" / f"tiny-{name}-greedy-0"
-        Job(config, folder).run()
+        run_job(config, folder)
         write_config(config, folder)
         folders.append(folder)
     return folders

@@ -15,7 +15,7 @@ from pipeline.commands.plan import main as plan
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.schema import ModelConfig, QuantConfig, QuantMethod
-from pipeline.job.folder import read_json
+from pipeline.job.paths import read_json
 from pipeline.models.loading import load_model
 from pipeline.report.jobs import precision, read_job
 from pipeline.views.architecture import architecture_view
