@@ -7,12 +7,10 @@ from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.energy import EnergyMeter
-from pipeline.job.engine import make_engine
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
 from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts
-from pipeline.job.requests import Requests
 from pipeline.job.stats import Taken, job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
@@ -61,17 +59,22 @@ class Run:
 
     def run(self, ready: Ready, forward: AnyForward) -> Taken:
         """Run what is missing, and measure it."""
-        engine, room = make_engine(ready, forward, self.config)
-        requests = Requests(self.config, self.prompts, self.results, self.ledger, ready, room)
         work = Work(
-            self.config, self.results, self.ledger, ready, engine, requests, self.interrupt, self.timeline
+            self.config,
+            self.prompts,
+            self.results,
+            self.ledger,
+            ready,
+            forward,
+            self.interrupt,
+            self.timeline,
         )
         self.interrupt.hold()
         with PeakSampler() as peaks, EnergyMeter(gpu_uuids(ready.model)) as energy:
             started = time.perf_counter()
             work.run()
             run_sec = time.perf_counter() - started
-        return Taken(engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
+        return Taken(work.engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
 
     def record(self, ready: Ready, forward: AnyForward, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
-from pipeline.engine.engine import Engine
+from pipeline.engine.probe import AnyForward
+from pipeline.job.engine import make_engine
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready
@@ -20,15 +21,17 @@ class Work:
     """Run the engine, and say how far it is."""
 
     config: Config
+    prompts: str  # the file's path
     results: JobFolder
     ledger: Ledger
     ready: Ready
-    engine: Engine
-    requests: Requests
+    forward: AnyForward
     interrupt: Interrupt
     timeline: Timeline
 
     def __post_init__(self) -> None:
+        self.engine, room = make_engine(self.ready, self.forward, self.config)
+        self.requests = Requests(self.config, self.prompts, self.results, self.ledger, self.ready, room)
         self.watchdog = Watchdog(self.config.watchdog_sec, self.results.sync)
 
     def run(self) -> None:
