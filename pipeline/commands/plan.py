@@ -13,7 +13,7 @@ from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.common.errors import ConfigError, PipelineError
+from pipeline.common.errors import ConfigError, PipelineError, PromptError
 from pipeline.config.compose import options, read_config
 from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
@@ -146,7 +146,7 @@ def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     generation = config.generation
     try:
         rows = open_prompts(config)
-    except PipelineError:
+    except PromptError:
         if given:
             raise
         return assumed_lengths(generation.max_new_tokens, context, not generation.greedy)

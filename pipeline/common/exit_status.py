@@ -12,7 +12,7 @@ class ExitStatus(IntEnum):
     DONE = 0, "done"
     SOME_FAILED = 1, "done, and some rows failed"
     WRONG_CONFIG = 2, "wrong configuration: nothing was started"
-    FAILED = 3, "the job cannot go on; what is written stays"
+    FAILED = 3, "failed; what is written stays"
     STALLED = 4, "no progress (watchdog_sec)"
     RUN_AGAIN = 75, "stopped: run it again"  # EX_TEMPFAIL of sysexits.h
     INTERRUPTED = 130, "interrupted"  # as shells say it of SIGINT

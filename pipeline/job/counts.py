@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.units import MIB
 from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.rows import is_error
 from pipeline.job.todo import Todo
 
-COUNTED_BYTES = 64 * 1024**2  # larger files are not counted but estimated, from a piece of each end
-PIECE_BYTES = 1024**2
+COUNTED_BYTES = 64 * MIB  # larger files are not counted but estimated, from a piece of each end
+PIECE_BYTES = MIB
 
 
 @dataclass(frozen=True, slots=True)

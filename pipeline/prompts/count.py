@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.common.errors import PromptError
 from pipeline.common.request import BadRow, GenerationParams
+from pipeline.common.units import MIB
 from pipeline.prompts.reader import read_prompts
 
 
@@ -52,7 +53,7 @@ def prompts_sha256(path: str) -> str | None:
     digest = hashlib.sha256()
     try:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
+            while block := file.read(MIB):
                 digest.update(block)
     except (OSError, EOFError, zlib.error):
         return None

@@ -20,10 +20,11 @@ from typing import BinaryIO, cast
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.suggestions import did_you_mean
+from pipeline.common.units import MIB
 from pipeline.config.schema import Config, root
 from pipeline.prompts.row import BadLine, parse_line, pop_id, show, to_row
 
-MAX_LINE_BYTES = 16 * 1024**2
+MAX_LINE_BYTES = 16 * MIB
 _BOM = b"\xef\xbb\xbf"
 _GENERATED_ID = re.compile(r"row-(0|[1-9][0-9]{0,17})")
 
@@ -180,7 +181,7 @@ def _read_line(stream: BinaryIO) -> bytes | BadLine:
         return line
     size = len(line)
     while line and not line.endswith(b"\n"):
-        line = stream.readline(1024**2)
+        line = stream.readline(MIB)
         size += len(line)
     return BadLine(f"the line is {size} bytes long; the limit is {MAX_LINE_BYTES}", "Split or shorten it.")
 

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.common.units import MB
 from pipeline.report.summary import Record
 from pipeline.report.tradeoff import draw_tradeoff
 
@@ -25,7 +26,6 @@ THEMES = {
     "light": {"text": "#1d2430", "muted": "#667080", "grid": "#e3e6eb", "back": "#ffffff"},
     "dark": {"text": "#e8eaee", "muted": "#9aa3b2", "grid": "#333a46", "back": "#1a1f27"},
 }
-MB = 1e6
 
 
 @dataclass(frozen=True, slots=True)

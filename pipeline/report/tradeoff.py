@@ -8,9 +8,9 @@ from matplotlib.colors import Normalize
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from pipeline.common.units import MB
 from pipeline.report.summary import Record
 
-MB = 1e6
 OFFSETS = (
     (9, 0),
     (-9, 0),
