@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.compose import job_folder, read_config
+from pipeline.job import runner
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.runner import Job
 from pipeline.job.todo import PromptState, Todo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports once what takes long, then forks a process for each job: a killed job starts again at once.
 SERVER = """
 import os, sys
-import pipeline.job.generate
+import pipeline.job.run
 from pipeline.__main__ import main
 print("ready", flush=True)
 for line in sys.stdin:
@@ -78,7 +78,7 @@ def arguments(model: Path, prompts: Path, outputs: Path, *more: str) -> list[str
 
 def run_job(overrides: list[str]) -> int:
     """In this process; raises what the command line would report."""
-    return Job(read_config(overrides), job_folder(overrides)).run()
+    return runner.run_job(read_config(overrides), job_folder(overrides))
 
 
 def command(overrides: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":

@@ -100,7 +100,7 @@ def job_stats(quant: str, rows: int) -> dict:
     peak = {"host_bytes": size + int(6e8), "host_exact": True, "devices": []}
     return {
         "load_sec": 1.0 + scale / 3,
-        "run_sec": 20.0,
+        "run_sec": rows * 20 / speed,
         "completion_tokens": rows * 20,
         "tokens_per_sec": speed,
         "timeline": [[t / 2, size + int(4e8) + 4_000_000 * t, t * speed // 2 + t % 3] for t in range(40)],

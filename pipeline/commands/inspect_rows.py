@@ -1,13 +1,13 @@
 """Read what `inspect` looks at: texts, a conversation, or rows of a prompt file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, PromptRow
-from pipeline.config.schema import Config, root
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.config.schema import Config
+from pipeline.prompts.reader import open_prompts
 from pipeline.prompts.row import BadLine, to_row
 
 MESSAGES = '\'[{"role": "user", "content": "Hello"}]\''  # as typed in a shell
@@ -39,7 +39,7 @@ def rows(config: Config, options: Options) -> list[PromptRow]:
         ConfigError: messages= cannot be read, or there is no such row.
         PromptError: the file cannot be read, or the row cannot be run.
     """
-    params = config.generation
+    params = config.generation.params()
     if options.texts:
         return [
             PromptRow(i, f"text {i}", "text=", text, None, None, params, {})
@@ -52,12 +52,12 @@ def rows(config: Config, options: Options) -> list[PromptRow]:
         except (ValueError, BadLine) as error:
             raise ConfigError(f"messages=: {error}", f"As messages={MESSAGES}") from error
     count = (config.limit or BATCH_ROWS) if options.view == "batch" else 1
-    path = find_prompts(config.prompts, root() / "jobs")
-    read = read_prompts(path, params, prompt_field=config.prompt_field)
+    read = open_prompts(replace(config, limit=None, shard=None))
     chosen = list(islice(read, options.row, options.row + count))
     if not chosen:
         raise ConfigError(
-            f"row={options.row}: {path} has fewer rows", "Name one that is there; they count from 0."
+            f"row={options.row}: {config.prompts} has fewer rows",
+            "Name one that is there; they count from 0.",
         )
     good = [row for row in chosen if isinstance(row, PromptRow)]
     if not good:

@@ -83,12 +83,7 @@ def _step_ids(tokenizer: Any, row: PromptRow, config: Config, options: Options) 
 def _prepare(tokenizer: Any, config: Config) -> Any:
     from pipeline.prompts.chat import prepare_chat
 
-    return prepare_chat(
-        tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    return prepare_chat(tokenizer, config)
 
 
 VIEWS = {"tokens": _tokens, "chat": _chat, "batch": _batch, "architecture": _architecture, "step": _step}

@@ -9,11 +9,12 @@ from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow, Request
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.compose import options, read_config
-from pipeline.config.schema import Config, root
+from pipeline.config.schema import Config
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.memory.capacity import context_tokens
 from pipeline.models.loading import load_model as load
-from pipeline.prompts.chat import Chat, decode, eos_token_ids, prepare_chat, render
+from pipeline.prompts.answer import decode
+from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import find_prompts
 from pipeline.prompts.reader import read_prompts as read_file
 from pipeline.prompts.row import BadLine, to_row
@@ -61,12 +62,7 @@ def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> M
     config = read_config([chosen, f"quant={quant}", *overrides])
     loaded = load(config.model, config.quant, config.models_dir)
     forward, _ = choose_forward(loaded.model, config.engine.attention.value)
-    chat = prepare_chat(
-        loaded.tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    chat = prepare_chat(loaded.tokenizer, config)
     assert loaded.model is not None
     ends = eos_token_ids(loaded.model.generation_config, loaded.tokenizer)
     return Model(loaded.model, loaded.tokenizer, forward, chat, config, ends)
@@ -87,7 +83,7 @@ def read_prompts(
     """
     params = _params(model.config, generation)
     if isinstance(prompts, str | PathLike):
-        rows = read_file(find_prompts(str(prompts), root() / "jobs"), params)
+        rows = read_file(find_prompts(str(prompts)), params)
     else:
         rows = (_row(i, prompt, params) for i, prompt in enumerate(prompts))
     return [_request(row, model) for row in rows]
@@ -98,9 +94,8 @@ def _params(config: Config, generation: dict[str, Any]) -> GenerationParams:
     if wrong := sorted(generation.keys() - names.keys()):
         fix = did_you_mean(wrong[0], names) or f"There are: {', '.join(names)}."
         raise ConfigError(f"{', '.join(wrong)}: no such key", fix)
-    values = {name: getattr(config.generation, name) for name in names} | generation
     try:
-        return GenerationParams(**values)
+        return replace(config.generation.params(), **generation)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -6,11 +6,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.commands.arguments import take_own, write_json
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PromptError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
-from pipeline.config.schema import Config, root
+from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
@@ -22,7 +22,7 @@ from pipeline.prompts.lengths import (
     by_tokenizer,
     prompt_lengths,
 )
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.reader import open_prompts
 
 EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
 HELP = """\
@@ -133,14 +133,11 @@ def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     context = facts.architecture.max_position_embeddings
     generation = config.generation
     try:
-        path = find_prompts(config.prompts, root() / "jobs")
-    except PipelineError:
+        rows = open_prompts(config)
+    except PromptError:
         if given:
             raise
         return assumed_lengths(generation.max_new_tokens, context, not generation.greedy)
-    rows = read_prompts(
-        path, generation, prompt_field=config.prompt_field, limit=config.limit, shard=config.shard
-    )
     checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
     if checkpoint is None:
         return prompt_lengths(rows, config.system, by_characters, "characters ÷ 4, an estimate", context)

@@ -26,15 +26,10 @@ def main(arguments: list[str]) -> ExitStatus:
         return launch(arguments, _run_job)
     from pipeline.job.sweep import run_sweep
 
-    return _meant(run_sweep(overrides))
+    return run_sweep(overrides)
 
 
 def _run_job(config: Config, folder: Path) -> ExitStatus:
-    from pipeline.job.runner import Job
+    from pipeline.job.runner import run_job
 
-    return _meant(Job(config, folder).run())
-
-
-def _meant(status: int) -> ExitStatus:
-    """Take the status of a cell that a signal killed for a failure."""
-    return ExitStatus(status) if status in set(ExitStatus) else ExitStatus.FAILED
+    return run_job(config, folder)

@@ -10,9 +10,10 @@ from pipeline.common.terminal import say, table
 from pipeline.config.compose import recorded_config
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
+from pipeline.job.paths import JobPaths
 from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.scoring import Scores, TextRow, score
-from pipeline.report.jobs import SCORES, Job, find_jobs
+from pipeline.report.jobs import ReportedJob, find_jobs
 
 
 def score_jobs(
@@ -38,7 +39,7 @@ def score_jobs(
             if text:
                 scores["text"] = {"file": str(text), **scores["text"]}
             with JobFolder(job.folder) as folder:
-                folder.write_json(SCORES, scores)
+                folder.write_json(folder.scores, scores)
         except PipelineError as error:
             say(f"Error: {error}", style="red")
             status = error.exit_status
@@ -50,7 +51,9 @@ def score_jobs(
     return status
 
 
-def _scores(job: Job, baseline: Path, reference: Loaded, tasks: dict[str, list[TextRow]]) -> dict[str, Any]:
+def _scores(
+    job: ReportedJob, baseline: Path, reference: Loaded, tasks: dict[str, list[TextRow]]
+) -> dict[str, Any]:
     """Read all rows with the job's model beside the baseline's; return what scores.json holds.
 
     Raises:
@@ -80,11 +83,11 @@ def job_config(folder: Path) -> Config:
     Raises:
         ConfigError: it is not there, or not one of this version's.
     """
-    shards = sorted(path.parent for path in folder.glob("shard-*/.hydra"))
-    return recorded_config(folder if (folder / ".hydra").is_dir() or not shards else shards[0])
+    whole = JobPaths(folder)
+    return recorded_config(next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder))
 
 
-def _line(job: Job, scores: dict[str, Any]) -> tuple[str, ...]:
+def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:
     def shown(name: str, form: str) -> str:
         found = scores[name]
         if found["low"] is None:

@@ -1,16 +1,18 @@
 """Gather the tokens that models are scored on: a job's completions, or a text file in windows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import JobError
 from pipeline.common.fingerprint import row_key
-from pipeline.common.request import GenerationParams, PromptRow
-from pipeline.config.schema import Config, root
-from pipeline.job.folder import read_rows
+from pipeline.common.request import PromptRow
+from pipeline.config.schema import Config
+from pipeline.job.paths import JobPaths
+from pipeline.job.rows import read_rows
 from pipeline.models.scoring import TextRow
 from pipeline.prompts.chat import prepare_chat, render
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.reader import open_prompts
 
 
 def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | None) -> list[TextRow]:
@@ -21,14 +23,10 @@ def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | N
         PromptError: the prompt file cannot be read.
     """
     asked = _prompts(folder, config)
-    chat = prepare_chat(
-        tokenizer,
-        system=config.system,
-        template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    chat = prepare_chat(tokenizer, config)
     rows: list[TextRow] = []
-    answered = [row for part in (sorted(folder.glob("shard-*-of-*")) or [folder]) for row in read_rows(part)]
+    parts = JobPaths(folder).shards or [folder]
+    answered = [row for part in parts for row in read_rows(JobPaths(part).rows)]
     for row in sorted(answered, key=lambda row: (row["index"], row.get("sample", 0))):
         prompt = asked.get(row["key"])
         if row["error"] or prompt is None or ("thinking" in row and "token_ids" not in row):
@@ -48,14 +46,8 @@ def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | N
 
 def _prompts(folder: Path, config: Config) -> dict[str, PromptRow]:
     """Read the good rows of the job's prompt file, by their key."""
-    path = (
-        str(folder / "prompts.jsonl")
-        if config.prompts == "-"
-        else find_prompts(config.prompts, root() / "jobs")
-    )
-    names = GenerationParams.__dataclass_fields__
-    params = GenerationParams(**{name: getattr(config.generation, name) for name in names})
-    rows = read_prompts(path, params, prompt_field=config.prompt_field, limit=config.limit)
+    kept = str(JobPaths(folder).prompts) if config.prompts == "-" else None
+    rows = open_prompts(replace(config, shard=None), kept)
     return {row_key(row): row for row in rows if isinstance(row, PromptRow)}
 
 

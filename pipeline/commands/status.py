@@ -14,8 +14,9 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.terminal import console, visible
 from pipeline.common.units import duration
-from pipeline.job.folder import MANIFEST, read_json
-from pipeline.slurm.state import CellState, cell_states, find_folders
+from pipeline.job.merge import is_merged
+from pipeline.job.shards import fleet_tokens_per_sec
+from pipeline.slurm.state import JobState, find_folders, states_of
 
 STYLES = {"complete": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "stopped": "yellow"}
 EVERY_SEC = 5.0
@@ -72,7 +73,7 @@ def _watch(top: Path) -> ExitStatus:
     return exit_status(states)
 
 
-def exit_status(states: list[CellState]) -> ExitStatus:
+def exit_status(states: list[JobState]) -> ExitStatus:
     """Say whether all are complete, some are queued or running, or some failed."""
     kinds = {state.kind for state in states}
     if kinds & {"running", "queued"}:
@@ -80,26 +81,26 @@ def exit_status(states: list[CellState]) -> ExitStatus:
     return ExitStatus.DONE if kinds <= {"complete"} else ExitStatus.SOME_FAILED
 
 
-def _states(top: Path) -> list[CellState]:
-    """Look at every job but what merged shards made, since the shards are there."""
-    folders = [f for f in find_folders(top) if "merged_from" not in (read_json(f / MANIFEST) or {})]
+def _states(top: Path) -> list[JobState]:
+    """Of every job; what merged shards made is left out, since the shards are there."""
+    folders = [folder for folder in find_folders(top) if not is_merged(folder)]
     if not folders:
-        raise ConfigError(f"{top}: holds no jobs", "Pass a folder that does, or run one.")
-    return list(cell_states(folders))
+        raise ConfigError(f"{top}: holds no jobs", "Give a folder that does.")
+    return list(states_of(folders))
 
 
-def _picture(top: Path, states: list[CellState]) -> Group:
+def _picture(top: Path, states: list[JobState]) -> Group:
     table = Table(header_style="bold")
     table.add_column("job", overflow="fold")
     for name in ("rows", "errors", "tokens/s", "left"):
         table.add_column(name, justify="right")
     table.add_column("state", overflow="fold")
     for state in states:
-        standing, about = state.standing, "" if state.standing.exact else "~"
+        counts = state.counts
         table.add_row(
             Text(visible(_name(state.folder, top))),
-            f"{about}{standing.done}/{'?' if standing.total is None else standing.total}",
-            f"{about}{standing.errors}",
+            counts.shown,
+            f"{'' if counts.exact else '~'}{counts.errors}",
             f"{state.tokens_per_sec:,.1f}" if state.tokens_per_sec else "-",
             duration(state.left_sec),
             Text(visible(state.text), style=STYLES.get(state.kind, "")),
@@ -111,13 +112,13 @@ def _name(folder: Path, top: Path) -> str:
     return str(folder.relative_to(top)) if folder != top else folder.name
 
 
-def _summary(states: list[CellState]) -> str:
+def _summary(states: list[JobState]) -> str:
     kinds = Counter(state.kind for state in states)
-    done, totals = sum(s.standing.done for s in states), [s.standing.total for s in states]
+    done, totals = sum(s.counts.done for s in states), [s.counts.total for s in states]
     total = "?" if None in totals else sum(t for t in totals if t is not None)
     words = [", ".join(f"{n} {kind}" for kind, n in kinds.items()), f"{done} of {total} rows"]
     running = [s for s in states if s.kind == "running"]
-    if speed := sum(s.tokens_per_sec or 0 for s in running):
+    if speed := fleet_tokens_per_sec(s.tokens_per_sec for s in running):
         words.append(f"{speed:,.1f} tokens/s")
     if left := [s.left_sec for s in running if s.left_sec is not None]:
         words.append(f"{duration(max(left))} left for what is running")

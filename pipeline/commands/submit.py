@@ -9,10 +9,11 @@ from pipeline.common import terminal
 from pipeline.common.errors import ConfigError, JobError, LoadError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
-from pipeline.job.counts import append_event
+from pipeline.job.events import append_event
 from pipeline.models.checkpoint import locate
 from pipeline.slurm import client as cluster
-from pipeline.slurm.cells import Cell, find_cells, memory_warning, needed_bytes
+from pipeline.slurm.cells import Cell, find_cells
+from pipeline.slurm.memory import memory_warning, needed_bytes
 from pipeline.slurm.script import batch_script, cell_line
 
 SHOWN = 40  # cells in the table; the rest is counted
@@ -157,7 +158,7 @@ def _show(cells: list[Cell], needs: dict[str, int | None]) -> None:
         own = [override for override in cell.overrides if override not in common]
         rows.append((
             " ".join(own) or cell.folder.name,
-            f"{cell.standing.done}/{cell.total}",
+            f"{cell.counts.done}/{cell.total}",
             _state(cell),
             f"{need / 2**30:.1f} GiB" if need else "-",
         ))  # fmt: skip
@@ -171,8 +172,8 @@ def _state(cell: Cell) -> str:
     if cell.task:
         return f"in the queue ({cell.task})"
     if cell.complete:
-        return f"complete, {cell.standing.errors} failed rows" if cell.standing.errors else "complete"
-    if not cell.standing.done:
+        return f"complete, {cell.counts.errors} failed rows" if cell.counts.errors else "complete"
+    if not cell.counts.done:
         return "to do"
-    changed = cell.standing.todo is not None and not cell.same_prompts
+    changed = cell.counts.todo is not None and not cell.same_prompts
     return "to go on: the prompt file changed" if changed else "to go on"

@@ -12,7 +12,7 @@ class ExitStatus(IntEnum):
     DONE = 0, "done"
     SOME_FAILED = 1, "done, but some failed"
     WRONG_CONFIG = 2, "wrong configuration: nothing was started"
-    FAILED = 3, "the job cannot go on; what is written stays"
+    FAILED = 3, "failed; what is written stays"
     STALLED = 4, "no progress (watchdog_sec)"
     RUN_AGAIN = 75, "stopped: run it again"  # EX_TEMPFAIL of sysexits.h
 
@@ -22,3 +22,8 @@ class ExitStatus(IntEnum):
         member._value_ = value
         member.meaning = meaning
         return member
+
+    @classmethod
+    def meaning_of(cls, status: int) -> str | None:
+        """Say what a process's exit status means; None where it is none of these."""
+        return next((known.meaning for known in cls if known == status), None)

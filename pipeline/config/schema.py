@@ -70,6 +70,12 @@ class GenerationConfig(GenerationParams):
 
     thinking: bool = False  # keep <think>…</think> apart from the completion
 
+    def params(self) -> GenerationParams:
+        """Give what the engine needs to know of it."""
+        return GenerationParams(
+            **{name: getattr(self, name) for name in GenerationParams.__dataclass_fields__}
+        )
+
 
 @dataclass
 class EngineConfig:

@@ -1,1 +1,1 @@
-"""One run of a job, and its folder."""
+"""Run a job, and keep its folder."""

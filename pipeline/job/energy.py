@@ -1,4 +1,4 @@
-"""Joules, from the counters of the cards or of the processor packages; None where none can be read. No torch."""
+"""Measure joules, by the counters of the cards or of the processor packages; None where none can be read."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ MOST_WATTS = 2_000  # of a package: the smallest range, 65 kJ, then lasts for th
 
 
 class Reading(NamedTuple):
-    """A counter in microjoules, and where it starts again from 0."""
+    """Hold a counter in microjoules, and where it starts again from 0."""
 
     energy_uj: int
     range_uj: int
@@ -118,7 +118,7 @@ def read_cards(uuids: Sequence[str]) -> list[Reading] | None:
 
 
 def _is_split(card: Any, pynvml: Any) -> bool:
-    """Whether a card is in MIG mode: its counter is of all its slices."""
+    """Say whether a card is in MIG mode: its counter is of all its slices."""
     try:
         return bool(pynvml.nvmlDeviceGetMigMode(card)[0])
     except pynvml.NVMLError_NotSupported:
@@ -126,7 +126,7 @@ def _is_split(card: Any, pynvml: Any) -> bool:
 
 
 def energy_stats(joules: float | None, source: str, completion_tokens: int) -> dict[str, Any]:
-    """Plain data for stats.json; null is unknown."""
+    """Give plain data for stats.json; null is unknown."""
     return {
         "joules": joules,
         "joules_per_1000_tokens": 1000 * joules / completion_tokens if joules and completion_tokens else None,
@@ -135,7 +135,7 @@ def energy_stats(joules: float | None, source: str, completion_tokens: int) -> d
 
 
 def merge_energy(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The same from the stats.json of all shards: unknown if it is unknown of one."""
+    """Add up the energy of all shards, from their stats.json: unknown if it is unknown of one."""
     parts = [shard.get("energy") or {} for shard in shards]
     known = [part["joules"] for part in parts if part.get("joules") is not None]
     tokens = sum(shard.get("completion_tokens") or 0 for shard in shards)

@@ -1,4 +1,7 @@
-"""Which samples of which rows are written. 33 bytes a row: a million rows are as good as none."""
+"""Keep account of which samples of which rows are written.
+
+33 bytes a row: a million rows are as good as none.
+"""
 
 from array import array
 from bisect import bisect_left
@@ -9,7 +12,7 @@ MISSING, DONE = 0, 1
 
 
 class Ledger:
-    """The rows of a job in the order of its prompt file, each with its key and its samples.
+    """Keep the rows of a job in the order of its prompt file, each with its key and its samples.
 
     Keys are 64-bit hashes: of a million rows, two share one with a chance of 3 in 10⁸.
     """
@@ -26,19 +29,21 @@ class Ledger:
 
     @property
     def rows(self) -> int:
+        """Count the rows."""
         return len(self._keys)
 
     @property
     def total(self) -> int:
-        """Samples of all rows."""
+        """Count the samples of all rows."""
         return len(self._state)
 
     @property
     def missing(self) -> int:
+        """Count the samples that are not written."""
         return self.total - self.done
 
     def add(self, key: str, index: int, samples: int, metadata: int = 0) -> None:
-        """The next row of the prompt file; nothing of it is written yet."""
+        """Add the next row of the prompt file; nothing of it is written yet."""
         self._keys.append(int(key, 16))
         self._indices.append(index)
         self._metadata.append(metadata)
@@ -46,7 +51,7 @@ class Ledger:
         self._firsts.append(len(self._state))
 
     def find(self, key: str) -> int | None:
-        """The row with this key. Call it when all rows are added."""
+        """Find the row with this key, when all rows are added."""
         if self._sorted is None:
             order = np.argsort(np.frombuffer(self._keys, np.uint64)) if self._keys else np.array([], int)
             keys = np.frombuffer(self._keys, np.uint64)[order] if self._keys else order
@@ -57,13 +62,15 @@ class Ledger:
         return rows[place] if place < len(rows) and keys_sorted[place] == wanted else None
 
     def index(self, row: int) -> int:
+        """Give a row's place in the file."""
         return self._indices[row]
 
     def metadata(self, row: int) -> int:
+        """Give the hash of what a row carries along."""
         return self._metadata[row]
 
     def mark(self, row: int, sample: int, *, failed: bool) -> bool:
-        """Note that a sample is written; False if it was before, or the row has no such sample."""
+        """Note that a sample is written; return False if it was before, or the row has no such sample."""
         place = self._firsts[row] + sample
         if not self._firsts[row] <= place < self._firsts[row + 1] or self._state[place] == DONE:
             return False
@@ -73,7 +80,7 @@ class Ledger:
         return True
 
     def missing_samples(self, row: int, key: str) -> list[int] | None:
-        """What is still to be made of the row at this place; None if that is not the row that was added."""
+        """List what is still to be made of the row at this place; None if that is not the row that was added."""
         if row >= len(self._keys) or self._keys[row] != int(key, 16):
             return None
         first, end = self._firsts[row], self._firsts[row + 1]

@@ -1,4 +1,4 @@
-"""What a job ran on: versions, device, revision, prompt file, commit, command, time."""
+"""Write down what a job runs on: versions, device, revision, prompt file, commit, command, time."""
 
 import datetime
 import hashlib
@@ -13,7 +13,11 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.common.errors import JobError
 from pipeline.common.gpu import Gpu
+from pipeline.job.folder import JobFolder
+from pipeline.job.load import Ready
+from pipeline.job.paths import read_json
 
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
@@ -21,41 +25,61 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def manifest(
-    prompts: str,
-    prompts_sha256: str | None,
-    source: str,
-    revision: str | None,
-    gpus: Iterable[Gpu],
-    **more: Any,
-) -> dict[str, Any]:
-    """Plain data for manifest.json.
+def model_facts(ready: Ready) -> dict[str, Any]:
+    """Say which model this is, and what it computes in: rows of another are other rows."""
+    return {
+        "model": ready.loaded.source,
+        "revision": ready.loaded.revision,
+        "model_digest": model_digest(Path(ready.loaded.source), ready.loaded.revision),
+        "dtypes": ready.dtypes,
+        "quantization": ready.quantization,
+    }
+
+
+def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
+    """Refuse to mix rows of two models in one file, or those of a model in two dtypes.
+
+    Raises:
+        JobError: the manifest of the rows that are there says another.
+    """
+    before = read_json(results.manifest) or {}
+    if before.get("model_digest", facts["model_digest"]) != facts["model_digest"]:
+        raise JobError(
+            found=f"{results.folder}: its rows are of {before.get('model')}, revision {before.get('revision')}, "
+            f"as it was on {before.get('when')}; the model's files have changed since",
+            fix="Pin that revision with model.revision=… to go on, or pass resume=never to make all rows anew.",
+        )
+    if (made_in := before.get("dtypes", facts["dtypes"])) != facts["dtypes"]:
+        raise JobError(
+            found=f"{results.folder}: its rows were computed in {made_in}, and this device computes in "
+            f"{facts['dtypes']}",
+            fix="Go on with a device like the first, or pass resume=never to make all rows anew.",
+        )
+
+
+def manifest(prompts: str, prompts_sha256: str | None, gpus: Iterable[Gpu], **facts: Any) -> dict[str, Any]:
+    """Give plain data for manifest.json.
 
     Args:
         prompts_sha256: of the prompt file as the job read it.
-        source: the model's folder or hub name; revision: its commit, None for a folder.
         gpus: those that the model lies on.
-        more: further entries.
+        facts: what there is to say of the model.
     """
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": ["python", "-m", "pipeline", *sys.argv[1:]],
-        "model": source,
-        "revision": revision,
+        **facts,
         "prompts": prompts,
         "prompts_sha256": prompts_sha256,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": _device(gpus),
-        **more,
     }
 
 
 def model_digest(folder: Path, revision: str | None) -> str:
-    """What tells whether a model is still the same: the hub's commit, or of a folder its small files'
-    content and its weights' sizes.
-    """
+    """Tell whether a model is still the same: by the hub's commit, or its small files and weights' sizes."""
     if revision is not None:
         return revision
     digest = hashlib.sha256()
@@ -74,7 +98,7 @@ def gpu_uuids(model: Any) -> list[str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the folder that the pipeline runs from, if it is a checkout."""
+    """Ask for the commit of the folder that the pipeline runs from, if it is a checkout."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""A job's progress on standard error: a bar for people, now and then a line for logs."""
+"""Show a job's progress on standard error: a bar for people, now and then a line for logs."""
 
 import time
 from types import TracebackType
@@ -14,7 +14,7 @@ LINE_SEC = 30.0  # between two lines where no terminal watches
 
 
 class JobProgress:
-    """Rows done, tokens per second, time left, memory.
+    """Show rows done, tokens per second, time left, memory.
 
     Args:
         total: rows of the job.

@@ -1,25 +1,42 @@
-"""The rows of outputs.jsonl: one for each completion, one for each row that failed."""
+"""Make the lines of outputs.jsonl and read them again: one a completion, one a sample of a row that failed.
 
+A new field is an entry of `completion_row`, and of docs/output-format.md.
+"""
+
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, TokenLogprob
-from pipeline.prompts.chat import opens_thinking, split_thinking
+from pipeline.config.schema import Config
+from pipeline.prompts.answer import cut_at_stop, decode, opens_thinking, split_thinking
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def completion_row(
-    row: PromptRow, prompt_token_ids: Sequence[int], completion: Completion, decode: Decode
+    row: PromptRow, prompt_token_ids: Sequence[int], completion: Completion, tokenizer: Any, config: Config
 ) -> dict[str, Any]:
-    """What is written for one completion; or for its failure, if the engine gave it up."""
+    """Make what is written for one completion; or for its failure, if the engine gave it up."""
     if completion.error:
         return error_row(row, completion.error, completion.sample)
-    text = cut_at_stop(decode(completion.token_ids), row.params.stop)
+
+    def text_of(token_ids: Sequence[int]) -> str:
+        return decode(tokenizer, token_ids)
+
+    text, more = cut_at_stop(text_of(completion.token_ids), row.params.stop), dict[str, Any]()
+    if completion.logprobs is not None:
+        more["logprobs"] = _logprobs(completion.logprobs, text_of)
+    if config.generation.thinking:
+        opened = opens_thinking(tokenizer, prompt_token_ids)
+        more["thinking"], text = split_thinking(text, opened=opened)
+    if config.token_ids:
+        more["token_ids"] = list(completion.token_ids)
     return {
-        **_head(row),
+        **_asked(row),
         "sample": completion.sample,
         "completion": text,
         "finish_reason": completion.finish_reason,
@@ -29,23 +46,16 @@ def completion_row(
         },
         "error": None,
         "metadata": row.metadata,
-        **({} if completion.logprobs is None else {"logprobs": _logprobs(completion.logprobs, decode)}),
         "key": row_key(row),
+        **more,
     }
 
 
-def part_thinking(written: dict[str, Any], tokenizer: Any, prompt_token_ids: Sequence[int]) -> None:
-    """Move a completion's thinking text to a field of its own."""
-    if written["completion"] is not None:
-        opened = opens_thinking(tokenizer, prompt_token_ids)
-        written["thinking"], written["completion"] = split_thinking(written["completion"], opened=opened)
-
-
 def error_row(row: PromptRow | BadRow, error: str, sample: int = 0) -> dict[str, Any]:
-    """What is written for a row that cannot be run: one for each of its samples."""
-    head = _head(row) if isinstance(row, PromptRow) else {"id": row.id, "index": row.index, "prompt": None}
+    """Make what is written for a row that cannot be run: one line for each of its samples."""
+    asked = _asked(row) if isinstance(row, PromptRow) else {"id": row.id, "index": row.index, "prompt": None}
     return {
-        **head,
+        **asked,
         "sample": sample,
         "completion": None,
         "finish_reason": None,
@@ -56,29 +66,59 @@ def error_row(row: PromptRow | BadRow, error: str, sample: int = 0) -> dict[str,
     }
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
-    found = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(found)] if found else text
+def encode_row(row: dict[str, Any]) -> bytes:
+    """Write a row as a line."""
+    return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8", "replace")
 
 
-def _head(row: PromptRow) -> dict[str, Any]:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Read a line as `encode_row` writes it; None if it is torn or damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+        key, sample, index = row["key"], row["sample"], row["index"]
+        whole = len(key) == 16 and int(key, 16) >= 0 and sample >= 0 and index >= 0
+        whole = whole and type(sample) is type(index) is int and ("completion" in row and "error" in row)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return row if whole else None
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of an outputs.jsonl; damaged lines are left out."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from filter(None, map(parse_row, file))
+
+
+def is_error(line: bytes) -> bool:
+    """Say whether a line is a row that failed, without parsing those that cannot be."""
+    if b'"completion":null' not in line:
+        return False
+    try:
+        return bool(json.loads(line)["error"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _asked(row: PromptRow) -> dict[str, Any]:
     asked = {"messages": row.messages} if row.messages is not None else {"prompt": row.prompt}
     return {"id": row.id, "index": row.index, **asked}
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob], decode: Decode) -> list[dict[str, Any]]:
+def _logprobs(logprobs: Sequence[TokenLogprob], text_of: Decode) -> list[dict[str, Any]]:
     return [
         {
-            "token": decode([item.token_id]),
+            "token": text_of([item.token_id]),
             "token_id": item.token_id,
             "logprob": _number(item.logprob),
-            "top": [{"token": decode([i]), "token_id": i, "logprob": _number(p)} for i, p in item.top],
+            "top": [{"token": text_of([i]), "token_id": i, "logprob": _number(p)} for i, p in item.top],
         }
         for item in logprobs
     ]
 
 
 def _number(value: float) -> float | None:
-    """JSON has no infinity: the logprob of a token of probability 0 is null."""
+    """Write the logprob of a token of probability 0 as null: JSON has no infinity."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""What a job took: the numbers of stats.json, and the table at its end."""
+"""Say what a job took: the numbers of stats.json, and the table at its end."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,59 +8,66 @@ from pipeline.common import terminal
 from pipeline.common.gpu import Gpu
 from pipeline.common.host import resident_bytes
 from pipeline.common.units import megabytes
+from pipeline.config.schema import Config
+from pipeline.engine.limits import Limits
 from pipeline.engine.stats import EngineStats
+from pipeline.job.energy import energy_stats
+from pipeline.job.load import Ready
+from pipeline.memory.architecture import known_architecture
 from pipeline.memory.compare import Setup, compared, predicted
-from pipeline.memory.measured import (
-    Peaks,
-    devices,
-    footprint_bytes,
-    quantization_state_bytes,
-    weight_bytes,
-)
+from pipeline.memory.measured import Peaks, devices
 
 
-def measure_weights(model: Any) -> dict[str, Any]:
-    """What the model's weights take, as loaded and before the engine touches them."""
-    return {
-        "footprint_bytes": footprint_bytes(model),
-        "weight_bytes": weight_bytes(model),
-        "quantization_state_bytes": quantization_state_bytes(model),
-        "parameters": model.num_parameters(),
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Hold what was measured of a run, from the first row to the last."""
+
+    engine: EngineStats
+    run_sec: float
+    peaks: Peaks
+    joules: float | None
+    energy_source: str
+
+
+def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dict[str, Any]:
+    """Give plain data for stats.json. Bytes and seconds; what could not be measured is null."""
+    tokens, run_sec = taken.engine.completion_tokens, taken.run_sec
+    memory = {
+        **ready.weights,
+        "load_peak": asdict(ready.peaks),
+        "run_peak": asdict(taken.peaks),
+        "resident_bytes": resident_bytes(),
+        "devices": [asdict(device) for device in devices()],
     }
-
-
-def job_stats(
-    engine: EngineStats,
-    weights: dict[str, Any],
-    load_peak: Peaks,
-    run_peak: Peaks,
-    load_sec: float,
-    run_sec: float,
-) -> dict[str, Any]:
-    """Plain data for stats.json. Bytes and seconds; what could not be measured is null."""
     return {
-        "load_sec": load_sec,
+        "load_sec": ready.loaded.load_sec,
         "run_sec": run_sec,
-        "completion_tokens": engine.completion_tokens,
-        "tokens_per_sec": engine.completion_tokens / run_sec if run_sec else None,
-        "memory": {
-            **weights,
-            "load_peak": asdict(load_peak),
-            "run_peak": asdict(run_peak),
-            "resident_bytes": resident_bytes(),
-            "devices": [asdict(device) for device in devices()],
-        },
-        "engine": engine.summary(),
+        "completion_tokens": tokens,
+        "tokens_per_sec": tokens / run_sec if run_sec else None,
+        "memory": memory
+        | _compare(memory, _setup(config, ready, limits), taken.engine, ready.loaded.bare_bytes),
+        "engine": taken.engine.summary(),
+        "energy": energy_stats(taken.joules, taken.energy_source, tokens),
     }
 
 
-def compare_memory(
-    memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_bytes: int
-) -> dict[str, Any]:
-    """What was predicted beside what was measured, for stats.json's `memory`.
+def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
+    """Collect what decides the job's memory, beside its prompts."""
+    return Setup(
+        None if ready.loaded.format else known_architecture(ready.model.config.to_dict()),
+        ready.quant,
+        ready.gpus,
+        packed=ready.packed,
+        prefill_tokens=config.engine.prefill_tokens,
+        sampled=not config.generation.greedy,
+        limits=limits,
+    )
+
+
+def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_bytes: int) -> dict[str, Any]:
+    """Put what was predicted beside what was measured.
 
     Args:
-        memory: as in `job_stats`.
         bare_bytes: the resident set before the first weight; on a CPU the peaks are what came on top.
     """
     measured = {
@@ -79,8 +86,8 @@ def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int
     return None if peaks["host_bytes"] is None else int(peaks["host_bytes"]) - bare_bytes
 
 
-def show_stats(stats: dict[str, Any], folder: Path) -> None:
-    """The short table at the end of a job."""
+def show_stats(stats: dict[str, Any], results: Path) -> None:
+    """Show the short table at the end of a job."""
     rows, memory = stats["rows"], stats["memory"]
     facts = [
         ("rows", f"{rows['done']} of {rows['total']}, {rows['errors']} with errors"),
@@ -96,11 +103,11 @@ def show_stats(stats: dict[str, Any], folder: Path) -> None:
         per = f", {each:,.1f} J per 1,000 tokens" if each else ""
         facts.append(("energy", f"{energy['joules']:,.1f} J{per} ({energy['source']})"))
     _show_memory(memory)
-    terminal.facts("Done", [*facts, ("results", folder / "outputs.jsonl")])
+    terminal.facts("Done", [*facts, ("results", results)])
 
 
 def _show_memory(memory: dict[str, Any]) -> None:
-    """Predicted beside measured, part by part."""
+    """Show predicted beside measured, part by part."""
     names = {
         "footprint": "weights",
         "quantization_state": "quantization state",

@@ -1,4 +1,4 @@
-"""Memory and progress over time, a few hundred points however long the job."""
+"""Note memory and progress over time, in a few hundred points however long the job."""
 
 import time
 
@@ -10,7 +10,7 @@ MAX_POINTS = 400
 
 
 class Timeline:
-    """Points of [seconds since it was made, bytes, completion tokens so far].
+    """Keep points of [seconds since it was made, bytes, completion tokens so far].
 
     Bytes are what torch has allocated on all GPUs, else the resident set.
     """

@@ -1,4 +1,4 @@
-"""What a job has to do and how much of it is written, noted in its folder: todo.json.
+"""Note what a job has to do and how much of it is written, in its folder: todo.json.
 
 The runner writes the note whenever it has held the prompt file against the written rows. What it says, with
 the lines written since, is the one answer to "is it complete?", for runner, status, merge and submit.
@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, get_type_hints
 
-from pipeline.job.folder import ROWS, TODO, JobFolder, read_json
+from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
+from pipeline.job.paths import JobPaths, read_json
 
 FORMAT = 1  # of row keys
 
 
 @dataclass(frozen=True, slots=True)
 class PromptState:
-    """A prompt file as it was before it was read, so that whatever changes later is seen to have changed."""
+    """Hold a prompt file as it was before it was read: whatever changes later is seen to have changed."""
 
     prompts: str
     prompts_bytes: int
@@ -30,7 +31,7 @@ class PromptState:
 
 @dataclass(frozen=True, slots=True)
 class Todo(PromptState):
-    """Counts are of completions, but for `rows`: a row with n samples counts n times."""
+    """Hold what there is to do. Counts are of completions, but for `rows`: a row with n samples counts n times."""
 
     prompts_sha256: str | None  # None: it could not be read to its end
     format: int
@@ -45,7 +46,7 @@ class Todo(PromptState):
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """Read what `note` wrote; None if it never did, or the file is damaged."""
-        value, types = read_json(folder / TODO) or {}, get_type_hints(cls)
+        value, types = read_json(JobPaths(folder).todo) or {}, get_type_hints(cls)
         if value.keys() != types.keys() or not all(isinstance(value[name], types[name]) for name in types):
             return None
         return cls(**value)
@@ -57,16 +58,16 @@ class Todo(PromptState):
         """Write down how far the job is, now that every line of outputs.jsonl is in the ledger."""
         todo = cls(
             state.prompts, state.prompts_bytes, state.prompts_mtime_ns, sha256, FORMAT, limit,
-            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.path / ROWS),
+            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows),
         )  # fmt: skip
-        results.write_json(TODO, asdict(todo))
+        results.write_json(results.todo, asdict(todo))
         return todo
 
     def untouched(self, prompts: PromptState, limit: int | None, folder: Path) -> bool:
         """Say whether prompt file, rows and limit look as they did: then nothing needs to be read again."""
         own = self.prompts, self.prompts_bytes, self.prompts_mtime_ns, self.format, self.limit
         now = prompts.prompts, prompts.prompts_bytes, prompts.prompts_mtime_ns, FORMAT, limit
-        return own == now and (self.rows_bytes, self.rows_mtime_ns) == _looks(folder / ROWS)
+        return own == now and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
 
     @property
     def prompts_written_since(self) -> bool:
@@ -79,7 +80,7 @@ class Todo(PromptState):
 
 
 def _looks(path: Path) -> tuple[int, int]:
-    """Length and time of a file; of one that is not there, zeros."""
+    """Give the length and time of a file; of one that is not there, zeros."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, so that a scheduler can start it again."""
+"""End a process that makes no progress, so that a scheduler can start it again."""
 
 import faulthandler
 import logging
@@ -11,15 +11,15 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.common import terminal
+from pipeline.common.exit_status import ExitStatus
 
 log = logging.getLogger(__name__)
 
-STALLED = 4  # exit status
 LAST_WORDS_SEC = 20.0  # a dead disk must not keep the process from ending
 
 
 class Watchdog:
-    """`with Watchdog(600, folder.sync) as watchdog: watchdog.beat("step 3")`, at every step.
+    """Wait for a beat at every step: `with Watchdog(600, folder.sync) as watchdog: watchdog.beat("step 3")`.
 
     It counts its own ticks and not the clock, so that a process which is suspended for an hour and woken
     again has not stalled.
@@ -48,7 +48,7 @@ class Watchdog:
         self._done.set()
 
     def beat(self, where: str) -> None:
-        """There was progress; `where` is what a message would say."""
+        """Note that there was progress; `where` is what a message would say."""
         self._where, self._idle_sec = where, 0.0
 
     def _watch(self) -> None:
@@ -60,7 +60,7 @@ class Watchdog:
                 last = threading.Thread(target=self._last_words, daemon=True)
                 last.start()
                 last.join(LAST_WORDS_SEC)
-                os._exit(STALLED)
+                os._exit(ExitStatus.STALLED)
 
     def _last_words(self) -> None:
         message = (

@@ -1,1 +1,1 @@
-"""From a prompt file to token ids."""
+"""Read a prompt file, and turn its rows into token ids."""

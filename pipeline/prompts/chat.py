@@ -1,4 +1,4 @@
-"""Chat: from a prompt row to token ids, and from generated ids back to text.
+"""Turn a prompt row into token ids, through the model's chat template.
 
 A template is rendered once and encoded without the tokenizer's own special tokens, because it writes
 them itself: so there is never a second BOS, and the ids are those of `tokenizer.apply_chat_template`.
@@ -13,7 +13,7 @@ are: they are its own, and templates cut there.) The same holds for prompts with
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import PromptRow
+from pipeline.config.schema import Config
+from pipeline.prompts.answer import END_THINK, THINK
 
 Messages = list[dict[str, str]]
 
-_THINK, _END_THINK = "<think>", "</think>"
 _MARK = "\ufdd0"  # a code point that Unicode sets aside for use inside programs
 _HIDDEN = re.compile(f"{_MARK}([0-9]+){_MARK}")
 _PROBE = "A system text to look for."
@@ -37,7 +38,7 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
 
 @dataclass(frozen=True)
 class Chat:
-    """A job's chat settings, and what was found out about its tokenizer. Made once, by `prepare_chat`."""
+    """Hold a job's chat settings, and what was found out about its tokenizer. Made once, by `prepare_chat`."""
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None  # for rows that have none of their own
@@ -48,31 +49,22 @@ class Chat:
     prefix_token_ids: tuple[int, ...]  # before a prompt without a template, as BOS
 
 
-def prepare_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    system: str | None = None,
-    template: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
-) -> Chat:
+def prepare_chat(tokenizer: PreTrainedTokenizerBase, config: Config) -> Chat:
     """Look once at what the template and the tokenizer do.
 
-    Args:
-        system: the system prompt of rows that have none.
-        template: Jinja, or the path of a file; None is the tokenizer's own, if it has one.
-        template_kwargs: the template's arguments, as enable_thinking, or date_string: a template that
-            writes today's date makes other prompts tomorrow.
+    A template that writes today's date makes other prompts tomorrow, unless model.chat_template_kwargs says
+    date_string.
 
     Raises:
         ConfigError: the template cannot be read or is not Jinja, or an argument is not a template's.
     """
-    kwargs = dict(template_kwargs or {})
+    kwargs = dict(config.model.chat_template_kwargs)
     _check_kwargs(tokenizer, kwargs)
-    source = _template_source(tokenizer, template)
+    source = _template_source(tokenizer, config.model.chat_template)
     probe = "" if source is None else _render_probe(tokenizer, source, kwargs)
     return Chat(
         tokenizer=tokenizer,
-        system=system,
+        system=config.system,
         template=source,
         template_kwargs=kwargs,
         has_system_role=_PROBE in probe,
@@ -82,7 +74,7 @@ def prepare_chat(
 
 
 def render(row: PromptRow, chat: Chat) -> list[int]:
-    """The token ids that the model is to continue.
+    """Make the token ids that the model is to continue.
 
     The system text is the row's own, else the job's; where the template has no system role it goes
     before the first user message, with an empty line between. An empty system text is one: it replaces
@@ -99,20 +91,20 @@ def render(row: PromptRow, chat: Chat) -> list[int]:
             text = _apply(chat.tokenizer, chat.template, messages, chat.template_kwargs)
         except _TEMPLATE_ERRORS as error:
             raise PromptError(
-                f"{row.source}: the chat template fails: {error}. "
-                "Change the row's messages, or pass another model.chat_template."
+                found=f"{row.source}: the chat template fails: {error}",
+                fix="Change the row's messages, or pass another model.chat_template.",
             ) from error
         return _encode(chat.tokenizer, text, hidden, row.source)
     if row.messages is not None:
         raise PromptError(
-            f"{row.source}: has messages, but the model has no chat template. "
-            "Write a 'prompt', pass model.chat_template=<a file>, or take the model's instruct variant."
+            found=f"{row.source}: has messages, but the model has no chat template",
+            fix="Write a 'prompt', pass model.chat_template=<a file>, or take the model's instruct variant.",
         )
     return [*chat.prefix_token_ids, *_encode(chat.tokenizer, messages[0]["content"], hidden, row.source)]
 
 
 def conversation(row: PromptRow, chat: Chat) -> Messages:
-    """The messages that the template is given, the system text among them."""
+    """List the messages that the template is given, the system text among them."""
     messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
     system = chat.system if row.system is None else row.system
     if messages[0]["role"] == "system":
@@ -125,54 +117,25 @@ def conversation(row: PromptRow, chat: Chat) -> Messages:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's pad, else its eos, else 0. The mask is always explicit, so any id would do."""
+    """Take the tokenizer's pad, else its eos, else 0. The mask is always explicit: any id would do."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def eos_token_ids(
     generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """Every token that ends a completion: those of the model's generation config, and the tokenizer's."""
+    """Collect every token that ends a completion: the model's generation config's, and the tokenizer's."""
     of_model = getattr(generation_config, "eos_token_id", None)
     ends = [*(of_model if isinstance(of_model, list | tuple) else [of_model]), tokenizer.eos_token_id]
     return frozenset(int(token_id) for token_id in ends if token_id is not None)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of generated ids, without special tokens, its spaces as they are."""
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
-def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> bool:
-    """Whether the template has opened the thinking block itself, as DeepSeek-R1's does."""
-    end = tokenizer.decode(list(prompt_token_ids[-8:]), skip_special_tokens=False)
-    return str(end).rstrip().endswith(_THINK)
-
-
-def split_thinking(text: str, *, opened: bool = False) -> tuple[str | None, str]:
-    """A completion's thinking (None if there is none) and its answer.
-
-    Args:
-        opened: the prompt ended in <think> (see `opens_thinking`), so that the text begins inside the
-            block. It decides only where the completion ended before </think>: then all of it is thinking.
-    """
-    inside, closed, after = text.partition(_END_THINK)
-    before, has_open, rest = inside.partition(_THINK)
-    if not (closed or has_open or opened):
-        return None, text
-    if not has_open or (opened and before.strip()):  # began inside the block
-        before, rest = "", inside
-    return rest.strip(), (before + after).lstrip()
 
 
 def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
     taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
     if wrong := sorted(taken & kwargs.keys()):
         raise ConfigError(
-            f"model.chat_template_kwargs: {', '.join(wrong)} is set by the pipeline. Remove it; "
-            "only the template's own arguments go here."
+            found=f"model.chat_template_kwargs: {', '.join(wrong)} is set by the pipeline",
+            fix="Remove it; only the template's own arguments go here.",
         )
 
 
@@ -183,19 +146,20 @@ def _template_source(tokenizer: PreTrainedTokenizerBase, template: str | None) -
         return template if "{" in template else Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.chat_template={template}: cannot be used ({error}). Pass a Jinja template or its file."
+            found=f"model.chat_template={template}: cannot be used ({error})",
+            fix="Pass a Jinja template or its file.",
         ) from error
 
 
 def _render_probe(tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict[str, Any]) -> str:
-    """A conversation with a system message as the template writes it, or "" if it refuses one."""
+    """Render a conversation with a system message; "" if the template refuses one."""
     messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hello"}]
     try:
         return _apply(tokenizer, template, messages, kwargs)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
-            f"the chat template is not valid Jinja: {error.message} (line {error.lineno}). "
-            "Correct it, or pass another model.chat_template."
+            found=f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
+            fix="Correct it, or pass another model.chat_template.",
         ) from error
     except _TEMPLATE_ERRORS:
         return ""
@@ -212,7 +176,7 @@ def _apply(
 
 
 def _fold(system: str, messages: Messages) -> Messages:
-    """The system text before the first user message, or as one if there is none."""
+    """Put the system text before the first user message, or make it one if there is none."""
     for i, message in enumerate(messages):
         if message["role"] == "user":
             folded = {"role": "user", "content": f"{system}\n\n{message['content']}"}
@@ -221,7 +185,7 @@ def _fold(system: str, messages: Messages) -> Messages:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> re.Pattern[str]:
-    """Matches what must not be typed: special tokens, and added tokens that the template has `written`.
+    """Match what must not be typed: special tokens, and added tokens that the template has `written`.
 
     The mark itself too, so that nobody can type what hides. Added tokens of blanks alone (Gemma has
     some) are no control tokens.
@@ -235,7 +199,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> re.Patt
 
 def _hide(message: dict[str, str], control_tokens: re.Pattern[str], hidden: list[str]) -> dict[str, str]:
     """Put a mark in the place of each typed control token, and the token in `hidden`."""
-    own = (_THINK, _END_THINK) if message["role"] == "assistant" else ()
+    own = (THINK, END_THINK) if message["role"] == "assistant" else ()
 
     def mark(match: re.Match[str]) -> str:
         if match[0] in own:
@@ -247,7 +211,7 @@ def _hide(message: dict[str, str], control_tokens: re.Pattern[str], hidden: list
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], source: str) -> list[int]:
-    """Ids of a rendered text, what is hidden as ordinary tokens."""
+    """Encode a rendered text, what is hidden as ordinary tokens."""
     first, *pieces = _HIDDEN.split(text)
     token_ids = _encode_text(tokenizer, first)
     for number, following in zip(pieces[::2], pieces[1::2], strict=True):
@@ -255,8 +219,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], so
         bare = _encode_inside(lambda piece: _encode_bare(tokenizer, piece), typed)
         if tokenizer.convert_tokens_to_ids(typed) in bare and typed != _MARK:
             raise PromptError(
-                f"{source}: holds {typed!r}, which this tokenizer can only read as a control token. "
-                "Write it in another way."
+                found=f"{source}: holds {typed!r}, which this tokenizer can only read as a control token",
+                fix="Write it in another way.",
             )
         token_ids += bare + _encode_inside(lambda piece: _encode_text(tokenizer, piece), following)
     return token_ids
@@ -268,7 +232,7 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text in which no added token is looked for.
+    """Encode a text in which no added token is looked for.
 
     `split_special_tokens` does this for special tokens only; the steps of a fast tokenizer do for all.
     """
@@ -282,7 +246,7 @@ def _encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _encode_inside(encode: Callable[[str], list[int]], piece: str) -> list[int]:
-    """Ids of a piece from inside a text: some tokenizers put a blank before the first word of a text."""
+    """Encode a piece from inside a text: some tokenizers put a blank before the first word of a text."""
     if not piece:
         return []
     newline, with_newline = encode("\n"), encode("\n" + piece)
@@ -292,7 +256,7 @@ def _encode_inside(encode: Callable[[str], list[int]], piece: str) -> list[int]:
 
 
 def _prefix_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What the tokenizer puts before a text. What it would put after it, an end, is left out."""
+    """Find what the tokenizer puts before a text. What it would put after it, an end, is left out."""
     plain, whole = _encode_text(tokenizer, "a"), list(tokenizer.encode("a"))
     starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return tuple(whole[: next(starts, 0)])

@@ -1,4 +1,4 @@
-"""How many rows a prompt file gives each shard, and the file's hash: in one pass, without parsing it."""
+"""Count the rows that a prompt file gives each shard, and hash the file: in one pass, without parsing it."""
 
 import gzip
 import hashlib
@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pipeline.common.errors import PromptError
 from pipeline.common.request import BadRow, GenerationParams
+from pipeline.common.units import MIB
 from pipeline.prompts.reader import read_prompts
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCount:
-    """Completions to make: a row with n samples counts n times, as everywhere in a job's results."""
+    """Hold how many completions there are to make: a row with n samples counts n times, as in a job's results."""
 
     totals: tuple[int, ...]  # [shards]
     sha256: str  # of the lines as they are read: compressing a file does not change it
@@ -52,7 +53,7 @@ def prompts_sha256(path: str) -> str | None:
     digest = hashlib.sha256()
     try:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
+            while block := file.read(MIB):
                 digest.update(block)
     except (OSError, EOFError, zlib.error):
         return None
@@ -64,4 +65,4 @@ def _lines(path: str) -> Iterator[bytes]:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
             yield from file
     except (OSError, EOFError) as error:
-        raise PromptError(f"{path}: cannot be read ({error}). Copy it again.") from error
+        raise PromptError(found=f"{path}: cannot be read ({error})", fix="Copy it again.") from error

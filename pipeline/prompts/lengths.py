@@ -1,4 +1,4 @@
-"""How many tokens the rows of a prompt file have, counted without transformers; for memory plans."""
+"""Count the tokens of a prompt file's rows without transformers, for memory plans."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class PromptLengths:
-    """What a job's rows ask for.
+    """Hold what a job's rows ask for.
 
     `samples` has (prompt tokens, max_new_tokens) of each completion, the longest sum first.
     """
@@ -35,7 +35,7 @@ Counter = Callable[[Sequence[Messages]], list[int]]
 
 
 def assumed_lengths(max_new_tokens: int, context: int, sampled: bool) -> PromptLengths:
-    """Without a prompt file: many prompts of one length."""
+    """Assume many prompts of one length, where there is no prompt file."""
     prompt = min(ASSUMED_PROMPT_TOKENS, context)
     samples = ((prompt, min(max_new_tokens, context - prompt)),) * ASSUMED_ROWS
     text = f"no prompt file: prompts of {prompt} tokens are assumed"
@@ -61,7 +61,7 @@ def prompt_lengths(
 
 
 def by_characters(conversations: Sequence[Messages]) -> list[int]:
-    """An estimate for want of a tokenizer."""
+    """Estimate, for want of a tokenizer."""
     return [
         sum(len(m["content"]) // CHARACTERS_PER_TOKEN + 1 + TEMPLATE_TOKENS for m in messages)
         for messages in conversations
@@ -71,7 +71,7 @@ def by_characters(conversations: Sequence[Messages]) -> list[int]:
 def by_tokenizer(
     folder: Path, template: str | None = None, template_kwargs: dict[str, Any] | None = None
 ) -> Counter:
-    """Counts with the tokenizer.json of a model's folder, and its chat template.
+    """Count with the tokenizer.json of a model's folder, and its chat template.
 
     A template that cannot be rendered, as Gemma's with a system message, costs TEMPLATE_TOKENS a message.
 
@@ -98,7 +98,7 @@ def by_tokenizer(
 
 
 def _messages(row: PromptRow, system: str | None) -> Messages:
-    """A prompt is a user's turn; the row's system text goes first, else the job's."""
+    """List a row's messages: a prompt is a user's turn; the row's system text goes first, else the job's."""
     messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
     text = row.system if row.system is not None else system
     if text is None or messages[0]["role"] == "system":
@@ -109,7 +109,7 @@ def _messages(row: PromptRow, system: str | None) -> Messages:
 def _renderer(
     folder: Path, template: str | None, template_kwargs: dict[str, Any]
 ) -> Callable[[Messages], str | None]:
-    """Messages to text; None where there is no template, or it raises."""
+    """Make what renders messages to text; it gives None where there is no template, or it raises."""
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     source = _template_source(folder, template, tokenizer_config)
     if source is None:

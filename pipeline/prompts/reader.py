@@ -1,4 +1,4 @@
-"""Prompt files: JSON Lines, streamed into prompt rows.
+"""Read prompt files: JSON Lines, streamed into prompt rows.
 
 A line is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; a line that cannot be run becomes
 a BadRow that says why, and the next line is read. Memory does not grow with the file, but for the ids
@@ -19,32 +19,57 @@ from typing import BinaryIO, cast
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
-from pipeline.prompts.row import BadLine, nearest, parse_line, pop_id, show, to_row
+from pipeline.common.suggestions import did_you_mean
+from pipeline.common.units import MIB
+from pipeline.config.schema import Config, root
+from pipeline.prompts.row import BadLine, parse_line, pop_id, show, to_row
 
-MAX_LINE_BYTES = 16 * 1024**2
+MAX_LINE_BYTES = 16 * MIB
 _BOM = b"\xef\xbb\xbf"
 _GENERATED_ID = re.compile(r"row-(0|[1-9][0-9]{0,17})")
 
 
-def find_prompts(name: str, jobs_dir: Path) -> str:
-    """The prompt file that `name` means: a path, a name in `jobs_dir`, or - for standard input.
+def open_prompts(config: Config, path: str | None = None) -> Iterator[PromptRow | BadRow]:
+    """Read the rows of a job as its config asks for them: its file, parameters, prompt field, limit and shard.
+
+    Args:
+        path: of the prompt file, where it was found before, or kept from standard input.
+
+    Raises:
+        ConfigError, PromptError: as `find_prompts` and `read_prompts`.
+    """
+    return read_prompts(
+        path or find_prompts(config.prompts),
+        config.generation.params(),
+        prompt_field=config.prompt_field,
+        limit=config.limit,
+        shard=config.shard,
+    )
+
+
+def find_prompts(name: str, jobs_dir: Path | None = None) -> str:
+    """Find the prompt file that `name` means: a path, a name in `jobs_dir`, or - for standard input.
+
+    Args:
+        jobs_dir: None is the jobs/ that comes with the pipeline.
 
     Raises:
         PromptError: there is none; the message names the nearest one.
     """
     if name == "-":
         return name
+    jobs_dir = jobs_dir or root() / "jobs"
     tried = [Path(name), *(jobs_dir / f"{name}{suffix}" for suffix in ("", ".jsonl", ".jsonl.gz"))]
     for path in tried:
         if _is_readable(path):
             return str(path)
     with suppress(OSError):
         if Path(name).is_dir():
-            raise PromptError(f"prompts={name}: is a folder. Name one file in it.")
-    near = nearest(name, [*_names(jobs_dir), *_names(Path(name).parent)])
+            raise PromptError(found=f"prompts={name}: is a folder", fix="Name one file in it.")
+    near = did_you_mean(name, [*_names(jobs_dir), *_names(Path(name).parent)])
     raise PromptError(
-        f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}.{near} "
-        "Pass a path, a name of that folder, or - for standard input."
+        found=f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}",
+        fix=f"{near} Pass a path, a name of that folder, or - for standard input.",
     )
 
 
@@ -56,7 +81,7 @@ def read_prompts(
     limit: int | None = None,
     shard: str | None = None,
 ) -> Iterator[PromptRow | BadRow]:
-    """One row for each line that is not blank, in the file's order, read as they are asked for.
+    """Give one row for each line that is not blank, in the file's order, read as they are asked for.
 
     Args:
         path: a .jsonl or .jsonl.gz file, or - for standard input.
@@ -69,21 +94,23 @@ def read_prompts(
         PromptError: (while reading) the file cannot be read, or holds no rows.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: must be at least 1, or null for all rows.")
+        raise ConfigError(found=f"limit={limit}: must be at least 1", fix="Pass null for all rows.")
     part, parts = (0, 1) if shard is None else parse_shard(shard)
     rows = islice(_rows(str(path), params, prompt_field), limit)
     return (row for row in rows if row.index % parts == part)
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
-    """ "1/4" as (1, 4).
+    """Read "1/4" as (1, 4).
 
     Raises:
         ConfigError: not of this form, or not one of the shards.
     """
     match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if not match or int(match[1]) >= int(match[2]):
-        raise ConfigError(f"shard={shard}: must be I/N with I from 0 to N-1, as 0/4, 1/4, 2/4, 3/4.")
+        raise ConfigError(
+            found=f"shard={shard}: must be I/N with I from 0 to N-1", fix="Write it as 0/4, 1/4, 2/4 or 3/4."
+        )
     return int(match[1]), int(match[2])
 
 
@@ -98,13 +125,21 @@ def _rows(path: str, params: GenerationParams, prompt_field: str) -> Iterator[Pr
                 index += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         if index == 0:
-            raise PromptError(f"{name}: not a whole gzip file ({error}). Copy it again.") from error
-        torn = BadLine(f"the gzip data breaks off here ({error}); later rows are lost. Copy the file again.")
+            raise PromptError(
+                found=f"{name}: not a whole gzip file ({error})", fix="Copy it again."
+            ) from error
+        torn = BadLine(
+            f"the gzip data breaks off here ({error}); later rows are lost", "Copy the file again."
+        )
         yield _row(torn, index, f"{name}:{number + 1}", ids, params, prompt_field)
     except OSError as error:
-        raise PromptError(f"{name}: cannot be read ({error.strerror or error}). Check the path.") from error
+        raise PromptError(
+            found=f"{name}: cannot be read ({error.strerror or error})", fix="Check the path."
+        ) from error
     if index == 0:
-        raise PromptError(f'{name}: holds no rows. Write one JSON object a line, as {{"prompt": "Hello"}}.')
+        raise PromptError(
+            found=f"{name}: holds no rows", fix='Write one JSON object a line, as {"prompt": "Hello"}.'
+        )
 
 
 def _row(
@@ -122,7 +157,7 @@ def _row(
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | BadLine]]:
-    """Line numbers from 1, and the lines."""
+    """Read the lines, each with its number from 1."""
     with _open(path) as stream:
         for number in count(1):
             line = _read_line(stream)
@@ -140,35 +175,35 @@ def _open(path: str) -> AbstractContextManager[BinaryIO]:
 
 
 def _read_line(stream: BinaryIO) -> bytes | BadLine:
-    """The next line, b"" at the end. Of a line that is too long, no more than the limit is ever held."""
+    """Read the next line, b"" at the end. Of a line that is too long, no more than the limit is ever held."""
     line = stream.readline(MAX_LINE_BYTES + 1)
     if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
         return line
     size = len(line)
     while line and not line.endswith(b"\n"):
-        line = stream.readline(1024**2)
+        line = stream.readline(MIB)
         size += len(line)
-    return BadLine(f"the line is {size} bytes long; the limit is {MAX_LINE_BYTES}. Split or shorten it.")
+    return BadLine(f"the line is {size} bytes long; the limit is {MAX_LINE_BYTES}", "Split or shorten it.")
 
 
 class _Ids:
-    """Gives every row an id of its own. What it remembers, and what that costs: see the module."""
+    """Give every row an id of its own. What that costs: see the module."""
 
     def __init__(self) -> None:
         self._given: set[int] = set()  # hashes
         self._made = bytearray()  # [row index] 1 where the id is row-<index>
 
     def take(self, own: str | None, index: int) -> str:
-        """The row's own id, or a generated one if it brings none."""
+        """Take the row's own id, or make one if it brings none."""
         if own is None:
             return self.make(index)
         if _hash(own) in self._given or self._was_made(own):
-            raise BadLine(f"repeats the id {show(own)} of an earlier row. Give each row an id of its own.")
+            raise BadLine(f"repeats the id {show(own)} of an earlier row", "Give each row an id of its own.")
         self._given.add(_hash(own))
         return own
 
     def make(self, index: int) -> str:
-        """row-<index>, or where an earlier row brought that as its own id, row-<index>-2 and so on."""
+        """Make row-<index>, or where an earlier row brought that as its own id, row-<index>-2 and so on."""
         plain = f"row-{index}"
         if _hash(plain) not in self._given:
             self._made.extend(bytes(index + 1 - len(self._made)))
@@ -188,7 +223,7 @@ def _hash(text: str) -> int:
 
 
 def _is_readable(path: Path) -> bool:
-    """A file, or a pipe, as of a shell's <(…); no folder."""
+    """Say whether it is a file, or a pipe, as of a shell's <(…), and no folder."""
     try:
         return path.exists() and not path.is_dir()
     except OSError:  # a name that is too long, a folder that may not be entered

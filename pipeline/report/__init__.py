@@ -1,1 +1,1 @@
-"""See it: jobs side by side. Reads job folders; writes a page, a summary for pull requests, and plots."""
+"""Show jobs side by side: read their folders, and write a page, a summary for pull requests, and plots."""

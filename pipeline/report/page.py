@@ -1,4 +1,4 @@
-"""report.html: one file that needs no network, whatever the number of rows.
+"""Write report.html: one file that needs no network, whatever the number of rows.
 
 Completions lie in it compressed, a few hundred to a chunk, and are unpacked when they are looked at.
 The page obeys nothing that a model wrote: its policy allows one script and one style sheet, by their
@@ -102,7 +102,7 @@ def _answer(answer: Answer) -> dict[str, Any]:
 
 
 def _index(records: Sequence[Record], prompts: Sequence[Prompt], size: int) -> dict[str, Any]:
-    """What sorting and filtering need of every prompt."""
+    """Collect what sorting and filtering need of every prompt."""
     labels = [record["label"] for record in records]
     bases = [labels.index(record["baseline"]) if record["baseline"] else None for record in records]
     return {
@@ -124,7 +124,7 @@ def _index(records: Sequence[Record], prompts: Sequence[Prompt], size: int) -> d
 
 
 def _disagreement(prompt: Prompt) -> float:
-    """How much of the answers, on average, is not the baseline's."""
+    """Measure how much of the answers, on average, is not the baseline's."""
     known = [agreement for agreement in prompt.agreement if agreement is not None]
     return round(1 - sum(known) / len(known), 4) if known else 0.0
 
@@ -162,7 +162,7 @@ def _plain(value: Any) -> str:
 
 
 def _pack(value: Any) -> str:
-    """JSON, compressed, in letters that mean nothing to HTML."""
+    """Compress JSON, and write it in letters that mean nothing to HTML."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return _base64(gzip.compress(text.encode("utf-8", "replace"), compresslevel=6, mtime=0))
 

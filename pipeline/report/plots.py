@@ -1,4 +1,4 @@
-"""The plots, each readable alone: light and dark, as SVG for the page and PNG for everything else."""
+"""Draw the plots, each readable alone: light and dark, as SVG for the page and PNG for everything else."""
 
 import io
 import itertools
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.common.units import MB
 from pipeline.report.summary import Record
 from pipeline.report.tradeoff import draw_tradeoff
 
@@ -25,12 +26,11 @@ THEMES = {
     "light": {"text": "#1d2430", "muted": "#667080", "grid": "#e3e6eb", "back": "#ffffff"},
     "dark": {"text": "#e8eaee", "muted": "#9aa3b2", "grid": "#333a46", "back": "#1a1f27"},
 }
-MB = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One plot: a name for its files, a title, what it shows, and how to draw it on `axes`."""
+    """Describe one plot: a name for its files, a title, what it shows, and how to draw it on `axes`."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ class Plot:
 
 
 def draw(plot: Plot, records: Sequence[Record], theme: str) -> Figure | None:
-    """The plot in one theme; None where no job has the data."""
+    """Draw the plot in one theme; None where no job has the data."""
     shown = [record for record in records if plot.has_data(record)]
     if not shown:
         return None
@@ -79,7 +79,7 @@ def draw(plot: Plot, records: Sequence[Record], theme: str) -> Figure | None:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG text, its letters as paths."""
+    """Give the figure as SVG text, its letters as paths."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -91,7 +91,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _names(axes: Axes, records: Sequence[Record]) -> list[int]:
-    """One line a job, the first at the top."""
+    """Give each job a line of its own, the first at the top."""
     places = list(range(len(records)))
     axes.set_yticks(places, [record["label"] for record in records])
     axes.set_ylim(len(records) - 0.4, -0.6)
@@ -149,7 +149,7 @@ def _speed(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> No
 
 
 def speed_spread(timeline: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """The 10th and the 90th percentile of the speeds between a run's samples; None of fewer than five."""
+    """Find the 10th and the 90th percentile of the speeds between a run's samples; None of fewer than five."""
     pairs = itertools.pairwise(timeline)
     speeds = sorted((b[2] - a[2]) / (b[0] - a[0]) for a, b in pairs if b[0] > a[0])
     if len(speeds) < 5:

@@ -1,4 +1,4 @@
-"""The same prompt in every job: what each of them answered."""
+"""Line up the same prompt in every job: what each of them answered."""
 
 import json
 from array import array
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.fingerprint import fingerprint
-from pipeline.report.jobs import Job
+from pipeline.report.jobs import ReportedJob
 
 
 @dataclass(slots=True)
 class Answer:
-    """What one job made of a prompt: a completion or an error."""
+    """Hold what one job made of a prompt: a completion or an error."""
 
     completion: str
     error: str | None
@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Prompt:
-    """One prompt of a prompt set (one sample of it), and the answers in the order of the jobs."""
+    """Hold one prompt of a prompt set (one sample of it), and the answers in the order of the jobs."""
 
     id: str
     index: int
@@ -37,8 +37,8 @@ class Prompt:
     agreement: list[float | None]  # with the baseline's answer, filled in by `quality`
 
 
-def align(jobs: Sequence[Job]) -> list[Prompt]:
-    """All prompts of all jobs, by prompt set and index. Only the same text under the same id is the same."""
+def align(jobs: Sequence[ReportedJob]) -> list[Prompt]:
+    """Collect all prompts of all jobs, by prompt set and index. The same text under the same id is the same."""
     prompts: dict[tuple[Any, ...], Prompt] = {}
     for number, job in enumerate(jobs):
         for row in job.rows():

@@ -1,4 +1,4 @@
-"""How near a job's answers are to a baseline's, and to reference answers. No judge model."""
+"""Measure how near a job's answers are to a baseline's, and to reference answers; without a judge model."""
 
 import re
 import statistics
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.common.errors import OutputError
 from pipeline.common.intervals import proportion, share_over_rows
-from pipeline.report.jobs import Job, precision
+from pipeline.report.jobs import ReportedJob, precision
 from pipeline.report.prompts import Answer, Prompt
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -18,7 +18,7 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two answers compared, in tokens where both jobs wrote token ids, else in words."""
+    """Compare two answers, in tokens where both jobs wrote token ids, else in words."""
 
     unit: str  # "tokens" or "words"
     exact: bool
@@ -28,11 +28,12 @@ class Difference:
 
     @property
     def agreement(self) -> float:
+        """Give the share of positions that agree."""
         return self.same / self.length if self.length else 1.0
 
 
 def compare(answer: Answer, baseline: Answer) -> Difference | None:
-    """None where one of them is an error."""
+    """Compare an answer with the baseline's; None where one of them is an error."""
     if answer.error or baseline.error:
         return None
     exact = answer.completion == baseline.completion
@@ -50,8 +51,8 @@ def compare(answer: Answer, baseline: Answer) -> Difference | None:
     return Difference(unit, exact, first, sum(agree), length)
 
 
-def baselines(jobs: Sequence[Job], chosen: Path | None = None) -> list[int | None]:
-    """For each job the number of the job it is compared with.
+def baselines(jobs: Sequence[ReportedJob], chosen: Path | None = None) -> list[int | None]:
+    """Choose for each job the one that it is compared with, by number.
 
     That is the chosen one for all jobs of its prompt set; else the most precise job with the same
     model, generation and prompt set. None where a job has nobody to be compared with.
@@ -64,7 +65,9 @@ def baselines(jobs: Sequence[Job], chosen: Path | None = None) -> list[int | Non
     if chosen is not None:
         wanted = next((i for i, job in enumerate(jobs) if job.folder.resolve() == chosen.resolve()), None)
         if wanted is None:
-            raise OutputError(f"baseline={chosen}: not among the jobs. Pass its folder to the report too.")
+            raise OutputError(
+                found=f"baseline={chosen}: not among the jobs", fix="Pass its folder to the report too."
+            )
     found: list[int | None] = []
     for job in jobs:
         if wanted is not None and jobs[wanted].prompt_set == job.prompt_set:
@@ -75,12 +78,12 @@ def baselines(jobs: Sequence[Job], chosen: Path | None = None) -> list[int | Non
     return found
 
 
-def _kin(job: Job) -> tuple[object, ...]:
+def _kin(job: ReportedJob) -> tuple[object, ...]:
     return job.model, job.generation, str(job.config.get("generation")), job.prompt_set
 
 
 def compare_jobs(prompts: Sequence[Prompt], number: int, baseline: int | None) -> dict[str, Any] | None:
-    """A job's agreement with its baseline over all prompts that both answered; notes each prompt's own.
+    """Measure a job's agreement with its baseline over all prompts that both answered; note each prompt's own.
 
     None without a baseline, or for the baseline itself.
     """
@@ -104,7 +107,7 @@ def compare_jobs(prompts: Sequence[Prompt], number: int, baseline: int | None) -
 
 
 def against_references(prompts: Sequence[Prompt], number: int) -> dict[str, Any] | None:
-    """How often a job's answers hold the references; None where no row has one. An error counts as wrong."""
+    """Count how often a job's answers hold the references; None where no row has one. An error is wrong."""
     marks = [
         reference_marks("" if answer.error else answer.completion, prompt.reference)
         for prompt in prompts
@@ -123,7 +126,7 @@ def against_references(prompts: Sequence[Prompt], number: int) -> dict[str, Any]
 
 
 def reference_marks(completion: str, reference: Any) -> dict[str, bool | None]:
-    """Whether a completion is the reference, contains it, or ends in its number.
+    """Say whether a completion is the reference, contains it, or ends in its number.
 
     Case, outer punctuation and the kind of blanks do not count. A list of references holds
     alternatives. numeric compares the completion's last number, and is None for one that is no number.
@@ -142,7 +145,7 @@ def reference_marks(completion: str, reference: Any) -> dict[str, bool | None]:
 
 
 def interval(value: Any) -> dict[str, float | None] | None:
-    """An interval as plain data."""
+    """Give an interval as plain data."""
     return None if value is None else asdict(value)
 
 
@@ -152,7 +155,7 @@ def _plain(text: str) -> str:
 
 
 def _contains(text: str, wanted: str) -> bool:
-    """Whole words only, where the script has blanks between them: 4 is not in 14."""
+    """Look for whole words only, where the script has blanks between them: 4 is not in 14."""
     before = r"(?<![0-9a-z])" if re.match("[0-9a-z]", wanted) else ""
     after = r"(?![0-9a-z])" if re.search("[0-9a-z]$", wanted) else ""
     return re.search(before + re.escape(wanted) + after, text) is not None

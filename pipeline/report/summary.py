@@ -1,19 +1,25 @@
-"""One record a job, of plain data: what the table, the plots and report.json say."""
+"""Make one record a job, of plain data: what the table, the plots and report.json say.
+
+A new column is an entry of `cells` here (and of BEST, where one value is better than another), and one of
+COLUMNS in table.py.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.job.energy import merge_energy
-from pipeline.report.jobs import Job
+from pipeline.report.jobs import ReportedJob
 from pipeline.report.prompts import Prompt
 from pipeline.report.quality import against_references, baselines, compare_jobs
 
 Record = dict[str, Any]
 
 
-def summarize(jobs: Sequence[Job], prompts: Sequence[Prompt], baseline: Path | None = None) -> list[Record]:
-    """The jobs' records, in their order.
+def summarize(
+    jobs: Sequence[ReportedJob], prompts: Sequence[Prompt], baseline: Path | None = None
+) -> list[Record]:
+    """Make the jobs' records, in their order.
 
     Raises:
         OutputError: as `baselines`.
@@ -45,14 +51,16 @@ def summarize(jobs: Sequence[Job], prompts: Sequence[Prompt], baseline: Path | N
     return records
 
 
-def _state(job: Job, own: Sequence[Prompt], number: int) -> Record:
-    """done, stopped or failed, and why. A job whose rows are all written is done, errors among them or not."""
+def _state(job: ReportedJob, own: Sequence[Prompt], number: int) -> Record:
+    """Say done, stopped or failed, and why. A job whose rows are all written is done, with errors or without."""
     rows = job.stats.get("rows") or {}
     errors = sum(bool(answer.error) for p in own if (answer := p.answers[number]))
     total = max(rows.get("total") or 0, len(own))
     found = {"rows": {"total": total, "done": len(own), "errors": errors}, "reason": None}
     if not own:
-        reason = job.problem or "Its log names no error: it was killed, or is still loading."
+        reason = (
+            job.problem or "Its log names no error: it was killed, is still loading, or waits for its turn."
+        )
         return {**found, "state": "failed", "reason": reason}
     if not job.stats or len(own) < total:
         reason = job.problem or f"{len(own)} of {total} rows are done. The same command goes on from here."
@@ -60,19 +68,20 @@ def _state(job: Job, own: Sequence[Prompt], number: int) -> Record:
     return {**found, "state": "done"}
 
 
-def _speed(job: Job, own: Sequence[Prompt], number: int) -> Record:
+def _speed(job: ReportedJob, own: Sequence[Prompt], number: int) -> Record:
     tokens = sum(answer.completion_tokens for p in own if (answer := p.answers[number]))
     stats = job.stats
     return {
         "completion_tokens": tokens,
         "tokens_per_sec": stats.get("tokens_per_sec"),
-        "load_sec": stats.get("load_sec"),
+        "fleet_tokens_per_sec": stats.get("fleet_tokens_per_sec"),
+        "load_sec": stats.get("load_sec_max", stats.get("load_sec")),  # shards load side by side
         "run_sec": stats.get("run_sec"),
     }
 
 
 def memory(stats: dict[str, Any]) -> Record:
-    """Measured bytes by part, their peak, and the prediction where the job wrote one.
+    """Take measured bytes by part, their peak, and the prediction where the job wrote one.
 
     peak_bytes is allocated on GPUs where there are any, else the resident set; `rest` is what the peak
     holds beside the parts: activations, logits, and on a CPU Python and its libraries.
@@ -108,7 +117,7 @@ def _first(values: dict[str, Any], *names: str) -> int | None:
 
 
 def _completions(own: Sequence[Prompt], number: int) -> Record:
-    """Lengths in tokens, and how completions ended."""
+    """Collect lengths in tokens, and how completions ended."""
     answers = [answer for p in own if (answer := p.answers[number])]
     ends: dict[str, int] = {}
     for answer in answers:
@@ -122,7 +131,7 @@ def _scores(scores: dict[str, Any]) -> dict[str, Any] | None:
     return scores if scores.get("nll") else None
 
 
-def _setup(job: Job) -> Record:
+def _setup(job: ReportedJob) -> Record:
     manifest = job.manifest
     command = manifest.get("command") or ["python", "-m", "pipeline", *job.overrides]
     return {
@@ -150,7 +159,7 @@ BEST = {  # column to whether more is better
 
 
 def cells(record: Record) -> dict[str, float | None]:
-    """The numbers of a record's table row, by column."""
+    """Give the numbers of a record's line in the table, by column."""
     quality, scores = record["quality"] or {}, record["scores"] or {}
     marks = record["reference"] or {}
     best_mark = marks.get("contains")
@@ -159,6 +168,7 @@ def cells(record: Record) -> dict[str, float | None]:
         "errors": record["rows"]["errors"],
         "completion_tokens": record["completion_tokens"],
         "tokens_per_sec": record["tokens_per_sec"],
+        "fleet_tokens_per_sec": record["fleet_tokens_per_sec"],
         "load_sec": record["load_sec"],
         "joules_per_1000_tokens": record["energy"]["joules_per_1000_tokens"],
         "footprint_bytes": record["memory"]["footprint_bytes"],
@@ -176,7 +186,10 @@ def cells(record: Record) -> dict[str, float | None]:
 
 
 def best_values(records: Sequence[Record]) -> dict[str, float]:
-    """Each column's best value among the jobs that finished, where they differ; a baseline's quality is no merit."""
+    """Find each column's best value among the jobs that finished, where they differ.
+
+    A baseline's quality is no merit.
+    """
     table = []
     for record in records:
         if record["state"] == "done":

@@ -1,4 +1,4 @@
-"""The summary table: its columns, and a record as a line of shown text."""
+"""Lay out the summary table: its columns, and each record as a line of shown text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from pipeline.report.summary import Record, best_values, cells
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: what it is called, what it means, how its numbers are written."""
+    """Describe one column: what it is called, what it means, how its numbers are written."""
 
     name: str
     title: str
@@ -20,8 +20,8 @@ class Column:
 
 
 @dataclass(slots=True)
-class Cell:
-    """What is shown, and in small type below it an interval or a prediction."""
+class TableCell:
+    """Hold what is shown, and in small type below it an interval or a prediction."""
 
     shown: str
     small: str = ""
@@ -31,13 +31,13 @@ class Cell:
 
 @dataclass(slots=True)
 class Line:
-    """One job. A failed one has a reason instead of numbers."""
+    """Hold one job's cells. A failed one has a reason instead of numbers."""
 
     label: str
     baseline: bool
     failed: bool
     reason: str | None
-    cells: list[Cell]
+    cells: list[TableCell]
     sort: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,7 +61,11 @@ COLUMNS = (
     Column("rows", "Rows", "Rows written, of how many", _count),
     Column("errors", "Errors", "Rows that failed", _count),
     Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
-    Column("tokens_per_sec", "Tokens/s", "Completion tokens per second of the run, without loading", _tenths),
+    Column(
+        "tokens_per_sec", "Tokens/s",
+        "Completion tokens per second of the run, without loading; of one shard, where there are several", _tenths,
+    ),
+    Column("fleet_tokens_per_sec", "Fleet tokens/s", "Completion tokens per second of all shards at once", _tenths),
     Column("load_sec", "Load", "Seconds to load the model", lambda x: f"{x:.1f} s"),
     Column(
         "joules_per_1000_tokens", "J / 1,000 tokens",
@@ -82,7 +86,7 @@ PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "pred
 
 
 def columns(records: Sequence[Record]) -> list[Column]:
-    """The columns that say something about these jobs; model and quantization where no label says them."""
+    """Choose the columns that say something of these jobs; model and quantization where no label does."""
     table = [{**cells(record), **record} for record in records]
 
     def wanted(column: Column) -> bool:
@@ -94,7 +98,7 @@ def columns(records: Sequence[Record]) -> list[Column]:
 
 
 def lines(records: Sequence[Record]) -> list[Line]:
-    """The records as lines, in their order; a job without any row is a line with its reason."""
+    """Make the records' lines, in their order; a job without any row is a line with its reason."""
     shown, best = columns(records), best_values(records)
     return [_line(record, shown, best) for record in records]
 
@@ -107,14 +111,14 @@ def _line(record: Record, shown: Sequence[Column], best: dict[str, float]) -> Li
     return Line(record["label"], record["baseline"] == record["label"], failed, reason, made, values)
 
 
-def _cell(column: Column, values: dict[str, Any], record: Record, best: dict[str, float]) -> Cell:
+def _cell(column: Column, values: dict[str, Any], record: Record, best: dict[str, float]) -> TableCell:
     value = values[column.name]
     if column.text:
-        return Cell(str(value), text=True)
+        return TableCell(str(value), text=True)
     if value is None:
-        return Cell("–")
+        return TableCell("–")
     is_best = value == best.get(column.name) and record["state"] != "stopped"
-    cell = Cell(column.show(value), best=is_best)
+    cell = TableCell(column.show(value), best=is_best)
     if column.name == "rows" and record["rows"]["total"] != value:
         cell.shown += f" of {record['rows']['total']:,}"
     predicted = values.get(PREDICTED.get(column.name, ""))
@@ -142,7 +146,7 @@ def _interval(name: str, record: Record) -> dict[str, Any] | None:
 
 
 def notes(records: Sequence[Record]) -> str:
-    """What the quality columns mean here."""
+    """Say what the quality columns mean here."""
     parts = []
     units = {record["quality"]["unit"] for record in records if record["quality"]}
     if units:

@@ -1,4 +1,4 @@
-"""The trade-off plot: memory × speed, with quality as colour and the Pareto front as a line."""
+"""Draw the trade-off plot: memory × speed, with quality as colour and the Pareto front as a line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from matplotlib.colors import Normalize
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from pipeline.common.units import MB
 from pipeline.report.summary import Record
 
-MB = 1e6
 OFFSETS = (
     (9, 0),
     (-9, 0),
@@ -28,7 +28,7 @@ OFFSETS = (
 
 
 def draw_tradeoff(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> None:
-    """Each record has a speed and a peak."""
+    """Draw a point for each record; each has a speed and a peak."""
     memory = [record["memory"]["peak_bytes"] / MB for record in records]
     speed = [float(record["tokens_per_sec"]) for record in records]
     front = pareto_front(list(zip(memory, speed, strict=True)))
@@ -61,7 +61,7 @@ def draw_tradeoff(axes: Axes, records: Sequence[Record], colours: dict[str, str]
 
 
 def qualities(records: Sequence[Record]) -> tuple[list[float | None], str]:
-    """Each job's quality, between 0 and 1, and what it is; None is unknown, and a baseline's is 1.
+    """Give each job's quality, between 0 and 1, and what it is; None is unknown, and a baseline's is 1.
 
     One measure for all: scored predictions where every job has them, else the texts' agreement.
     """
@@ -75,7 +75,7 @@ def qualities(records: Sequence[Record]) -> tuple[list[float | None], str]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points, by memory, that no other point beats in both memory (less) and speed (more)."""
+    """Find the points, by memory, that no other point beats in both memory (less) and speed (more)."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:

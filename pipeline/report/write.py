@@ -1,4 +1,4 @@
-"""A report's files: report.html, report.md, report.json and plots/."""
+"""Write a report's files: report.html, report.md, report.json and plots/."""
 
 import datetime
 import json
@@ -49,13 +49,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: Pat
         (out / "report.md").write_text("\n".join(_markdown(title, records, drawn)) + "\n", "utf-8", "replace")
     except OSError as error:
         raise OutputError(
-            f"{out}: {error.strerror or error}. Choose another folder with out=FOLDER."
+            found=f"{out}: {error.strerror or error}", fix="Choose another folder with out=FOLDER."
         ) from error
     return out / "report.html"
 
 
 def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """Write every plot; returns those for the page, and the titles of those without data."""
+    """Write every plot; return those for the page, and the titles of those without data."""
     try:
         import matplotlib.pyplot as plt
 
@@ -106,5 +106,5 @@ def _markdown(title: str, records: Sequence[Record], plots: Sequence[dict[str, s
 
 
 def _inline(text: Any) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text that Markdown is to show as it is, on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(terminal.visible(str(text)).split()))

@@ -1,1 +1,1 @@
-"""Jobs on a Slurm cluster."""
+"""Submit jobs to a Slurm cluster, and ask what became of them."""

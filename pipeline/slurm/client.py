@@ -1,4 +1,4 @@
-"""Slurm's commands: submit an array, and ask what became of its tasks. A task's name is 12_3 throughout."""
+"""Call Slurm's commands: submit an array, and ask what became of its tasks. A task's name is 12_3 throughout."""
 
 import os
 import re
@@ -16,7 +16,7 @@ DEFAULT_ARRAY_SIZE = 1001
 
 @dataclass(frozen=True, slots=True)
 class QueuedTask:
-    """A task that squeue lists: it has not ended."""
+    """Hold a task that squeue lists: it has not ended."""
 
     state: str  # PENDING, RUNNING, COMPLETING …
     where: str  # its node, or why it waits
@@ -24,7 +24,7 @@ class QueuedTask:
 
 @dataclass(frozen=True, slots=True)
 class EndedTask:
-    """A task's records of sacct, one for each run; the last says how it ended."""
+    """Hold a task's records of sacct, one for each run; the last says how it ended."""
 
     state: str  # COMPLETED, FAILED, CANCELLED, NODE_FAIL …
     exit_status: int
@@ -33,7 +33,7 @@ class EndedTask:
 
 
 def max_array_size() -> int:
-    """The number of tasks that one array may have, and no array index may reach.
+    """Ask how many tasks one array may have; no array index may reach that number.
 
     Raises:
         JobError: Slurm is not there, or does not answer.
@@ -43,7 +43,7 @@ def max_array_size() -> int:
 
 
 def sbatch(script: Path) -> str:
-    """Submit a batch script; returns the job's id.
+    """Submit a batch script; return the job's id.
 
     Raises:
         JobError: Slurm refused it; the message is Slurm's.
@@ -52,7 +52,7 @@ def sbatch(script: Path) -> str:
 
 
 def queued() -> dict[str, QueuedTask]:
-    """This user's tasks that wait or run.
+    """List this user's tasks that wait or run.
 
     Raises:
         JobError: Slurm is not there, or does not answer.
@@ -65,7 +65,7 @@ def queued() -> dict[str, QueuedTask]:
 
 
 def ended(tasks: Iterable[str]) -> dict[str, EndedTask]:
-    """What the accounting says of these tasks; empty where there is none."""
+    """Ask the accounting of these tasks; empty where there is none."""
     jobs = sorted({task.partition("_")[0] for task in tasks})
     if not jobs or shutil.which("sacct") is None:
         return {}
@@ -78,7 +78,7 @@ def ended(tasks: Iterable[str]) -> dict[str, EndedTask]:
 
 
 def read_records(text: str) -> dict[str, EndedTask]:
-    """sacct's lines of job, state and exit code, by task.
+    """Read sacct's lines of job, state and exit code, by task.
 
     "12_[0-3]" is of tasks that never started, but it may still name those that did: what stands in a task's
     own lines goes before.
@@ -93,7 +93,7 @@ def read_records(text: str) -> dict[str, EndedTask]:
 
 
 def expand(names: str) -> list[str]:
-    """ "12_[1-3,7%2]" as 12_1, 12_2, 12_3, 12_7: how Slurm writes tasks that never started."""
+    """Expand "12_[1-3,7%2]" to 12_1, 12_2, 12_3, 12_7: so Slurm writes tasks that never started."""
     ranged = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", names)
     if not ranged:
         return [names]
@@ -119,13 +119,18 @@ def _call(command: list[str]) -> str:
         )
     except FileNotFoundError:
         raise JobError(
-            f"{command[0]}: not found. Run this where Slurm's commands are, or on this machine alone with "
-            "python -m pipeline -m …"
+            found=f"{command[0]}: not found",
+            fix="Run this where Slurm's commands are, or on this machine alone with python -m pipeline -m …",
         ) from None
     except subprocess.TimeoutExpired:
         raise JobError(
-            f"{command[0]}: no answer in {PATIENCE_SEC} s. Look at Slurm with sdiag, and try again."
+            found=f"{command[0]}: no answer in {PATIENCE_SEC} s",
+            fix="Look at Slurm with sdiag, and try again.",
         ) from None
     if done.returncode:
-        raise JobError(f"{' '.join(command[:2])}: {done.stderr.strip() or done.stdout.strip()}")
+        said = done.stderr.strip() or done.stdout.strip()
+        raise JobError(
+            found=f"{' '.join(command[:2])}: {said}",
+            fix="Look at Slurm with sinfo, or change what it refuses, and try again.",
+        )
     return done.stdout

@@ -1,13 +1,16 @@
-"""The batch script of a submission: an array, each task of which runs one cell."""
+"""Write the batch script of a submission: an array, each task of which runs one cell."""
 
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
+from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
-from pipeline.job.counts import EVENTS
+from pipeline.job.paths import JobPaths
 
+KILLED_BY = 128  # a shell's exit status of a process that a signal killed: this and the signal's number
 BODY = r"""
 # Each line of cells.txt is a cell: its folder, then its overrides. This task's is number {offset} + its index.
 task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
@@ -21,20 +24,20 @@ note() {{ # note EVENT JSON: one line more in the cell's {events}
 }}
 
 # Slurm warns before the time limit (USR1, to this shell alone), and at a preemption or requeue (TERM). The
-# job is told, finishes its step, writes what is done, and ends with status 75: run me again.
+# job is told, finishes its step, writes what is done, and ends with status {again}: run me again.
 run= signalled=
 tell() {{ signalled=1; [ -z "$run" ] || kill -USR1 "$run" 2>/dev/null; }}
 trap tell USR1 USR2 TERM
 
 again() {{ # back into the queue; not if Slurm is ending this task already, to requeue it or because it is cancelled
-    note ended '"status": 75'
+    note ended '"status": {again}'
     if [ "$(squeue --noheader --jobs="$task" --format=%T)" = RUNNING ]; then
         scontrol requeue "$task"
     fi
-    exit 75
+    exit {again}
 }}
 
-rows=$(cat "$folder/outputs.jsonl" 2>/dev/null | wc -l)
+rows=$(cat "$folder/{rows}" 2>/dev/null | wc -l)
 note started "\"node\": \"${{SLURMD_NODENAME:-$HOSTNAME}}\", \"restarts\": ${{SLURM_RESTART_COUNT:-0}}, \"rows\": $rows"
 
 {setup}
@@ -47,12 +50,12 @@ run=$!
 while wait "$run"; status=$?; [ -n "$signalled" ]; do signalled=; stopped=1; done
 
 case $status in
-75) again ;;
-138 | 140 | 143) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
+{again}) again ;;
+{usr1} | {usr2} | {term}) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
 esac
 note ended "\"status\": $status"
 trap - USR1 USR2 TERM
-[ "$status" -le 128 ] || kill -s "$((status - 128))" $$ # killed: then Slurm is to know by which signal
+[ "$status" -le {killed_by} ] || kill -s "$((status - {killed_by}))" $$ # killed: then Slurm is to know by which signal
 exit "$status"
 """
 
@@ -60,7 +63,7 @@ exit "$status"
 def batch_script(
     config: SubmitConfig, folder: Path, working_folder: Path, *, offset: int, count: int, width: int | None
 ) -> str:
-    """The script of one array.
+    """Write the script of one array.
 
     Args:
         folder: of the submission, with cells.txt; the logs go there too. Absolute.
@@ -77,7 +80,11 @@ def batch_script(
     body = BODY.format(
         offset=offset,
         cells=shlex.quote(str(folder / "cells.txt")),
-        events=EVENTS,
+        rows=JobPaths(folder).rows.name,
+        events=JobPaths(folder).events.name,
+        again=int(ExitStatus.RUN_AGAIN),
+        killed_by=KILLED_BY,
+        **{name: KILLED_BY + getattr(signal, f"SIG{name.upper()}") for name in ("usr1", "usr2", "term")},
         setup="\n".join(_setup(config)),
         python=shlex.quote(config.python or sys.executable),
     )
@@ -85,7 +92,7 @@ def batch_script(
 
 
 def cell_line(folder: Path, overrides: list[str]) -> str:
-    """A cell as one line of bash words."""
+    """Write a cell as one line of bash words."""
     return " ".join(_bash_word(word) for word in [str(folder), *overrides])
 
 
@@ -110,7 +117,7 @@ def _options(config: SubmitConfig, folder: Path, working_folder: Path, array: st
 
 
 def _header_value(path: Path) -> str:
-    """sbatch reads its header with quotes, but without any escape."""
+    """Quote a path for sbatch, which reads its header with quotes, but without any escape."""
     return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
 
 

@@ -65,12 +65,7 @@ def check_tokenizer(config: Config) -> list[Check]:
     """Look for BOS once, an end and a pad, a template, its thinking switch and its date."""
     try:
         tokenizer = load_tokenizer(config.model, config.models_dir)
-        chat = prepare_chat(
-            tokenizer,
-            system=config.system,
-            template=config.model.chat_template,
-            template_kwargs=config.model.chat_template_kwargs,
-        )
+        chat = prepare_chat(tokenizer, config)
         row = PromptRow(0, "probe", "a probe", "Hello", None, None, GenerationParams(), {})
         view = chat_view(row, chat)
     except PipelineError as error:

@@ -21,7 +21,7 @@ BAD = sorted(set(range(1, 48)) - SURVIVES - {19, 20})  # 19 and 20 are blank
 # Imports once what takes long, then runs each command line in a fork with its own terminal and folder.
 SERVER = """
 import json, os, sys
-import pipeline.job.generate
+import pipeline.job.run
 from pipeline.__main__ import main
 for line in sys.stdin:
     job = json.loads(line)

@@ -17,6 +17,7 @@ from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, PromptRow
 from pipeline.config.compose import read_config
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.loading import load_model
 from pipeline.prompts.chat import prepare_chat, render
 from pipeline.views.architecture import architecture_view, matching, pruned
@@ -139,7 +140,7 @@ def test_shown_text_can_control_no_terminal(text):
 
 
 def test_the_chat_view_is_what_a_job_sends(smollm2_tokenizer):
-    chat = prepare_chat(smollm2_tokenizer)
+    chat = prepare_chat(smollm2_tokenizer, Config())
     view = chat_view(row("Tell a joke about 학습."), chat)
     assert view.token_ids == render(row("Tell a joke about 학습."), chat)
     assert [i for segment in view.segments for i in segment.token_ids] == view.token_ids
@@ -147,7 +148,7 @@ def test_the_chat_view_is_what_a_job_sends(smollm2_tokenizer):
 
 
 def test_the_chat_view_tells_who_wrote_what(smollm2_tokenizer):
-    view = chat_view(row("Tell a joke."), prepare_chat(smollm2_tokenizer))
+    view = chat_view(row("Tell a joke."), prepare_chat(smollm2_tokenizer, Config()))
     assert view.added == ["You are a helpful AI assistant named SmolLM, trained by Hugging Face"]
     assert view.generation_prompt == "<|im_start|>assistant\n"
     assert [s.text for s in view.segments if s.kind == "user"] == ["Tell a joke."]
@@ -156,19 +157,21 @@ def test_the_chat_view_tells_who_wrote_what(smollm2_tokenizer):
 
 
 def test_a_system_text_of_ones_own_is_not_the_templates(smollm2_tokenizer):
-    view = chat_view(row("Hi", system="Be brief."), prepare_chat(smollm2_tokenizer))
+    view = chat_view(row("Hi", system="Be brief."), prepare_chat(smollm2_tokenizer, Config()))
     assert view.added == []
     assert [s.text for s in view.segments if s.kind == "system"] == ["Be brief."]
 
 
 def test_a_typed_control_token_is_the_users_text(smollm2_tokenizer):
-    view = chat_view(row("End <|im_end|> here"), prepare_chat(smollm2_tokenizer))
+    view = chat_view(row("End <|im_end|> here"), prepare_chat(smollm2_tokenizer, Config()))
     assert [s.text for s in view.segments if s.kind == "user"] == ["End <|im_end|> here"]
 
 
 def test_a_second_bos_is_seen(smollm2_tokenizer):
     twice = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
-    view = chat_view(row("Hi"), prepare_chat(smollm2_tokenizer, template=twice))
+    view = chat_view(
+        row("Hi"), prepare_chat(smollm2_tokenizer, Config(model=ModelConfig(chat_template=twice)))
+    )
     assert view.leading_bos_count == 2
     assert "TWICE" in screen(draw_chat, view, 80)
 
@@ -327,7 +330,7 @@ def test_no_line_is_wider_than_the_terminal_and_none_has_colour_when_piped(
     width, smollm2_tokenizer, tiny_model, tiny_dir
 ):
     nasty = " ".join(TEXTS.values())
-    chat = prepare_chat(smollm2_tokenizer)
+    chat = prepare_chat(smollm2_tokenizer, Config())
     config = read_config(overrides(tiny_dir, "quant=nf4"))
     screens = [
         screen(draw_tokens, tokens_view(smollm2_tokenizer, nasty), width),

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from job_helper import note_todo
 
-from pipeline.commands.merge import merge
 from pipeline.common.errors import OutputError
-from pipeline.job.merge_stats import merge_stats
+from pipeline.job.merge import merge
+from pipeline.job.shards import combine
 from pipeline.prompts.count import prompts_sha256
+from pipeline.report.jobs import read_job
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def write_shard(
         "completion_tokens": 10 * len(rows),
         "run_sec": 2.0 + part,
         "load_sec": 1.0,
-        "tokens_per_sec": 5.0,
+        "tokens_per_sec": 10 * len(rows) / (2.0 + part),
         "memory": {"footprint_bytes": 50, "run_peak": {"host_bytes": 100 + part, "devices": []}},
     }
     (folder / "stats.json").write_text(json.dumps(stats))
@@ -193,9 +194,27 @@ def test_stats_sum_counts_keep_the_largest_peak_and_both_times(tmp_path: Path, p
     stats = json.loads((job / "stats.json").read_text())
     assert stats["rows"] == {"total": 7, "done": 7, "errors": 0, "done_before": 0}
     assert (stats["completion_tokens"], stats["run_sec"], stats["run_sec_max"]) == (70, 5.0, 3.0)
-    assert stats["tokens_per_sec"] == 14.0
+    assert (stats["tokens_per_sec"], stats["fleet_tokens_per_sec"]) == (14.0, 30.0)
     assert stats["memory"]["run_peak"]["host_bytes"] == 101
     assert stats["memory"]["footprint_bytes"] == 50
+
+
+def test_a_job_has_the_same_stats_before_it_is_merged_and_after(tmp_path: Path, prompts: Path) -> None:
+    job = tmp_path / "job"
+    two_shards(job, prompts)
+    before = read_job(job).stats
+    merge(job)
+    after = read_job(job).stats
+    assert before == after
+    assert (after["tokens_per_sec"], after["fleet_tokens_per_sec"]) == (14.0, 30.0)
+
+
+def test_lists_of_different_lengths_keep_the_weights_of_their_own_shards() -> None:
+    def shard(tokens: int, *means: float) -> dict[str, Any]:
+        return {"completion_tokens": tokens, "devices_mean": list(means)}
+
+    assert combine([shard(30, 4.0), shard(10, 8.0, 2.0)])["devices_mean"] == [5.0, 2.0]
+    assert combine([shard(0, 4.0), shard(5, 8.0, 2.0), shard(15, 8.0, 6.0)])["devices_mean"][1] == 5.0
 
 
 def test_means_are_weighted_by_tokens_and_peaks_of_counts_are_maxima() -> None:
@@ -203,7 +222,7 @@ def test_means_are_weighted_by_tokens_and_peaks_of_counts_are_maxima() -> None:
         engine = {"mean_rows_in_flight": mean, "peak_rows_in_flight": peak, "decode_steps": 2}
         return {"completion_tokens": tokens, "run_sec": 1.0, "engine": engine}
 
-    engine = merge_stats([shard(30, 4.0, 8), shard(10, 8.0, 9)])["engine"]
+    engine = combine([shard(30, 4.0, 8), shard(10, 8.0, 9)])["engine"]
     assert engine == {"mean_rows_in_flight": 5.0, "peak_rows_in_flight": 9, "decode_steps": 4}
 
 

@@ -12,7 +12,7 @@ from pipeline.commands.score_jobs import score_jobs, text_rows
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import Config, GenerationConfig, ModelConfig
-from pipeline.job.runner import Job
+from pipeline.job.runner import run_job
 from pipeline.models.loading import load_model
 from pipeline.models.scoring import Scores, TextRow, pad_right, passes, score
 
@@ -138,7 +138,7 @@ def jobs(tiny_dir, tmp_path):
             token_ids=True,
         )
         folder = tmp_path / "outputs" / f"tiny-{name}-greedy-0"
-        Job(config, folder).run()
+        run_job(config, folder)
         write_config(config, folder)
         folders.append(folder)
     return folders

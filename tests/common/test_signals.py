@@ -10,12 +10,10 @@ import psutil
 import pytest
 from job_helper import ROOT, JobServer, arguments, command, environment, outputs, texts, write_rows
 
+from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.config.compose import job_folder
-from pipeline.job.folder import ROWS
-from pipeline.job.watchdog import STALLED
-
-RESUME_ME = 75
+from pipeline.job.paths import JobPaths
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def wait_for(condition, limit_sec=180):
 
 
 def has_rows(overrides):
-    path = job_folder(overrides) / ROWS
+    path = JobPaths(job_folder(overrides)).rows
     return lambda: path.exists() and path.stat().st_size > 0
 
 
@@ -55,7 +53,7 @@ def test_a_signal_ends_the_step_writes_what_is_done_and_asks_to_be_resumed(serve
     pid = server.start(job())
     wait_for(has_rows(job()))
     os.kill(pid, getattr(signal, name))
-    assert server.wait() == RESUME_ME
+    assert server.wait() == ExitStatus.RUN_AGAIN
     done = len(texts(job()))
     assert 0 < done < 120
     assert (job_folder(job()) / "stats.json").exists()
@@ -78,9 +76,9 @@ def test_a_signal_at_any_moment_of_a_start_asks_to_be_resumed(job):
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert "Traceback" not in said, said
-        assert process.returncode in (RESUME_ME, -signal.SIGTERM), said
+        assert process.returncode in (ExitStatus.RUN_AGAIN, -signal.SIGTERM), said
         if delay_sec > 0.8:
-            assert process.returncode == RESUME_ME
+            assert process.returncode == ExitStatus.RUN_AGAIN
 
 
 def test_a_signal_stops_at_once_until_there_is_work_to_finish():
@@ -109,23 +107,23 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 def test_no_progress_ends_the_job_with_its_own_status_and_says_where_it_stood(job):
     code = (
         "import sys, time\n"
-        "import pipeline.job.generate as g\n"
+        "import pipeline.job.requests as r\n"
         "from pipeline.__main__ import main\n"
-        "write = g.completion_row\n"
+        "write = r.completion_row\n"
         "def hang(*a):\n"
-        "    g.completion_row = lambda *a: time.sleep(60)\n"
+        "    r.completion_row = lambda *a: time.sleep(60)\n"
         "    return write(*a)\n"
-        "g.completion_row = hang\n"
+        "r.completion_row = hang\n"
         "sys.exit(main())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *job("outputs", "watchdog_sec=1")],
         capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60,
     )  # fmt: skip
-    assert done.returncode == STALLED
+    assert done.returncode == ExitStatus.STALLED
     assert "No progress for 1 s after step" in done.stderr
     log = (job_folder(job("outputs", "watchdog_sec=1")) / "pipeline.log").read_text()
-    assert "in _write" in log  # the thread that hangs, and where
+    assert "in write" in log  # the thread that hangs, and where
     assert len(texts(job())) == 1
 
 
@@ -173,12 +171,12 @@ def test_a_killed_cell_is_a_failed_cell_with_its_reason_and_the_others_go_on(tin
     )  # fmt: skip
     first, second, third = (job("sweep", f"generation.seed={seed}") for seed in (1, 2, 3))
     wait_for(has_rows(second))
-    finished = (job_folder(first) / ROWS).read_bytes()
+    finished = JobPaths(job_folder(first)).rows.read_bytes()
     os.kill(pid_of_child(process.pid), signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "killed (SIGKILL)" in said
-    assert (job_folder(first) / ROWS).read_bytes() == finished
+    assert JobPaths(job_folder(first)).rows.read_bytes() == finished
     assert len(outputs(first)) == len(outputs(third)) == 120
     assert len(outputs(second)) < 120
 
@@ -193,9 +191,9 @@ def test_a_sweep_hands_a_signal_on_and_stops(job):
     wait_for(has_rows(first))
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == RESUME_ME, said
+    assert process.returncode == ExitStatus.RUN_AGAIN, said
     assert 0 < len(texts(first)) < 120
-    assert not (job_folder(job("sweep", "generation.seed=2")) / ROWS).exists()
+    assert not JobPaths(job_folder(job("sweep", "generation.seed=2"))).rows.exists()
 
 
 def pid_of_child(parent):

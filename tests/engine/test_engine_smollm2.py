@@ -10,9 +10,11 @@ import pytest
 from engine_runs import alone, run_engine, shuffled, tokens
 
 from pipeline.common.request import GenerationParams, PromptRow, Request
+from pipeline.config.schema import Config
 from pipeline.engine.engine import Engine
 from pipeline.engine.rectangles.forward import FlatForward
-from pipeline.prompts.chat import decode, eos_token_ids, prepare_chat, render
+from pipeline.prompts.answer import decode
+from pipeline.prompts.chat import eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import read_prompts
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -26,7 +28,7 @@ def eos(smollm2: tuple[Any, Any]) -> frozenset[int]:
 @pytest.fixture(scope="module")
 def requests(smollm2: tuple[Any, Any]) -> list[Request]:
     """Every prompt of both files through the chat template, 6 to 18 new tokens."""
-    chat = prepare_chat(smollm2[1])
+    chat = prepare_chat(smollm2[1], Config())
     made: list[Request] = []
     for file in ("jokes.jsonl", "multilingual.jsonl"):
         for row in read_prompts(str(JOBS / file), GenerationParams()):

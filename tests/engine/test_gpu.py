@@ -91,7 +91,7 @@ def test_a_plan_counts_float16_where_there_is_no_bfloat16() -> None:
 
 
 def test_the_manifest_names_the_gpus_that_were_used(tmp_path: Path) -> None:
-    device = manifest("none.jsonl", None, "org/model", None, [T4, MIG_SLICE])["device"]
+    device = manifest("none.jsonl", None, [T4, MIG_SLICE], model="org/model")["device"]
     assert device["gpus"][0] == {
         "name": "Tesla T4", "backend": "cuda", "total_bytes": 15_843_721_216, "capability": "7.5", "mig": False,
     }  # fmt: skip

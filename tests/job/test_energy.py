@@ -22,7 +22,7 @@ from pipeline.job.energy import (
     read_cards,
     read_packages,
 )
-from pipeline.job.merge_stats import merge_stats
+from pipeline.job.shards import combine
 from pipeline.report.write import write_report
 
 RANGE_UJ = 65_532_610_987  # a Zen's: it goes round every 65 kJ
@@ -257,7 +257,7 @@ def test_shards_joules_add_up_or_are_unknown(shards, merged):
         {"completion_tokens": tokens, "energy": energy_stats(joules, source, tokens)}
         for joules, source, tokens in shards
     ]
-    assert tuple(merge_stats(stats)["energy"].values()) == merged
+    assert tuple(combine(stats)["energy"].values()) == merged
     assert (
         merge_energy([*stats, {"completion_tokens": 5}])["joules"] is None
     )  # written before there was energy

@@ -9,7 +9,7 @@ import pytest
 from job_helper import JobServer, arguments, texts, write_rows
 
 from pipeline.config.compose import job_folder
-from pipeline.job.folder import MANIFEST, ROWS
+from pipeline.job.paths import JobPaths
 
 KILLS = 24
 ROWS_OF_JOB = 200
@@ -41,7 +41,7 @@ def test_no_kill_loses_repeats_or_changes_a_row(server, tiny_dir, tmp_path, gene
     disturbed = arguments(tiny_dir, prompts, tmp_path / "disturbed", *settings)
     started = time.monotonic()
     server.start(quiet)
-    first_row_sec = wait_for_rows(job_folder(quiet) / ROWS, started)
+    first_row_sec = wait_for_rows(JobPaths(job_folder(quiet)).rows, started)
     assert server.wait() == 1  # two rows fail
 
     seed = random.randrange(1 << 32)
@@ -71,7 +71,8 @@ def wait_for_rows(path, started):
 def kill_again_and_again(server, overrides, first_row_sec, chance):
     """Start the job and kill it, KILLS times: after a random time, or sooner once it has written some rows."""
     moments = {"before the model was loaded": 0, "before the first row": 0, "after rows were written": 0}
-    rows, manifest = job_folder(overrides) / ROWS, job_folder(overrides) / MANIFEST
+    paths = JobPaths(job_folder(overrides))
+    rows, manifest = paths.rows, paths.manifest
     for number in range(KILLS):
         size, changed = size_of(rows), changed_at(manifest)
         quota = size + chance.randrange(1, 1500)  # bytes; so the job is not done before the last kill

@@ -20,7 +20,7 @@ MB = 1_000_000
 # Everything is imported before the limit is set: it leaves room for the model and some of its rows.
 CHILD = """
 import resource, sys
-import accelerate, psutil, pipeline.job.generate
+import accelerate, psutil, pipeline.job.run
 from transformers.models.llama import modeling_llama
 from job_helper import run_job
 if headroom := int(sys.argv[1]):

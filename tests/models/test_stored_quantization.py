@@ -16,7 +16,7 @@ from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
-from pipeline.job.folder import read_json
+from pipeline.job.paths import read_json
 from pipeline.models.loading import load_model
 from pipeline.report.jobs import precision, read_job
 from pipeline.views.architecture import architecture_view

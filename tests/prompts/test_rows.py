@@ -8,10 +8,11 @@ from conftest import tiny_tokenizer
 from engine_runs import alone, mixed_requests, run_engine
 
 from pipeline.common.request import BadRow, Completion, GenerationParams, PromptRow, Request, TokenLogprob
+from pipeline.config.schema import Config, GenerationConfig
 from pipeline.engine.engine import Engine
 from pipeline.engine.rectangles.forward import FlatForward
-from pipeline.job.rows import completion_row, cut_at_stop, error_row, part_thinking
-from pipeline.prompts.chat import decode
+from pipeline.job.rows import completion_row, error_row
+from pipeline.prompts.answer import cut_at_stop, decode
 
 TOKENIZER = tiny_tokenizer()
 
@@ -55,7 +56,9 @@ def generate(model: Any, prompt: Request, eos: frozenset[int] = frozenset(), **p
 def stopped_text(model: Any, prompt: Request, stop: list[str]) -> tuple[Completion, str]:
     done = generate(model, prompt, stop=stop)
     params = GenerationParams(stop=stop)
-    return done, completion_row(row(params=params), prompt.prompt_token_ids, done, text_of)["completion"]
+    return done, completion_row(row(params=params), prompt.prompt_token_ids, done, TOKENIZER, Config())[
+        "completion"
+    ]
 
 
 @pytest.mark.parametrize("place", range(2, 40, 3))
@@ -136,7 +139,7 @@ def test_cut_at_stop():
 
 def test_a_completions_row_says_what_was_asked_and_what_came():
     ids = encode("학교")
-    written = completion_row(row(), (1, 2, 3), Completion("a", 1, ids, "stop"), text_of)
+    written = completion_row(row(), (1, 2, 3), Completion("a", 1, ids, "stop"), TOKENIZER, Config())
     assert written == {
         "id": "a", "index": 3, "prompt": "Hi", "sample": 1, "completion": "학교", "finish_reason": "stop",
         "usage": {"prompt_tokens": 3, "completion_tokens": len(ids)}, "error": None, "metadata": {"k": 1},
@@ -148,7 +151,7 @@ def test_a_completions_row_says_what_was_asked_and_what_came():
 def test_a_row_of_messages_is_written_with_its_messages():
     messages = [{"role": "user", "content": "Hi"}]
     asked = row(prompt=None, messages=messages)
-    written = completion_row(asked, (1,), Completion("a", 0, encode("yes"), "length"), text_of)
+    written = completion_row(asked, (1,), Completion("a", 0, encode("yes"), "length"), TOKENIZER, Config())
     assert written["messages"] == messages
     assert "prompt" not in written
 
@@ -156,7 +159,7 @@ def test_a_row_of_messages_is_written_with_its_messages():
 def test_logprobs_are_written_with_their_texts():
     (token,) = encode("a")
     logprobs = (TokenLogprob(token, -0.5, ((token, -0.5), (token + 1, -1.5))),)
-    written = completion_row(row(), (1,), Completion("a", 0, (token,), "stop", logprobs), text_of)
+    written = completion_row(row(), (1,), Completion("a", 0, (token,), "stop", logprobs), TOKENIZER, Config())
     assert written["logprobs"] == [
         {"token": "a", "token_id": token, "logprob": -0.5, "top": [
             {"token": "a", "token_id": token, "logprob": -0.5},
@@ -166,12 +169,14 @@ def test_logprobs_are_written_with_their_texts():
 
 
 def test_a_completion_that_was_given_up_is_an_error_row():
-    written = completion_row(row(), (1,), Completion("a", 2, (5,), None, error="out of memory"), text_of)
+    written = completion_row(
+        row(), (1,), Completion("a", 2, (5,), None, error="out of memory"), TOKENIZER, Config()
+    )
     assert (written["completion"], written["error"], written["sample"]) == (None, "out of memory", 2)
 
 
 def test_an_error_row_has_the_fields_of_any_other():
-    good = completion_row(row(), (1,), Completion("a", 0, encode("yes"), "length"), text_of)
+    good = completion_row(row(), (1,), Completion("a", 0, encode("yes"), "length"), TOKENIZER, Config())
     assert set(error_row(row(), "no")) == set(good)
     bad = error_row(BadRow(4, "b", "f:5", "f:5: not JSON"), "f:5: not JSON")
     assert set(bad) == set(good)
@@ -179,12 +184,24 @@ def test_an_error_row_has_the_fields_of_any_other():
 
 
 def test_thinking_is_kept_apart_and_an_error_row_has_none():
-    written = {"completion": "<think>\nHm.\n</think>\n\nYes."}
-    part_thinking(written, TOKENIZER, encode("Hi"))
-    assert written == {"thinking": "Hm.", "completion": "Yes."}
-    opened = {"completion": "Hm. Still at it"}
-    part_thinking(opened, TOKENIZER, encode("assistant\n<think>\n"))
-    assert opened == {"thinking": "Hm. Still at it", "completion": ""}
-    failed = {"completion": None}
-    part_thinking(failed, TOKENIZER, encode("Hi"))
-    assert failed == {"completion": None}
+    def written(prompt: str, text: str, **more: Any) -> dict[str, Any]:
+        done = Completion("a", 0, encode(text), "stop", **more)
+        return completion_row(
+            row(), encode(prompt), done, TOKENIZER, Config(generation=GenerationConfig(thinking=True))
+        )
+
+    closed = written("Hi", "<think>\nHm.\n</think>\n\nYes.")
+    assert (closed["thinking"], closed["completion"]) == ("Hm.", "Yes.")
+    opened = written("assistant\n<think>\n", "Hm. Still at it")
+    assert (opened["thinking"], opened["completion"]) == ("Hm. Still at it", "")
+    failed = written("Hi", "", error="out of memory")
+    assert failed["completion"] is None
+    assert "thinking" not in failed
+
+
+def test_token_ids_are_written_when_asked():
+    done = Completion("a", 0, encode("yes"), "stop")
+    assert completion_row(row(), (1,), done, TOKENIZER, Config(token_ids=True))["token_ids"] == list(
+        encode("yes")
+    )
+    assert "token_ids" not in completion_row(row(), (1,), done, TOKENIZER, Config())

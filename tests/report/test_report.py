@@ -207,7 +207,9 @@ def test_shards_are_one_job(tmp_path):
     (whole / "outputs.jsonl").unlink()
     (record,) = records_of(tmp_path / "invented")
     assert record["rows"]["done"] == 2
-    assert record["tokens_per_sec"] == 2 * job_stats("nf4", 1)["tokens_per_sec"]
+    one = job_stats("nf4", 1)["tokens_per_sec"]
+    assert (record["tokens_per_sec"], record["fleet_tokens_per_sec"]) == (pytest.approx(one), 2 * one)
+    assert record["load_sec"] == job_stats("nf4", 1)["load_sec"]
 
 
 def test_merged_shards_are_read_from_the_merged_file_with_a_shards_config(tmp_path):

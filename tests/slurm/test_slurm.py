@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pipeline.job.holder import Holder
+from pipeline.job.paths import JobPaths
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd")
@@ -142,9 +144,9 @@ def written(folder: Path) -> int:
 
 def holder(folder: Path) -> int:
     """The process that runs this job."""
-    found = re.match(r"process (\d+)", (folder / ".holder").read_text())
+    found = Holder.read(JobPaths(folder).holder)
     assert found
-    return int(found[1])
+    return found.pid
 
 
 def test_a_sweep_with_shards_runs_on_two_nodes_and_merges_to_what_one_run_gives(

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_helper import note_todo
+from job_helper import environment, note_todo
 
 from pipeline.commands.status import exit_status
+from pipeline.common.exit_status import ExitStatus
 from pipeline.common.units import duration
-from pipeline.job import counts as standing
-from pipeline.job.counts import append_event, read_events, read_standing
+from pipeline.job import counts
+from pipeline.job.counts import read_counts
+from pipeline.job.events import append_event, read_events
+from pipeline.job.folder import JobFolder
+from pipeline.job.paths import JobPaths
+from pipeline.report.jobs import find_jobs
 from pipeline.slurm.client import expand, read_records
-from pipeline.slurm.state import cell_states, find_folders
+from pipeline.slurm.state import find_folders, state_of, states_of
 
 GOOD = {"completion": "x", "error": None, "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "key": "k"}
 BAD = {"completion": None, "error": "p.jsonl:2: no prompt", "usage": None, "key": "k"}
@@ -28,31 +33,33 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_job(folder: Path, rows: list[dict[str, Any]], total: int | None = None, **noted: int) -> Path:
     """A folder with rows, and where a total is given the note of a job that wrote `done` of them, or all."""
-    folder.mkdir(parents=True)
-    text = "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in rows)
-    (folder / "stats.json").write_text(json.dumps({"tokens_per_sec": 7.5, "run_sec": 2}))
+    done = noted.pop("done", len(rows)) if total is not None else 0
+    with JobFolder(folder) as job:
+        job.write_json(job.stats, {"tokens_per_sec": 7.5, "run_sec": 2})
+        for row in rows[:done]:
+            job.append(row)
     if total is not None:
-        done = noted.pop("done", len(rows))
-        (folder / "outputs.jsonl").write_text("".join(text.splitlines(keepends=True)[:done]))
         note_todo(folder, [1] * total, done, **noted)
-    (folder / "outputs.jsonl").write_text(text)
+    with JobFolder(folder) as job:
+        for row in rows[done:]:
+            job.append(row)
     return folder
 
 
 def state(folder: Path) -> tuple[str, str]:
-    (found,) = cell_states([folder])
+    found = state_of(folder)
     return found.kind, found.text
 
 
 def test_a_finished_job_is_complete_and_says_how_many_rows_failed(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD, BAD], 2, errors=1)
     assert state(job) == ("complete", "complete, 1 failed rows")
-    assert read_standing(job).tokens_per_sec == 7.5
+    assert read_counts(job).tokens_per_sec == 7.5
 
 
 def test_rows_written_after_the_note_are_counted(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD, BAD, GOOD], 9, done=1)
-    found = read_standing(job)
+    found = read_counts(job)
     assert (found.done, found.errors, found.total, found.complete) == (3, 1, 9, False)
     assert state(job) == ("stopped", "stopped")
 
@@ -61,14 +68,14 @@ def test_a_torn_last_line_does_not_count(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD, GOOD])
     with (job / "outputs.jsonl").open("a") as file:
         file.write('{"completion":')
-    assert read_standing(job).done == 2
+    assert read_counts(job).done == 2
 
 
 def test_a_completion_that_quotes_an_error_row_is_no_error(tmp_path: Path) -> None:
     job = write_job(
         tmp_path / "a", [{**GOOD, "completion": json.dumps(BAD), "metadata": {"completion": None}}]
     )
-    assert read_standing(job).errors == 0
+    assert read_counts(job).errors == 0
 
 
 def test_a_large_file_is_estimated_and_never_called_complete(
@@ -76,9 +83,9 @@ def test_a_large_file_is_estimated_and_never_called_complete(
 ) -> None:
     job = write_job(tmp_path / "a", [GOOD, BAD] * 5000)
     append_event(job, "submitted", job="1_0", total=10000, log="none")
-    monkeypatch.setattr(standing, "COUNTED_BYTES", 1000)
-    monkeypatch.setattr(standing, "PIECE_BYTES", 10_000)
-    found = read_standing(job)
+    monkeypatch.setattr(counts, "COUNTED_BYTES", 1000)
+    monkeypatch.setattr(counts, "PIECE_BYTES", 10_000)
+    found = read_counts(job)
     assert found.done == pytest.approx(10000, rel=0.02)
     assert found.errors == pytest.approx(5000, rel=0.05)
     assert not found.exact
@@ -89,7 +96,7 @@ def test_the_last_submission_says_how_many_rows_there_are(tmp_path: Path) -> Non
     job = write_job(tmp_path / "a", [GOOD], 1)
     os.utime(job / "todo.json", (1, 1))
     append_event(job, "submitted", job="1_0", total=5, log="none")
-    assert not read_standing(job).complete
+    assert not read_counts(job).complete
 
 
 def test_events_are_those_of_the_last_submission(tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_events_are_those_of_the_last_submission(tmp_path: Path) -> None:
     with (tmp_path / "slurm.jsonl").open("a") as file:
         file.write('{"event": "star')
     events = read_events(tmp_path)
-    assert (events.job, events.started, events.ended) == ("2_0", [], None)
+    assert (events.task, events.started, events.ended) == ("2_0", [], None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_events_are_those_of_the_last_submission(tmp_path: Path) -> None:
     [
         (3, ("failed", "failed: m: no weights there")),
         (137, ("failed", "killed by signal 9 (out of memory?)")),
-        (75, ("stopped", "stopped by a signal")),
+        (75, ("stopped", ExitStatus.RUN_AGAIN.meaning)),
         (127, ("failed", "failed with status 127: m: no weights there")),
     ],
 )
@@ -130,16 +137,37 @@ def test_what_slurm_alone_could_know_is_not_guessed(tmp_path: Path) -> None:
     assert state(tmp_path) == ("unknown", "last seen running on n2; resumed 1×")
 
 
-def test_a_process_that_holds_the_folder_is_running(tmp_path: Path) -> None:
+def test_a_job_that_runs_here_is_shown_as_running(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD], 4)
-    command = [sys.executable, "-c", "input()", "pipeline"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        (job / ".holder").write_text(f"process {process.pid} on {os.uname().nodename} (since now)")
-        assert state(job) == (
-            "running",
-            f"running (process {process.pid} on {os.uname().nodename} (since now))",
-        )
+    with JobFolder(job):
+        kind, text = state(job)
+    assert kind == "running"
+    assert f"process {os.getpid()} on {os.uname().nodename} (since " in text
     assert state(job) == ("stopped", "stopped")
+
+
+def test_a_job_that_was_killed_is_stopped_though_its_word_is_left(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD], 4)
+    hold = "import sys; from pathlib import Path; from pipeline.job.folder import JobFolder\n"
+    hold += "folder = JobFolder(Path(sys.argv[1])); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert state(job)[0] == "running"
+        process.kill()
+    assert JobPaths(job).holder.exists()
+    assert state(job) == ("stopped", "stopped")
+
+
+@pytest.mark.parametrize("mark", ["rows", "stats", "manifest", "todo", "events", "log", "hydra"])
+def test_what_marks_a_job_marks_it_for_status_and_for_the_report(tmp_path: Path, mark: str) -> None:
+    job = tmp_path / "outputs" / "set" / "job"
+    job.mkdir(parents=True)
+    getattr(JobPaths(job), mark).touch()
+    assert find_folders(tmp_path) == [job]
+    assert [found.folder for found in find_jobs([tmp_path])] == [job]
 
 
 def test_folders_are_found_in_the_order_that_people_count(tmp_path: Path) -> None:
@@ -151,8 +179,8 @@ def test_folders_are_found_in_the_order_that_people_count(tmp_path: Path) -> Non
 def test_exit_status_says_whether_all_is_done(tmp_path: Path) -> None:
     done = write_job(tmp_path / "a", [GOOD], 1)
     half = write_job(tmp_path / "b", [GOOD], 2)
-    assert exit_status(list(cell_states([done]))) == 0
-    assert exit_status(list(cell_states([done, half]))) == 1
+    assert exit_status(list(states_of([done]))) == 0
+    assert exit_status(list(states_of([done, half]))) == 1
 
 
 def test_slurms_ranges_are_taken_apart() -> None:

@@ -14,7 +14,8 @@ from pipeline.common.request import BadRow, GenerationParams
 from pipeline.config.schema import SubmitConfig
 from pipeline.prompts.count import count_prompts
 from pipeline.prompts.reader import read_prompts
-from pipeline.slurm.cells import find_cells, memory_warning, needed_bytes, parse_size
+from pipeline.slurm.cells import find_cells
+from pipeline.slurm.memory import memory_warning, needed_bytes, parse_size
 from pipeline.slurm.script import batch_script, cell_line
 
 DRY = "submit.dry_run=true"

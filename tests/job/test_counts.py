@@ -71,13 +71,13 @@ def started(line: list[str], until: Callable[[], bool]) -> Iterator["subprocess.
             process.kill()
 
 
-def surveyed(folder: Path, total: int) -> Callable[[], bool]:
+def counted(folder: Path, total: int) -> Callable[[], bool]:
     return lambda: (todo := Todo.read(folder)) is not None and todo.total == total
 
 
 def test_rows_appended_while_the_job_runs_are_done_by_the_next(job: Line, write: Any, tmp_path: Path) -> None:
     write(numbered(4))
-    with started(job(), surveyed(job_folder(job()), 4)) as process:
+    with started(job(), counted(job_folder(job()), 4)) as process:
         write(numbered(6))
         _, said = process.communicate()
     assert process.returncode == 0, said
@@ -108,7 +108,7 @@ def test_a_job_that_runs_or_was_killed_after_a_limited_trial_is_not_complete(job
     assert run_job(job("limit=2")) == 0
     folder = job_folder(job())
     assert tool("status", folder)[0] == 0
-    with started(job(), surveyed(folder, 6)):
+    with started(job(), counted(folder, 6)):
         status, said = tool("status", folder)
         assert (status, "2/6" in said, "1 running" in said) == (75, True, True), said
     status, said = tool("status", folder)
@@ -182,7 +182,7 @@ def test_a_shard_that_was_killed_after_a_limited_trial_is_not_merged(job: Line, 
     whole = job_folder(job())
     assert tool("merge", whole)[0] == 0
     assert run_job(job("shard=0/2")) == 0
-    with started(job("shard=1/2"), surveyed(whole / "shard-1-of-2", 4)):
+    with started(job("shard=1/2"), counted(whole / "shard-1-of-2", 4)):
         pass
     status, said = tool("merge", whole)
     assert status == 3

@@ -11,7 +11,9 @@ import pytest
 from job_helper import environment
 
 from pipeline.common.errors import OutputError
-from pipeline.job.folder import DROP, KEEP, REPLACED, ROWS, JobFolder, parse_row, read_json, read_rows
+from pipeline.job.folder import DROP, KEEP, JobFolder
+from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.rows import parse_row, read_rows
 
 KEY = "0123456789abcdef"
 
@@ -56,7 +58,7 @@ def tmpfs(tmp_path):
 def test_a_row_is_in_the_file_when_append_returns(tmp_path):
     with JobFolder(tmp_path) as folder:
         folder.append(row(0, completion="한국어 \u2028 \x1b[2J"))
-        assert [r["completion"] for r in read_rows(tmp_path)] == ["한국어 \u2028 \x1b[2J"]
+        assert [r["completion"] for r in read_rows(JobPaths(tmp_path).rows)] == ["한국어 \u2028 \x1b[2J"]
 
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
@@ -99,7 +101,7 @@ def test_the_lock_dies_with_its_holder(tmp_path):
 )
 def test_a_damaged_line_is_named_and_moved_aside(tmp_path, damaged):
     whole = [json.dumps(row(i)).encode() + b"\n" for i in (0, 2)]
-    (tmp_path / ROWS).write_bytes(whole[0] + damaged + whole[1])
+    JobPaths(tmp_path).rows.write_bytes(whole[0] + damaged + whole[1])
     named = []
 
     def judge(line, number):
@@ -110,26 +112,26 @@ def test_a_damaged_line_is_named_and_moved_aside(tmp_path, damaged):
     with JobFolder(tmp_path) as folder:
         assert folder.sift(judge) == 1
     assert named == [2]
-    assert (tmp_path / ROWS).read_bytes() == b"".join(whole)
-    assert (tmp_path / REPLACED).read_bytes() == damaged
+    assert JobPaths(tmp_path).rows.read_bytes() == b"".join(whole)
+    assert JobPaths(tmp_path).replaced.read_bytes() == damaged
 
 
 def test_a_torn_last_line_is_repaired_at_every_place_it_can_tear(tmp_path):
     whole, last = (json.dumps(row(i)).encode() + b"\n" for i in (0, 1))
     for cut in range(1, len(last)):
-        (tmp_path / ROWS).write_bytes(whole + last[:cut])
+        JobPaths(tmp_path).rows.write_bytes(whole + last[:cut])
         with JobFolder(tmp_path) as folder:
             assert folder.sift(keep_whole) == 1
             folder.append(row(1))
-        assert (tmp_path / ROWS).read_bytes() == whole + last.replace(b": ", b":").replace(b", ", b",")
+        assert JobPaths(tmp_path).rows.read_bytes() == whole + last.replace(b": ", b":").replace(b", ", b",")
 
 
 def test_a_file_that_is_right_is_not_written_again(tmp_path):
     with JobFolder(tmp_path) as folder:
         folder.append(row(0))
-        before = (tmp_path / ROWS).stat()
+        before = JobPaths(tmp_path).rows.stat()
         assert folder.sift(keep_whole) == 0
-    after = (tmp_path / ROWS).stat()
+    after = JobPaths(tmp_path).rows.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
@@ -138,7 +140,7 @@ def test_a_moved_row_gets_its_new_index(tmp_path):
         folder.append(row(0))
         folder.append(row(1))
         assert folder.sift(lambda line, number: 7 if number == 2 else KEEP) == 0
-    assert [r["index"] for r in read_rows(tmp_path)] == [0, 7]
+    assert [r["index"] for r in read_rows(JobPaths(tmp_path).rows)] == [0, 7]
 
 
 def test_a_full_disk_leaves_whole_lines_and_a_clear_error(tmpfs):
@@ -152,20 +154,20 @@ def test_a_full_disk_leaves_whole_lines_and_a_clear_error(tmpfs):
 
     with pytest.raises(OutputError, match=r"No space left on device.*run the same command again"):
         fill()
-    lines = (tmpfs / ROWS).read_bytes().splitlines(keepends=True)
+    lines = JobPaths(tmpfs).rows.read_bytes().splitlines(keepends=True)
     assert len(lines) == len(written) > 50
     assert all(parse_row(line) for line in lines)
 
 
 def test_a_full_disk_never_harms_an_older_json_file(tmpfs):
     with JobFolder(tmpfs) as folder:
-        folder.write_json("stats.json", {"run": 1})
+        folder.write_json(folder.stats, {"run": 1})
         (tmpfs / "filler").write_bytes(b"x" * (200 << 10))
         with pytest.raises(OutputError, match="No space left"):
-            folder.write_json("stats.json", {"run": 2, "much": "x" * (200 << 10)})
+            folder.write_json(folder.stats, {"run": 2, "much": "x" * (200 << 10)})
         assert read_json(tmpfs / "stats.json") == {"run": 1}
         (tmpfs / "filler").unlink()
-        folder.write_json("stats.json", {"run": 2})
+        folder.write_json(folder.stats, {"run": 2})
     assert read_json(tmpfs / "stats.json") == {"run": 2}
     assert not list(tmpfs.glob("*.new"))
 
@@ -174,11 +176,11 @@ def test_a_full_disk_while_sifting_loses_no_line(tmpfs):
     with JobFolder(tmpfs) as folder:
         for i in range(120):
             folder.append(row(i, completion="x" * 1000))
-        before = (tmpfs / ROWS).read_bytes()
+        before = JobPaths(tmpfs).rows.read_bytes()
         (tmpfs / "filler").write_bytes(b"x" * (80 << 10))
         with pytest.raises(OutputError, match="No space left"):
             folder.sift(lambda line, number: DROP if number % 2 else KEEP)
-    assert (tmpfs / ROWS).read_bytes() == before
+    assert JobPaths(tmpfs).rows.read_bytes() == before
 
 
 def test_a_limit_on_file_size_is_reported_and_tears_nothing(tmp_path):
@@ -194,7 +196,7 @@ def test_a_limit_on_file_size_is_reported_and_tears_nothing(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
             signal.signal(signal.SIGXFSZ, ignored)
         folder.append(row(1))
-    assert [r["index"] for r in read_rows(tmp_path)] == [0, 1]
+    assert [r["index"] for r in read_rows(JobPaths(tmp_path).rows)] == [0, 1]
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmpfs):
@@ -214,8 +216,8 @@ def test_set_aside_deletes_nothing(tmp_path):
         with JobFolder(tmp_path) as folder:
             folder.set_aside()
             folder.append(row(i))
-            folder.write_json("stats.json", {"run": i})
-    assert [r["index"] for r in read_rows(tmp_path)] == [2]
-    assert [r["index"] for r in read_rows(tmp_path / "run-1")] == [0]
-    assert [r["index"] for r in read_rows(tmp_path / "run-2")] == [1]
+            folder.write_json(folder.stats, {"run": i})
+    assert [r["index"] for r in read_rows(JobPaths(tmp_path).rows)] == [2]
+    assert [r["index"] for r in read_rows(JobPaths(tmp_path / "run-1").rows)] == [0]
+    assert [r["index"] for r in read_rows(JobPaths(tmp_path / "run-2").rows)] == [1]
     assert read_json(tmp_path / "run-2" / "stats.json") == {"run": 1}

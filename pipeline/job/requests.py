@@ -1,0 +1,112 @@
+"""Turn the rows that a job lacks into requests, and their completions into rows of outputs.jsonl."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from pipeline.common.errors import PromptError
+from pipeline.common.fingerprint import row_key
+from pipeline.common.request import BadRow, Completion, PromptRow, Request
+from pipeline.config.schema import Config
+from pipeline.job.folder import JobFolder
+from pipeline.job.ledger import Ledger
+from pipeline.job.load import Ready
+from pipeline.job.rows import completion_row, error_row
+from pipeline.memory.capacity import Capacity, context_tokens
+from pipeline.prompts.chat import prepare_chat, render
+from pipeline.prompts.reader import open_prompts
+
+
+@dataclass
+class Pending:
+    """Hold a row that is in the engine."""
+
+    row: PromptRow
+    number: int  # of the job's rows, from 0
+    prompt_token_ids: tuple[int, ...]
+    samples: int  # still to come from the engine
+    missing: list[int]  # the samples that are not written by an earlier run
+
+
+class Requests:
+    """Read what is missing, write what comes back, and keep the ledger of both."""
+
+    def __init__(
+        self, config: Config, prompts: str, results: JobFolder, ledger: Ledger, ready: Ready, room: Capacity
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._results = results
+        self._ledger = ledger
+        self._tokenizer = ready.loaded.tokenizer
+        self._chat = prepare_chat(self._tokenizer, config)
+        self._context = context_tokens(ready.model.config)
+        self._room = room
+        self._pending: dict[str, Pending] = {}
+
+    def read(self, going_on: Callable[[str], bool]) -> Iterator[Request]:
+        """Render the rows that are missing; a row that cannot be run is written at once.
+
+        Args:
+            going_on: is told what was done last, and says whether there is to be more.
+        """
+        for number, row in enumerate(open_prompts(self._config, self._prompts)):
+            if number == self._ledger.rows:
+                return  # the file has grown since it was held against the rows: what is new is for the next run
+            missing = self._ledger.missing_samples(number, row_key(row))
+            if missing is None:
+                raise PromptError(
+                    found=f"{row.source}: the prompt file changed while the job was reading it",
+                    fix="Run the same command again.",
+                )
+            if not going_on(f"row {row.index} was read"):
+                return
+            if not missing:
+                continue
+            try:
+                request = self._request(row)
+            except PromptError as error:
+                for sample in missing:
+                    self._results.append(error_row(row, str(error), sample))
+                    self._ledger.mark(number, sample, failed=True)
+                continue
+            assert isinstance(row, PromptRow)
+            self._pending[row.id] = Pending(row, number, request.prompt_token_ids, row.params.n, missing)
+            yield request
+
+    def write(self, completion: Completion) -> None:
+        """Write a completion, unless an earlier run did: the engine makes all samples of a row."""
+        pending = self._pending[completion.request_id]
+        pending.samples -= 1
+        if pending.samples == 0:
+            del self._pending[completion.request_id]
+        if completion.sample not in pending.missing:
+            return
+        self._results.append(
+            completion_row(pending.row, pending.prompt_token_ids, completion, self._tokenizer, self._config)
+        )
+        self._ledger.mark(pending.number, completion.sample, failed=completion.error is not None)
+
+    def place(self, request_id: str) -> int:
+        """Give the place in the prompt file of a row that is in the engine."""
+        return self._pending[request_id].row.index
+
+    def _request(self, row: PromptRow | BadRow) -> Request:
+        """Make the engine's request; its completion ends where the context does.
+
+        Raises:
+            PromptError: the line is bad, the prompt fills the context, or it can never fit in memory.
+        """
+        if isinstance(row, BadRow):
+            raise PromptError(found=row.error)
+        token_ids = render(row, self._chat)
+        room = self._context - len(token_ids)
+        if room < 1:
+            raise PromptError(
+                found=f"{row.source}: the prompt has {len(token_ids)} tokens and the model's context "
+                f"{self._context}",
+                fix="Shorten the prompt, or choose a model with a longer context.",
+            )
+        if refusal := self._room.refusal(len(token_ids)):
+            raise PromptError(found=f"{row.source}: {refusal}")
+        params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
+        return Request(row.id, tuple(token_ids), params)

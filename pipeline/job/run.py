@@ -1,0 +1,86 @@
+"""Run a model over the rows that a job lacks, in four steps. Imported only when there is work: it needs torch."""
+
+import time
+from dataclasses import dataclass
+
+from pipeline.common.signals import Interrupt
+from pipeline.config.schema import Config
+from pipeline.engine.probe import AnyForward, choose_forward
+from pipeline.job.energy import EnergyMeter
+from pipeline.job.folder import JobFolder
+from pipeline.job.ledger import Ledger
+from pipeline.job.load import Ready, load
+from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts
+from pipeline.job.stats import Taken, job_stats, show_stats
+from pipeline.job.timeline import Timeline
+from pipeline.job.work import Work
+from pipeline.memory.measured import PeakSampler
+
+
+@dataclass
+class Run:
+    """Make what the ledger says is missing; end early, between two steps, after a signal."""
+
+    config: Config
+    prompts: str  # the file's path
+    prompts_sha256: str | None
+    results: JobFolder
+    ledger: Ledger
+    interrupt: Interrupt
+
+    def __post_init__(self) -> None:
+        self.done_before = self.ledger.done
+        self.timeline = Timeline()
+
+    def go(self) -> None:
+        """Take the four steps.
+
+        Raises:
+            Stopped: a signal came before there was anything to finish.
+            PipelineError: the job as a whole cannot go on; what was written stays.
+        """
+        ready = load(self.config)
+        try:
+            forward = self.choose_forward(ready)
+            taken = self.run(ready, forward)
+            self.record(ready, forward, taken)
+        finally:
+            ready.release()
+
+    def choose_forward(self, ready: Ready) -> AnyForward:
+        """Choose the fastest exact way through the model, and write down what the job runs on."""
+        facts = model_facts(ready)
+        if self.done_before:
+            check_same_model(self.results, facts)
+        forward, probe = choose_forward(ready.model, self.config.engine.attention.value)
+        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=probe)
+        self.results.write_json(self.results.manifest, written)
+        return forward
+
+    def run(self, ready: Ready, forward: AnyForward) -> Taken:
+        """Run what is missing, and measure it."""
+        work = Work(
+            self.config,
+            self.prompts,
+            self.results,
+            self.ledger,
+            ready,
+            forward,
+            self.interrupt,
+            self.timeline,
+        )
+        self.interrupt.hold()
+        with PeakSampler() as peaks, EnergyMeter(gpu_uuids(ready.model)) as energy:
+            started = time.perf_counter()
+            work.run()
+            run_sec = time.perf_counter() - started
+        return Taken(work.engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
+
+    def record(self, ready: Ready, forward: AnyForward, taken: Taken) -> None:
+        """Write stats.json, and show the short of it."""
+        ledger = self.ledger
+        stats = job_stats(self.config, ready, forward.limits, taken)
+        counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
+        stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
+        self.results.write_json(self.results.stats, stats)
+        show_stats(stats, self.results.rows)
