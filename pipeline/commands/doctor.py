@@ -47,6 +47,7 @@ def diagnose(config: Config) -> list[Any]:
     from pipeline.models.loading import quiet_transformers
     from pipeline.views import machine as health
     from pipeline.views import model as model_health
+    from pipeline.views import room
 
     quiet_transformers()
     return [
@@ -57,7 +58,7 @@ def diagnose(config: Config) -> list[Any]:
         *model_health.check_login(),
         *model_health.check_access(config.model, config.models_dir),
         *model_health.check_tokenizer(config),
-        *model_health.check_room(config),
+        *room.check_room(config),
         *health.check_slurm(),
     ]
 

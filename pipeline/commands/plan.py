@@ -18,11 +18,8 @@ from pipeline.models.checkpoint import TOKENIZER, find_checkpoint
 from pipeline.prompts.lengths import (
     PromptLengths,
     assumed_lengths,
-    by_characters,
-    by_tokenizer,
-    prompt_lengths,
+    measure_prompts,
 )
-from pipeline.prompts.reader import open_prompts
 
 EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
 HELP = """\
@@ -131,18 +128,13 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
 def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     """Measure the prompt file; assume lengths where none was named and the default is not there."""
     context = facts.architecture.max_position_embeddings
-    generation = config.generation
+    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
     try:
-        rows = open_prompts(config)
+        return measure_prompts(config, checkpoint.folder if checkpoint else None, context)
     except PromptError:
         if given:
             raise
-        return assumed_lengths(generation.max_new_tokens, context, not generation.greedy)
-    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
-    if checkpoint is None:
-        return prompt_lengths(rows, config.system, by_characters, "characters ÷ 4, an estimate", context)
-    count = by_tokenizer(checkpoint.folder, config.model.chat_template, config.model.chat_template_kwargs)
-    return prompt_lengths(rows, config.system, count, "the model's tokenizer", context)
+        return assumed_lengths(config.generation.max_new_tokens, context, not config.generation.greedy)
 
 
 def main(arguments: list[str]) -> ExitStatus:

@@ -82,7 +82,7 @@ def exit_status(states: list[JobState]) -> ExitStatus:
 
 
 def _states(top: Path) -> list[JobState]:
-    """Of every job; what merged shards made is left out, since the shards are there."""
+    """Look at every job but what merged shards made, since the shards are there."""
     folders = [folder for folder in find_folders(top) if not is_merged(folder)]
     if not folders:
         raise ConfigError(f"{top}: holds no jobs", "Give a folder that does.")

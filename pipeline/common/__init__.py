@@ -1,1 +1,1 @@
-"""What every other folder may use: plain data, errors, the terminal, signals."""
+"""Hold what every other folder may use: plain data, errors, the terminal, signals."""

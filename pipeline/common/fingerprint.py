@@ -1,4 +1,4 @@
-"""Short hashes that say whether two things would give the same text."""
+"""Tell by short hashes whether two things would give the same text."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ DEFAULTS = vars(GenerationParams())
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
-    """Hexadecimal digits of a plain value's hash; the order of mappings' keys does not matter."""
+    """Return hexadecimal digits of a plain value's hash; the order of mappings' keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:length]
 
 
 def job_fingerprint(config: dict[str, Any]) -> str:
-    """Of all that decides a job's text, from the composed config as plain data.
+    """Hash all that decides a job's text, from the composed config as plain data.
 
-    Not of what only decides how fast it comes: the engine's settings, devices, folders, a shard or a limit.
-    Nor of what `auto` comes to on a device, which a cluster's login node cannot know: manifest.json has that.
+    What only decides how fast it comes is left out: the engine's settings, devices, folders, a shard or a limit.
+    So is what `auto` comes to on a device, which a cluster's login node cannot know: manifest.json has that.
     """
     model = dict(config["model"])
     for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
@@ -38,9 +38,9 @@ def job_fingerprint(config: dict[str, Any]) -> str:
 
 
 def row_key(row: PromptRow | BadRow) -> str:
-    """Of what decides one row's completions within its job: 16 hexadecimal digits.
+    """Hash what decides one row's completions within its job: 16 hexadecimal digits.
 
-    Not its place in the file. Parameters count where they differ from the defaults, so that a new
+    Its place in the file does not count. Parameters count where they differ from the defaults, so that a new
     parameter in a later version leaves old rows as they are.
     """
     if isinstance(row, BadRow):
@@ -56,7 +56,7 @@ def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:
 
 
 def _template(template: str | None) -> str | None:
-    """A template file counts by what is in it."""
+    """Read a template file, which counts by what is in it."""
     try:
         if template and len(template) < 1024 and Path(template).is_file():
             return Path(template).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Confidence intervals, 95 % by default, in plain numbers."""
+"""Compute confidence intervals, 95 % by default, in plain numbers."""
 
 import math
 from collections.abc import Iterable
@@ -16,12 +16,12 @@ class Interval:
     high: float | None
 
     def exp(self) -> "Interval":
-        """The interval of e to the power of it, as perplexity is of a mean negative log-likelihood."""
+        """Return the interval of e to the power of it, as perplexity is of a mean negative log-likelihood."""
         return Interval(*(None if x is None else _exp(x) for x in (self.value, self.low, self.high)))  # type: ignore[arg-type]
 
 
 def proportion(hits: int, of: int) -> Interval | None:
-    """A rate; None of none. Wilson's score interval (1927), which stays inside 0 and 1."""
+    """Estimate a rate; None of none. Wilson's score interval (1927), which stays inside 0 and 1."""
     if of == 0:
         return None
     rate, spread = hits / of, Z * Z / of
@@ -31,7 +31,7 @@ def proportion(hits: int, of: int) -> Interval | None:
 
 
 def mean_over_rows(rows: Iterable[tuple[float, int]]) -> Interval | None:
-    """A mean per token, from each row's sum and its number of tokens; None of no tokens.
+    """Estimate a mean per token, from each row's sum and its number of tokens; None of no tokens.
 
     Tokens of one completion depend on each other, so rows are the sample: the variance of a ratio
     estimator (Cochran 1977, 2.39), which is wider than one that takes tokens for independent.
@@ -53,7 +53,7 @@ def mean_over_rows(rows: Iterable[tuple[float, int]]) -> Interval | None:
 
 
 def share_over_rows(rows: Iterable[tuple[float, int]]) -> Interval | None:
-    """The same of a share, whose interval ends at 0 and 1."""
+    """Estimate the same of a share, whose interval ends at 0 and 1."""
     found = mean_over_rows(rows)
     if found is None or found.low is None or found.high is None:
         return found

@@ -1,4 +1,4 @@
-"""Plain data that passes between the floors: what is asked for, and what comes back."""
+"""Define the plain data that passes between the folders: what is asked for, and what comes back."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -67,7 +67,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine made of one sample of a request."""
+    """Hold what the engine made of one sample of a request."""
 
     request_id: str
     sample: int  # 0 … n-1

@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: it finishes its step, writes what is done, and ends."""
+"""Handle signals that ask a job to stop: it finishes its step, writes what is done, and ends."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def hold(self, forward: Callable[[int], None] | None = None) -> None:
-        """From here on a signal is only noted: there is work to finish, which looks at `signal` by itself.
+        """Only note a signal from here on: there is work to finish, which looks at `signal` by itself.
 
         Args:
             forward: told of every signal, for a child process that has to stop first.

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress and tables. Model output is shown, never obeyed."""
+"""Show a person progress and tables in the terminal. Model output is shown, never obeyed."""
 
 import os
 import re
@@ -26,7 +26,7 @@ answer = Screen(highlight=False)  # for what was asked for, on standard output
 
 
 def visible(text: str) -> str:
-    """Text with control and direction characters spelt out, so that a terminal obeys none of them."""
+    """Spell out a text's control and direction characters, so that a terminal obeys none of them."""
     return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 

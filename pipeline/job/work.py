@@ -1,7 +1,6 @@
 """Let the engine work: rows in, completions out, until all is done or a signal comes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
@@ -54,10 +53,10 @@ class Work:
         return not self.interrupt.signal
 
     def _show(self, progress: JobProgress) -> None:
-        live: list[Any] = self.engine.live
+        live = self.engine.live
         tokens = sum(len(s.token_ids) for s in live) + self.engine.stats.completion_tokens
         self.timeline.sample(tokens)
         progress.update(self.ledger.done, tokens)
         if self.config.stream and live:
-            first = min(live, key=lambda s: (self.requests.place(s.request.id), s.sample))
+            first = min(live, key=lambda s: (self.requests.place(s.request.id), s.index))
             progress.stream(first.request.id, self.ready.decode(first.token_ids))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.request import BadRow, PromptRow
+from pipeline.config.schema import Config
+from pipeline.prompts.reader import open_prompts
 
 CHARACTERS_PER_TOKEN = 4  # English prose, most tokenizers
 TEMPLATE_TOKENS = 8  # a message's role and marks, where no template is at hand
@@ -40,6 +42,23 @@ def assumed_lengths(max_new_tokens: int, context: int, sampled: bool) -> PromptL
     samples = ((prompt, min(max_new_tokens, context - prompt)),) * ASSUMED_ROWS
     text = f"no prompt file: prompts of {prompt} tokens are assumed"
     return PromptLengths(text, 0, 0, 0, samples, sampled)
+
+
+def measure_prompts(config: Config, tokenizer: Path | None, context: int) -> PromptLengths:
+    """Measure a job's prompt file.
+
+    Args:
+        tokenizer: the folder with the model's tokenizer; None to count characters.
+        context: the model's, in tokens.
+
+    Raises:
+        PromptError: the file cannot be read.
+    """
+    rows = open_prompts(config)
+    if tokenizer is None:
+        return prompt_lengths(rows, config.system, by_characters, "characters ÷ 4, an estimate", context)
+    count = by_tokenizer(tokenizer, config.model.chat_template, config.model.chat_template_kwargs)
+    return prompt_lengths(rows, config.system, count, "the model's tokenizer", context)
 
 
 def prompt_lengths(

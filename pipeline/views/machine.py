@@ -15,6 +15,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from pipeline.common.errors import PipelineError
 from pipeline.common.gpu import Gpu
 from pipeline.common.units import GB, gigabytes
 from pipeline.engine.accelerators import KINDS, describe, free_bytes, visible_devices
@@ -266,3 +267,8 @@ def _input() -> torch.Tensor:
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def refused(name: str, error: PipelineError) -> Check:
+    """Make an error a red check."""
+    return Check(name, State.red, error.found, error.fix)

@@ -1,7 +1,6 @@
-"""Check one model: the way to its files, its tokenizer and template, room for weights and outputs."""
+"""Check the way to one model's files, its tokenizer and its template."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipeline.common.errors import ConfigError, LoadError, PipelineError
+from pipeline.common.errors import PipelineError
 from pipeline.common.request import GenerationParams, PromptRow
-from pipeline.common.units import GB, gigabytes, megabytes
-from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.memory.devices import find_device
 from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
 from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
-from pipeline.models.loading_checks import check_format
-from pipeline.models.stored_format import label
 from pipeline.prompts.chat import eos_token_ids, prepare_chat
-from pipeline.views.architecture import ArchitectureView, architecture_view
 from pipeline.views.chat import chat_view
-from pipeline.views.machine import Check, State
+from pipeline.views.machine import Check, State, refused
 
-OUTPUTS_BYTES = GB  # about a million completions
 TIMEOUT_SEC = 10
 
 
@@ -49,7 +41,7 @@ def check_access(model: ModelConfig, models_dir: str) -> list[Check]:
         try:
             locate(model, models_dir, weights=True)
         except PipelineError as error:
-            return [_from_error("model files", error)]
+            return [refused("model files", error)]
         return [Check("model files", State.green, f"{folder}: config and weights are there; no hub needed")]
     checkpoint = find_checkpoint(model, models_dir)
     weights = _has_weights(checkpoint)
@@ -69,7 +61,7 @@ def check_tokenizer(config: Config) -> list[Check]:
         row = PromptRow(0, "probe", "a probe", "Hello", None, None, GenerationParams(), {})
         view = chat_view(row, chat)
     except PipelineError as error:
-        return [_from_error("tokenizer", error)]
+        return [refused("tokenizer", error)]
     made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer)]
     if not view.has_template:
         fix = (
@@ -88,26 +80,6 @@ def check_tokenizer(config: Config) -> list[Check]:
         fix = "generation=reasoning keeps it apart; +model.chat_template_kwargs.enable_thinking=false may stop it."
         made.append(Check("thinking", State.green, f"the template knows it; the prompt {opened} it", fix))
     return made
-
-
-def check_room(config: Config) -> list[Check]:
-    """Look for memory for the weights, disk for weights that are still to come, and for outputs."""
-    if (checkpoint := find_checkpoint(config.model, config.models_dir)) is not None:
-        try:
-            stored = check_format(checkpoint, config.model, config.quant)
-        except LoadError as error:
-            return [_from_error("quantization", error), _check_outputs(config)]
-        if stored is not None:
-            return [*_check_stored(label(stored)), _check_outputs(config)]
-    try:
-        view = architecture_view(config.model, config.quant, config.models_dir)
-    except PipelineError as error:
-        return [_from_error("model config", error), _check_outputs(config)]
-    made = [_check_memory(view, config.quant)]
-    local = checkpoint is not None and checkpoint.revision is None
-    if not (local or _has_weights(checkpoint)):
-        made.append(_check_download(config, view.parameters))
-    return [*made, _check_outputs(config)]
 
 
 def _has_weights(checkpoint: Checkpoint | None) -> bool:
@@ -189,67 +161,3 @@ def _check_ends(tokenizer: Any) -> list[Check]:
     else:
         made.append(Check("pad", State.green, f"{tokenizer.pad_token} {tokenizer.pad_token_id}"))
     return made
-
-
-def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
-    need = view.bytes + (view.quant_state_bytes or 0)
-    words = f"{megabytes(need)} of weights"
-    try:
-        device = find_device(None)
-    except ConfigError as error:
-        fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
-        return Check("memory", State.yellow, f"{words}. {error.found}", fix)
-    gpus, free = device.gpus, device.free_bytes
-    where = f"{gigabytes(free)} free on {device.name}"
-    more = "python -m pipeline plan says what else would fit."
-    if need < 0.8 * free:
-        return Check("memory", State.green, f"{words}, {where}")
-    if need < free:
-        return Check("memory", State.yellow, f"{words}, {where}: little is left for prompts", more)
-    smaller = "a smaller model" if quant.four_bit else f"quant={SMALLEST}"
-    if gpus and need < free + device.offload_bytes and not quant.quantized:
-        return Check(
-            "memory",
-            State.yellow,
-            f"{words}, {where}: a part goes to the CPU, slowly",
-            f"Try {smaller}. {more}",
-        )
-    return Check("memory", State.red, f"{words}, {where}: does not fit", f"Try {smaller}. {more}")
-
-
-def _check_stored(stored: str) -> list[Check]:
-    """Say what is known of a checkpoint that is quantized already."""
-    fix = "Run a few rows with limit=4 and read stats.json."
-    return [
-        Check("quantization", State.green, stored),
-        Check("memory", State.yellow, f"{stored}: what its weights take is known once they are loaded", fix),
-    ]
-
-
-def _check_download(config: Config, parameters: int) -> Check:
-    need = 2 * parameters  # 16-bit checkpoints, as nearly all are
-    free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
-    words = f"about {gigabytes(need)} to download, {gigabytes(free)} free in {constants.HF_HUB_CACHE}"
-    if free < 1.1 * need:
-        return Check("disk for weights", State.red, words, "Set HF_HOME to a larger disk, or models_dir=DIR.")
-    return Check("disk for weights", State.green, words)
-
-
-def _check_outputs(config: Config) -> Check:
-    folder = _existing(Path(config.outputs_dir))
-    free = shutil.disk_usage(folder).free
-    words = f"{gigabytes(free)} free in {config.outputs_dir}"
-    if not os.access(folder, os.W_OK):
-        return Check("disk for outputs", State.red, f"{folder} cannot be written", "Set outputs_dir=DIR.")
-    if free < OUTPUTS_BYTES:
-        return Check("disk for outputs", State.yellow, words, "Free some space, or set outputs_dir=DIR.")
-    return Check("disk for outputs", State.green, words)
-
-
-def _existing(folder: Path) -> Path:
-    """Find the nearest folder above that is there already."""
-    return next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
-
-
-def _from_error(name: str, error: PipelineError) -> Check:
-    return Check(name, State.red, error.found, error.fix)

@@ -15,7 +15,8 @@ from pipeline.config.compose import read_config
 from pipeline.engine.cpu import load_kernels
 from pipeline.views import machine as health
 from pipeline.views.machine import State, check_bitsandbytes, check_gpu, check_kernels, check_version
-from pipeline.views.model import check_access, check_room, check_tokenizer
+from pipeline.views.model import check_access, check_tokenizer
+from pipeline.views.room import check_room
 
 SECRET = "hf_ThisMustNeverBePrinted"
 

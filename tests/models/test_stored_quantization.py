@@ -11,7 +11,7 @@ from job_helper import arguments, run_job, texts, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from pipeline.commands.plan import main as plan
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.quant import QuantConfig, QuantMethod
@@ -21,7 +21,7 @@ from pipeline.models.loading import load_model
 from pipeline.report.jobs import precision, read_job
 from pipeline.views.architecture import architecture_view
 from pipeline.views.machine import State
-from pipeline.views.model import check_room
+from pipeline.views.room import check_room
 
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
 FOUR = BitsAndBytesConfig(
@@ -99,7 +99,7 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
 def test_plan_and_tree_refuse_to_count_it_and_doctor_names_it(quantized, tmp_path, capsys):
     found, folder = quantized
     name = f"{found} (checkpoint)"
-    assert plan([f"model.name={folder}", "memory=24GB"]) == 2
+    assert main(["plan", f"model.name={folder}", "memory=24GB"]) == 2
     assert f"quantized already, {name}" in capsys.readouterr().err
     config = read_config([f"model.name={folder}", f"outputs_dir={tmp_path}"])
     with pytest.raises(ConfigError, match=re.escape(name)):

@@ -1,0 +1,100 @@
+"""Check the room that one model needs: memory for its weights, disk for them and for outputs."""
+
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from pipeline.common.errors import ConfigError, LoadError, PipelineError
+from pipeline.common.units import GB, gigabytes, megabytes
+from pipeline.config.quant import SMALLEST, QuantConfig
+from pipeline.config.schema import Config
+from pipeline.memory.devices import find_device
+from pipeline.models.checkpoint import find_checkpoint
+from pipeline.models.loading_checks import check_format
+from pipeline.models.stored_format import label
+from pipeline.views.architecture import ArchitectureView, architecture_view
+from pipeline.views.machine import Check, State, refused
+
+OUTPUTS_BYTES = GB  # about a million completions
+
+
+def check_room(config: Config) -> list[Check]:
+    """Look for memory for the weights, disk for weights that are still to come, and for outputs."""
+    if (checkpoint := find_checkpoint(config.model, config.models_dir)) is not None:
+        try:
+            stored = check_format(checkpoint, config.model, config.quant)
+        except LoadError as error:
+            return [refused("quantization", error), _check_outputs(config)]
+        if stored is not None:
+            return [*_check_stored(label(stored)), _check_outputs(config)]
+    try:
+        view = architecture_view(config.model, config.quant, config.models_dir)
+    except PipelineError as error:
+        return [refused("model config", error), _check_outputs(config)]
+    made = [_check_memory(view, config.quant)]
+    local = checkpoint is not None and checkpoint.revision is None
+    if not (local or (checkpoint is not None and checkpoint.has_weights)):
+        made.append(_check_download(config, view.parameters))
+    return [*made, _check_outputs(config)]
+
+
+def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
+    need = view.bytes + (view.quant_state_bytes or 0)
+    words = f"{megabytes(need)} of weights"
+    try:
+        device = find_device(None)
+    except ConfigError as error:
+        fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
+        return Check("memory", State.yellow, f"{words}. {error.found}", fix)
+    gpus, free = device.gpus, device.free_bytes
+    where = f"{gigabytes(free)} free on {device.name}"
+    more = "python -m pipeline plan says what else would fit."
+    if need < 0.8 * free:
+        return Check("memory", State.green, f"{words}, {where}")
+    if need < free:
+        return Check("memory", State.yellow, f"{words}, {where}: little is left for prompts", more)
+    smaller = "a smaller model" if quant.four_bit else f"quant={SMALLEST}"
+    if gpus and need < free + device.offload_bytes and not quant.quantized:
+        return Check(
+            "memory",
+            State.yellow,
+            f"{words}, {where}: a part goes to the CPU, slowly",
+            f"Try {smaller}. {more}",
+        )
+    return Check("memory", State.red, f"{words}, {where}: does not fit", f"Try {smaller}. {more}")
+
+
+def _check_stored(stored: str) -> list[Check]:
+    """Say what is known of a checkpoint that is quantized already."""
+    fix = "Run a few rows with limit=4 and read stats.json."
+    return [
+        Check("quantization", State.green, stored),
+        Check("memory", State.yellow, f"{stored}: what its weights take is known once they are loaded", fix),
+    ]
+
+
+def _check_download(config: Config, parameters: int) -> Check:
+    need = 2 * parameters  # 16-bit checkpoints, as nearly all are
+    free = shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free
+    words = f"about {gigabytes(need)} to download, {gigabytes(free)} free in {constants.HF_HUB_CACHE}"
+    if free < 1.1 * need:
+        return Check("disk for weights", State.red, words, "Set HF_HOME to a larger disk, or models_dir=DIR.")
+    return Check("disk for weights", State.green, words)
+
+
+def _check_outputs(config: Config) -> Check:
+    folder = _existing(Path(config.outputs_dir))
+    free = shutil.disk_usage(folder).free
+    words = f"{gigabytes(free)} free in {config.outputs_dir}"
+    if not os.access(folder, os.W_OK):
+        return Check("disk for outputs", State.red, f"{folder} cannot be written", "Set outputs_dir=DIR.")
+    if free < OUTPUTS_BYTES:
+        return Check("disk for outputs", State.yellow, words, "Free some space, or set outputs_dir=DIR.")
+    return Check("disk for outputs", State.green, words)
+
+
+def _existing(folder: Path) -> Path:
+    """Find the nearest folder above that is there already."""
+    return next((parent for parent in (folder, *folder.parents) if parent.is_dir()), Path())
