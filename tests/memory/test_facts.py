@@ -12,7 +12,7 @@ from pipeline.config.compose import read_config
 from pipeline.memory.architecture import Architecture, known_architecture
 from pipeline.memory.capacity import kv_architecture
 from pipeline.memory.facts import find_facts
-from pipeline.slurm.cells import needed_bytes
+from pipeline.slurm.memory import needed_bytes
 from pipeline.views.architecture import architecture_view
 
 TEXT = {
