@@ -38,9 +38,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.engine.allocator import set_allocator
+from pipeline.engine.before_torch import set_environment
 
-set_allocator()  # as a job's process does, before torch is there
+set_environment()  # as a job's process does, before torch is there
 
 import torch
 import transformers

@@ -11,14 +11,14 @@ from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.terminal import say
-from pipeline.engine.allocator import set_allocator
+from pipeline.engine.before_torch import set_environment
 
 log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> ExitStatus:
     """Run a command line, by default this process's own, and return how it ended."""
-    set_allocator()
+    set_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback
     with Interrupt() as interrupt:

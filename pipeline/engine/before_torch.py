@@ -1,4 +1,4 @@
-"""Set torch's allocator for GPUs, before torch is imported."""
+"""Set what torch reads once, when it is imported: its allocator for GPUs, and how its threads wait."""
 
 import os
 import sys
@@ -6,10 +6,15 @@ from collections.abc import Mapping
 from importlib import metadata
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+# How often libgomp's threads look for work before they sleep: some 30 microseconds. By default it is milliseconds,
+# in which a thread that waits for another keeps that very thread from the core, where programs share cores.
+SPINS = "1000"
 
 
-def set_allocator() -> None:
-    """Set this process's environment; call it before torch is imported."""
+def set_environment() -> None:
+    """Set this process's environment, where the user has not; call it before torch is imported."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     try:
         os.environ.update(allocator_settings(os.environ, sys.platform, metadata.version("torch")))
     except metadata.PackageNotFoundError:

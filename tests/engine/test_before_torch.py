@@ -1,4 +1,4 @@
-"""torch's allocator is set where it can be, before torch is there."""
+"""torch's allocator and its threads' waiting are set where they can be, before torch is there."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine.allocator import allocator_settings
+from pipeline.engine import before_torch
+from pipeline.engine.before_torch import SPINS, allocator_settings, set_environment
 
 GROWING = "expandable_segments:True"
 
@@ -32,11 +33,22 @@ def test_segments_grow_where_they_can_unless_the_user_chose(environ, platform, v
     assert allocator_settings(environ, platform, version) == settings
 
 
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_sleep_soon_unless_the_user_chose(monkeypatch, chosen, spins):
+    environment = dict(chosen)
+    monkeypatch.setattr(before_torch.os, "environ", environment)
+    set_environment()
+    assert environment.get("GOMP_SPINCOUNT") == spins
+
+
 @pytest.mark.parametrize("arguments", [["score", "nowhere", "baseline=nowhere"], ["--help"]])
 def test_it_is_set_before_torch_is_there(arguments):
     code = (
-        "import sys, pipeline.engine.allocator as a; seen = [];"
-        "a.set_allocator = lambda: seen.append('torch' in sys.modules);"
+        "import sys, pipeline.engine.before_torch as a; seen = [];"
+        "a.set_environment = lambda: seen.append('torch' in sys.modules);"
         f"import pipeline.__main__ as m; m.main({arguments}); sys.exit(seen != [False])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
