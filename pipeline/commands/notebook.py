@@ -8,9 +8,8 @@ from typing import Any
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow, Request
 from pipeline.common.suggestions import did_you_mean
-from pipeline.config.compose import read_config
+from pipeline.config.compose import options, read_config
 from pipeline.config.schema import Config
-from pipeline.config.sources import options
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.memory.capacity import context_tokens
 from pipeline.models.loading import load_model as load

@@ -8,10 +8,9 @@ from pathlib import Path
 from pipeline.commands.arguments import take_own, write_json
 from pipeline.common.errors import PromptError
 from pipeline.common.exit_status import ExitStatus
-from pipeline.config.compose import job_keys, read_config
+from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
 from pipeline.config.schema import Config
-from pipeline.config.sources import options
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan

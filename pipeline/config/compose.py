@@ -19,7 +19,7 @@ from pipeline.common.fingerprint import job_fingerprint
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.overrides import in_hydras_words
 from pipeline.config.schema import Config, register, root
-from pipeline.config.sources import GROUPS, options, register_sources
+from pipeline.config.sources import GROUPS, place, register_sources
 
 SYNONYMS = {  # other tools' words, which no spelling finds
     "quantization": "quant",
@@ -188,6 +188,13 @@ def explain(error: Exception) -> ConfigError:
     if wrong := re.search(r"Error merging override (.+)", text):
         return ConfigError(f"{wrong[1]}: {cause.splitlines()[0]}")
     return ConfigError(" ".join(line.strip() for line in text.splitlines() if "type=" not in line))
+
+
+def options(group: str) -> list[str]:
+    """List the names that GROUP= accepts."""
+    return sorted(
+        {file.stem for folder in (Path(), root()) for file in (folder / place(group)).glob("*.yaml")}
+    )
 
 
 def _listed(text: str) -> list[str]:

@@ -29,19 +29,19 @@ class OwnSource(FileConfigSource):
 
     def is_group(self, config_path: str) -> bool:
         """Say whether there is a folder for this group."""
-        return not config_path or (_is_own(config_path) and super().is_group(_place(config_path)))
+        return not config_path or (_is_own(config_path) and super().is_group(place(config_path)))
 
     def is_config(self, config_path: str) -> bool:
         """Say whether there is such a file in a group."""
-        return _is_own(config_path) and "/" in config_path and super().is_config(_place(config_path))
+        return _is_own(config_path) and "/" in config_path and super().is_config(place(config_path))
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read a file."""
-        return super().load_config(_place(config_path))
+        return super().load_config(place(config_path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> builtins.list[str]:
         """List the files of a group."""
-        return sorted(path.stem for path in (Path(self.path) / _place(config_path)).glob("*.yaml"))
+        return sorted(path.stem for path in (Path(self.path) / place(config_path)).glob("*.yaml"))
 
 
 class OwnFirst(SearchPathPlugin):
@@ -59,16 +59,10 @@ def register_sources() -> None:
         Plugins.instance().register(plugin)
 
 
-def options(group: str) -> list[str]:
-    """List the names that GROUP= accepts."""
-    return sorted(
-        {file.stem for folder in (root(), Path()) for file in (folder / _place(group)).glob("*.yaml")}
-    )
-
-
 def _is_own(config_path: str) -> bool:
     return config_path.partition("/")[0] in OWN
 
 
-def _place(config_path: str) -> str:
+def place(config_path: str) -> str:
+    """Say where a group or a file of it lies in a folder."""
     return config_path if config_path.partition("/")[0] == "jobs" else f"conf/{config_path}"

@@ -14,10 +14,9 @@ from machines import H100
 from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.common.units import parse_bytes
-from pipeline.config.compose import read_config
+from pipeline.config.compose import options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED
 from pipeline.config.schema import ModelConfig, root
-from pipeline.config.sources import options
 from pipeline.memory.devices import Device, given_device
 from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Settings, Workload, best_choice, make_plan, need, rows_that_fit

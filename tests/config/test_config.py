@@ -14,12 +14,12 @@ from pipeline.config.compose import (
     compose_config,
     job_folder,
     job_keys,
+    options,
     read_config,
     sweep_cells,
 )
 from pipeline.config.quant import Dtype, QuantMethod
 from pipeline.config.schema import Config, root
-from pipeline.config.sources import options
 from pipeline.prompts.reader import find_prompts, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]

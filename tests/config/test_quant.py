@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.common.gpu import Gpu
-from pipeline.config.compose import read_config
+from pipeline.config.compose import options, read_config
 from pipeline.config.quant import (
     ELEMENT_BYTES,
     QUANTS,
@@ -19,7 +19,6 @@ from pipeline.config.quant import (
     read_quant,
     settle_dtypes,
 )
-from pipeline.config.sources import options
 
 T4 = Gpu("cuda", "Tesla T4", capability=(7, 5))
 
