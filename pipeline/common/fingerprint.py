@@ -54,7 +54,10 @@ def row_key(row: PromptRow | BadRow) -> str:
     if isinstance(row, BadRow):
         return fingerprint([row.id, row.error], 16)
     params = {name: value for name, value in vars(row.params).items() if value != DEFAULTS[name]}
-    return fingerprint([row.id, row.prompt, row.messages, row.system, params], 16)
+    parts: list[Any] = [row.id, row.prompt, row.messages, row.system, params]
+    if row.template_kwargs or row.continue_final_message is not None:
+        parts += [row.template_kwargs, row.continue_final_message]
+    return fingerprint(parts, 16)
 
 
 def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
 from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
-from pipeline.prompts.chat import eos_token_ids, prepare_chat
+from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat
 from pipeline.views.chat import chat_view
 from pipeline.views.machine import Check, State, refused
 
@@ -62,7 +62,7 @@ def check_tokenizer(config: Config) -> list[Check]:
         view = chat_view(row, chat)
     except PipelineError as error:
         return [refused("tokenizer", error)]
-    made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer)]
+    made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer, chat)]
     if not view.has_template:
         fix = (
             "Prompts are sent as they are. For a chat, take the instruct variant or model.chat_template=FILE."
@@ -72,12 +72,15 @@ def check_tokenizer(config: Config) -> list[Check]:
         "a system role" if view.has_system_role else "no system role (system text goes into the user's turn)"
     )
     made.append(Check("chat template", State.green, role))
-    if view.writes_date and "date_string" not in config.model.chat_template_kwargs:
-        fix = "For the same prompt every day: +model.chat_template_kwargs.date_string='26 Jul 2024'."
-        made.append(Check("template's date", State.yellow, "the template can write today's date", fix))
+    if view.writes_date and config.model.template_date is None:
+        fix = "A job keeps the day when it began. For the same prompt in every job: model.template_date=2024-07-26."
+        made.append(Check("template's date", State.yellow, "the template writes today's date", fix))
+    if unread := chat.template.unread(config.model.chat_template_kwargs) if chat.template else "":
+        found = f"model.chat_template_kwargs.{unread}: the template does not read it"
+        made.append(Check("template's arguments", State.yellow, found, "Correct the name, or leave it out."))
     if view.thinking_switch:
         opened = "opens" if view.opens_thinking else "does not open"
-        fix = "generation=reasoning keeps it apart; +model.chat_template_kwargs.enable_thinking=false may stop it."
+        fix = "generation=reasoning keeps it apart; model.chat_template_kwargs.enable_thinking=false may stop it."
         made.append(Check("thinking", State.green, f"the template knows it; the prompt {opened} it", fix))
     return made
 
@@ -150,7 +153,7 @@ def _check_bos(count: int) -> Check:
     return Check("BOS", State.green, "once" if count else "none, as this model's template has it")
 
 
-def _check_ends(tokenizer: Any) -> list[Check]:
+def _check_ends(tokenizer: Any, chat: Chat) -> list[Check]:
     ends = sorted(eos_token_ids(None, tokenizer))
     made = [Check("end of sequence", State.green, f"{tokenizer.eos_token} {ends[0]}")] if ends else []
     if not ends:
