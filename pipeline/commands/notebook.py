@@ -17,7 +17,7 @@ from pipeline.prompts.answer import decode, stop_token_ids
 from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import find_prompts
 from pipeline.prompts.reader import read_prompts as read_file
-from pipeline.prompts.row import BadLine, to_row
+from pipeline.prompts.row import to_row
 
 Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
 
@@ -107,7 +107,7 @@ def _row(index: int, prompt: Prompt, params: GenerationParams) -> PromptRow | Ba
     row_id = str(fields.pop("id", row_id))
     try:
         return to_row(fields, index, row_id, source, params, "prompt")
-    except BadLine as bad:
+    except PromptError as bad:
         return BadRow(index, row_id, source, f"{source}: {bad}")
 
 

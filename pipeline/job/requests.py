@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from pipeline.common import terminal
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, Request
@@ -15,7 +14,7 @@ from pipeline.job.load import Ready
 from pipeline.job.rows import completion_row, error_row
 from pipeline.memory.capacity import Capacity, context_tokens
 from pipeline.prompts.answer import stop_token_ids
-from pipeline.prompts.chat import Chat, eos_token_ids, missing_end, prepare_chat, render
+from pipeline.prompts.chat import eos_token_ids, prepare_chat, render, say_what_matters
 from pipeline.prompts.reader import open_prompts
 
 
@@ -43,7 +42,7 @@ class Requests:
         self._tokenizer = ready.loaded.tokenizer
         embeddings = ready.model.get_input_embeddings().weight.shape[0]
         self._chat = prepare_chat(self._tokenizer, config, embeddings)
-        _say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
+        say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
         self._context = context_tokens(ready.model.config)
         self._room = room
         self._pending: dict[str, Pending] = {}
@@ -123,19 +122,3 @@ class Requests:
             raise PromptError(found=f"{row.source}: {refusal}")
         params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
         return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)))
-
-
-def _say_what_matters(config: Config, chat: Chat, ends: frozenset[int]) -> None:
-    """Say what of the template a user would not expect."""
-    if chat.found.writes_date and config.model.template_date:
-        terminal.say(
-            f"The chat template writes the date: all prompts of this job have {config.model.template_date}, also "
-            "when it goes on another day; model.template_date=… chooses one."
-        )
-    token = missing_end(chat, ends)
-    if token is not None and token not in config.generation.stop:
-        terminal.say(
-            f"Warning: the chat template ends a turn with {token}, which does not end a completion of this "
-            f"model. 'generation.stop=[\"{token}\"]' does that.",
-            style="yellow",
-        )

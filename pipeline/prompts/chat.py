@@ -156,6 +156,22 @@ def missing_end(chat: Chat, ends: frozenset[int]) -> str | None:
     return None if token is None or chat.tokenizer.convert_tokens_to_ids(token) in ends else token
 
 
+def say_what_matters(config: Config, chat: Chat, ends: frozenset[int]) -> None:
+    """Say what of the template a user would not expect."""
+    if chat.found.writes_date and config.model.template_date:
+        terminal.say(
+            f"The chat template writes the date: all prompts of this job have {config.model.template_date}, also "
+            "when it goes on another day; model.template_date=… chooses one."
+        )
+    token = missing_end(chat, ends)
+    if token is not None and token not in config.generation.stop:
+        terminal.say(
+            f"Warning: the chat template ends a turn with {token}, which does not end a completion of this "
+            f"model. 'generation.stop=[\"{token}\"]' does that.",
+            style="yellow",
+        )
+
+
 def _rendered(row: PromptRow, messages: Messages, chat: Chat, template: Template) -> str:
     if unread := template.unread(row.template_kwargs):
         raise PromptError(
