@@ -56,13 +56,6 @@ class Run:
         forward, probe = choose_forward(ready.model, self.config.engine.attention.value)
         day = {"template_date": self.config.model.template_date}
         written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=probe)
-            self.prompts,
-            self.prompts_sha256,
-            ready.gpus,
-            **facts,
-            attention=probe,
-            template_date=self.config.model.template_date,
-        )
         self.results.write_json(self.results.manifest, written)
         return forward
 
