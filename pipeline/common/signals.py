@@ -10,6 +10,8 @@ from typing import Any, Self
 
 ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: schedulers
 
+RENDER_SEC = 10.0  # for one row through a chat template; real ones take milliseconds
+
 
 class Stopped(BaseException):
     """A signal came where there was nothing to finish. Not an Exception: no library may catch it."""

@@ -103,7 +103,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 def opens_thinking(tokenizer: Any, prompt_token_ids: Sequence[int], tags: Tags = THINK) -> bool:
     """Say whether the template has opened the thinking block itself, as DeepSeek-R1's does."""
-    end = tokenizer.decode(list(prompt_token_ids[-16:]), skip_special_tokens=False)
+    end = tokenizer.decode(list(prompt_token_ids[-32:]), skip_special_tokens=False)
     return str(end).rstrip().endswith(tags.open)
 
 

@@ -14,12 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from pipeline.common import terminal
 from pipeline.common.errors import PromptError
 from pipeline.common.request import PromptRow
-from pipeline.common.signals import TookTooLong
+from pipeline.common.signals import RENDER_SEC, TookTooLong
 from pipeline.config.schema import Config
 from pipeline.prompts.answer import Tags, find_tags
 from pipeline.prompts.control import control_tokens, encode, encode_text, hide
 from pipeline.prompts.template import (
-    RENDER_SEC,
     TEMPLATE_ERRORS,
     Findings,
     Messages,

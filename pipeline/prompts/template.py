@@ -12,12 +12,11 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.common.errors import ConfigError, PromptError
-from pipeline.common.signals import TookTooLong, time_limit
+from pipeline.common.signals import RENDER_SEC, TookTooLong, time_limit
 from pipeline.common.suggestions import did_you_mean
 
 Messages = list[dict[str, str]]
 
-RENDER_SEC = 10.0  # for one row; real templates take milliseconds
 # What a template's code can raise; jinja2 lets Python's own errors through.
 _PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)

@@ -20,7 +20,7 @@ from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
 from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
-from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat
+from pipeline.prompts.chat import eos_token_ids, prepare_chat
 from pipeline.views.chat import chat_view
 from pipeline.views.machine import Check, State, refused
 
@@ -62,7 +62,7 @@ def check_tokenizer(config: Config) -> list[Check]:
         view = chat_view(row, chat)
     except PipelineError as error:
         return [refused("tokenizer", error)]
-    made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer, chat)]
+    made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer)]
     if not view.has_template:
         fix = (
             "Prompts are sent as they are. For a chat, take the instruct variant or model.chat_template=FILE."
@@ -153,7 +153,7 @@ def _check_bos(count: int) -> Check:
     return Check("BOS", State.green, "once" if count else "none, as this model's template has it")
 
 
-def _check_ends(tokenizer: Any, chat: Chat) -> list[Check]:
+def _check_ends(tokenizer: Any) -> list[Check]:
     ends = sorted(eos_token_ids(None, tokenizer))
     made = [Check("end of sequence", State.green, f"{tokenizer.eos_token} {ends[0]}")] if ends else []
     if not ends:
