@@ -77,7 +77,9 @@ def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -
         if unknown:
             known = (*OVERRIDES, *_OTHER_NAMES, *_REFUSED, *_NO_MATTER)
             near = did_you_mean(unknown[0], known)
-            raise BadLine(f"{where}: unknown key {show(unknown[0])}", f"{near} Correct it, or remove it.")
+            raise BadLine(
+                f"{where.rstrip('.')}: unknown key {show(unknown[0])}", f"{near} Correct it, or remove it."
+            )
     for key, neutral in _REFUSED.items():
         if fields.get(key) is not None and fields[key] not in neutral:
             raise BadLine(f"{where}{key} is not supported, and would change the answer", "Remove it.")

@@ -68,8 +68,10 @@ class Template:
 
     def unread(self, kwargs: dict[str, Any]) -> str:
         """Name the arguments that the template never reads, with what may be meant; "" if it reads all."""
+        if not (names := [name for name in kwargs if not self.reads(name)]):
+            return ""
         words = set(re.findall(r"[A-Za-z_]\w*", self.source))
-        named = [f"{name}. {did_you_mean(name, words)}" for name in kwargs if not self.reads(name)]
+        named = [f"{name}. {did_you_mean(name, words)}" for name in names]
         return "; ".join(text.strip().rstrip(".") for text in named)
 
 

@@ -8,10 +8,10 @@ import pytest
 from job_helper import command
 
 from pipeline.common.errors import ConfigError
-from pipeline.config.compose import job_keys, read_config
+from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.overrides import dictionary_keys
 from pipeline.config.schema import Config
-from pipeline.config.sources import GROUPS, options
+from pipeline.config.sources import GROUPS
 
 TYPED = {  # what is typed, and what it is; keys that are not here are taken by their type
     "model.device_map": ("{model.embed: 0, lm_head: cpu}", {"model.embed": 0, "lm_head": "cpu"}),
