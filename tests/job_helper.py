@@ -81,11 +81,11 @@ def run_job(overrides: list[str]) -> int:
     return runner.run_job(read_config(overrides), job_folder(overrides))
 
 
-def command(overrides: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+def command(overrides: list[str], where: Path = ROOT, **options: Any) -> "subprocess.CompletedProcess[str]":
     """In a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *overrides],
-        capture_output=True, text=True, env=environment(), cwd=ROOT, check=False, **options,
+        capture_output=True, text=True, env=environment(), cwd=where, check=False, **options,
     )  # fmt: skip
 
 

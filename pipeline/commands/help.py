@@ -32,7 +32,8 @@ def help_of(command: str) -> str:
     """Return what --help prints for a command; for `run` it is the whole of it."""
     if command != "run":
         return f"{COMMANDS[command]}.\n\n{module_of(command).HELP}"
-    from pipeline.config.compose import GROUPS, options
+    from pipeline.config.compose import options
+    from pipeline.config.sources import GROUPS
 
     groups = {group: ", ".join(options(group)) for group in GROUPS if options(group)}
     statuses = {str(int(status)): status.meaning for status in ExitStatus}

@@ -8,7 +8,8 @@ from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, PromptRow
 from pipeline.config.schema import Config
 from pipeline.prompts.reader import open_prompts
-from pipeline.prompts.row import BadLine, to_row
+from pipeline.prompts.row import to_row
+from pipeline.prompts.settings import BadLine
 
 MESSAGES = '\'[{"role": "user", "content": "Hello"}]\''  # as typed in a shell
 BATCH_ROWS = 4  # of a prompt file, without limit=

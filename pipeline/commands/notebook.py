@@ -13,11 +13,11 @@ from pipeline.config.schema import Config
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.memory.capacity import context_tokens
 from pipeline.models.loading import load_model as load
-from pipeline.prompts.answer import decode
+from pipeline.prompts.answer import decode, stop_token_ids
 from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import find_prompts
 from pipeline.prompts.reader import read_prompts as read_file
-from pipeline.prompts.row import BadLine, to_row
+from pipeline.prompts.row import to_row
 
 Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
 
@@ -62,8 +62,9 @@ def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> M
     config = read_config([chosen, f"quant={quant}", *overrides])
     loaded = load(config.model, config.quant, config.models_dir)
     forward, _ = choose_forward(loaded.model, config.engine.attention.value)
-    chat = prepare_chat(loaded.tokenizer, config)
     assert loaded.model is not None
+    embedding: Any = loaded.model.get_input_embeddings()
+    chat = prepare_chat(loaded.tokenizer, config, embedding.weight.shape[0])
     ends = eos_token_ids(loaded.model.generation_config, loaded.tokenizer)
     return Model(loaded.model, loaded.tokenizer, forward, chat, config, ends)
 
@@ -106,7 +107,7 @@ def _row(index: int, prompt: Prompt, params: GenerationParams) -> PromptRow | Ba
     row_id = str(fields.pop("id", row_id))
     try:
         return to_row(fields, index, row_id, source, params, "prompt")
-    except BadLine as bad:
+    except PromptError as bad:
         return BadRow(index, row_id, source, f"{source}: {bad}")
 
 
@@ -119,6 +120,5 @@ def _request(row: PromptRow | BadRow, model: Model) -> Request:
         raise PromptError(
             f"{row.source}: {len(token_ids)} tokens fill the model's context", "Shorten the prompt."
         )
-    return Request(
-        row.id, tuple(token_ids), replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-    )
+    params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
+    return Request(row.id, tuple(token_ids), params, stop_token_ids(model.tokenizer, params.stop))

@@ -10,6 +10,7 @@ from pipeline.common.terminal import say, table
 from pipeline.config.compose import recorded_config
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
+from pipeline.job.manifest import with_day
 from pipeline.job.paths import JobPaths
 from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.scoring import Scores, TextRow, score
@@ -84,7 +85,8 @@ def job_config(folder: Path) -> Config:
         ConfigError: it is not there, or not one of this version's.
     """
     whole = JobPaths(folder)
-    return recorded_config(next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder))
+    ran = next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder)
+    return with_day(recorded_config(ran), JobPaths(ran), goes_on=True)
 
 
 def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:

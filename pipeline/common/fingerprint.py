@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
 
 DEFAULTS = vars(GenerationParams())
+LATER = {"template_date", "thinking_tags"}
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
@@ -28,12 +29,19 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     model["chat_template"] = _template(model.get("chat_template"))
     local = Path(model["name"])
     model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
+    generation = dict(config["generation"])
+    for later in (model, generation):  # keys that came later count where they are set, so that folders stay
+        for key in LATER & later.keys():
+            if later[key] is None:
+                del later[key]
     quant = dict(config["quant"])
     if quant.get("compute_dtype") == "auto":  # what it was before there was an auto, so that folders stay
         quant["compute_dtype"] = "bfloat16"
     prompts = config["prompts"]
     path = prompts if prompts == "-" or not Path(prompts).exists() else str(Path(prompts).resolve())
-    parts = [model, quant, config["generation"], config["system"], config["prompt_field"], path]
+    parts = [model, quant, generation, config["system"], config["prompt_field"], path]
+    if config.get("continue_final_message"):
+        parts.append("continue_final_message")
     return fingerprint(parts)
 
 
@@ -46,7 +54,10 @@ def row_key(row: PromptRow | BadRow) -> str:
     if isinstance(row, BadRow):
         return fingerprint([row.id, row.error], 16)
     params = {name: value for name, value in vars(row.params).items() if value != DEFAULTS[name]}
-    return fingerprint([row.id, row.prompt, row.messages, row.system, params], 16)
+    parts: list[Any] = [row.id, row.prompt, row.messages, row.system, params]
+    if row.template_kwargs or row.continue_final_message is not None:
+        parts += [row.template_kwargs, row.continue_final_message]
+    return fingerprint(parts, 16)
 
 
 def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:

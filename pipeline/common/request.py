@@ -54,6 +54,7 @@ class Request:
     id: str
     prompt_token_ids: tuple[int, ...]
     params: GenerationParams
+    stop_token_ids: frozenset[int] = frozenset()  # of stop strings that are special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ class PromptRow:
     system: str | None
     params: GenerationParams  # the job's, with this row's overrides
     metadata: dict[str, object]  # the line's other fields
+    template_kwargs: dict[str, object] = field(default_factory=dict)  # laid over the job's
+    continue_final_message: bool | None = None  # None is as the job says
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
 ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: schedulers
+
+RENDER_SEC = 10.0  # for one row through a chat template; real ones take milliseconds
 
 
 class Stopped(BaseException):
@@ -54,3 +58,27 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGINT)
         if not self._held:
             raise Stopped
+
+
+class TookTooLong(Exception):
+    """A block under `time_limit` was not done in time."""
+
+
+@contextmanager
+def time_limit(limit_sec: float) -> Iterator[None]:
+    """Raise TookTooLong inside the block after so long; only in the main thread, which alone gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, end)
+    # Again each second: an exception that is raised while an object is collected is lost.
+    left_sec, interval_sec = signal.setitimer(signal.ITIMER_REAL, limit_sec, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left_sec, interval_sec)
+        signal.signal(signal.SIGALRM, before)

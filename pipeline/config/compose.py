@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.common.errors import ConfigError
 from pipeline.common.fingerprint import job_fingerprint
 from pipeline.common.suggestions import did_you_mean
+from pipeline.config.overrides import in_hydras_words
 from pipeline.config.schema import Config, register, root
+from pipeline.config.sources import GROUPS, place, register_sources
 
-GROUPS = ("model", "quant", "generation", "engine", "submit", "jobs")
 SYNONYMS = {  # other tools' words, which no spelling finds
     "quantization": "quant",
     "batch_size": "engine.max_rows",
@@ -38,7 +39,7 @@ SYNONYMS = {  # other tools' words, which no spelling finds
 def prepare() -> str:
     """Register schema and resolvers with Hydra; return conf/ as an absolute path."""
     register()
-    OmegaConf.register_new_resolver("config_root", lambda: str(root()), replace=True)
+    register_sources()
     OmegaConf.register_new_resolver("job_folder", _job_folder, replace=True)
     return str(root() / "conf")
 
@@ -67,7 +68,7 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(conf, version_base="1.3"):
-            return compose("config", overrides=overrides, return_hydra_config=with_hydra)
+            return compose("config", overrides=in_hydras_words(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=true
         raise explain(error) from error
 
@@ -191,8 +192,9 @@ def explain(error: Exception) -> ConfigError:
 
 def options(group: str) -> list[str]:
     """List the names that GROUP= accepts."""
-    folders = [root() / "conf" / group] if group != "jobs" else [root() / "jobs", Path("jobs")]
-    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    return sorted(
+        {file.stem for folder in (Path(), root()) for file in (folder / place(group)).glob("*.yaml")}
+    )
 
 
 def _listed(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.compose import prepare, to_config
+from pipeline.config.overrides import in_hydras_words
 from pipeline.config.schema import Config
 
 
@@ -24,6 +25,6 @@ def launch(arguments: list[str], run: Callable[[Config, Path], ExitStatus]) -> E
         return status
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, and the door tells them
-    sys.argv[1:] = arguments  # where Hydra reads them
+    sys.argv[1:] = in_hydras_words(arguments)  # where Hydra reads them
     hydra.main(version_base="1.3", config_path=prepare(), config_name="config")(task)()
     return status

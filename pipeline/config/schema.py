@@ -6,6 +6,7 @@ misspelt key is an error that names it.
 
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,44 @@ class ModelConfig:
     trust_remote_code: bool = False  # run Python code that comes with the model
     safetensors_only: bool = True  # refuse pickle weights, which can run code
     device_map: Any = "auto"  # auto, a device ("cpu", "cuda:1"), or a map of modules to devices
-    max_memory: dict[str, str] | None = None  # device to limit, as {"0": 20GiB, cpu: 60GiB}
+    max_memory: dict[Any, str] | None = field(
+        default_factory=dict
+    )  # device to limit, as {0: 20GiB, cpu: 60GiB}
     offload_dir: str | None = None  # where weights go that fit neither the GPU nor the CPU
     attn_implementation: str | None = None  # null is the model's own choice
     chat_template: str | None = None  # a Jinja template, or the path of one; null is the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as {enable_thinking: false}
-    architecture: dict[str, Any] | None = None  # facts for a memory plan without the model's files
+    template_date: str | None = (
+        None  # the day that a template writes, as 2026-11-27; null is when the job began
+    )
+    architecture: dict[str, Any] | None = field(
+        default_factory=dict
+    )  # facts for a memory plan without the model's files
+
+    def __post_init__(self) -> None:
+        if self.template_date is not None:
+            try:
+                datetime.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(
+                    f"model.template_date={self.template_date}: must be a day, as 2026-11-27"
+                ) from None
 
 
 @dataclass
 class GenerationConfig(GenerationParams):
     """Say how every row is continued that does not say so itself."""
 
-    thinking: bool = False  # keep <think>…</think> apart from the completion
+    thinking: bool = False  # keep <think>…</think>, or what the model's template has for it, apart
+    thinking_tags: list[str] | None = None  # as ["<think>", "</think>"]; null is the template's own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tags = self.thinking_tags
+        if tags is not None and not (len(tags) == 2 and all(tags)):
+            raise ValueError(
+                f"thinking_tags={tags!r}: must be null, or two texts: what opens and what closes"
+            )
 
     def params(self) -> GenerationParams:
         """Give what the engine needs to know of it."""
@@ -157,6 +183,7 @@ class Config:
     prompts: str = MISSING  # a path, a name in jobs/, or - for standard input; .jsonl or .jsonl.gz
     prompt_field: str = "prompt"  # the field of a row that holds its prompt
     system: str | None = None  # a system prompt for every row that has none
+    continue_final_message: bool = False  # where a row's last message is the assistant's, go on with it
     limit: int | None = None  # only the first rows
     shard: str | None = None  # "0/4": every fourth row, from the first
     on_error: OnError = OnError.record

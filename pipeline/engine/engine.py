@@ -138,6 +138,8 @@ class Engine:
         params = sample.request.params
         if token in self._eos_token_ids and not params.ignore_eos:
             return "stop"
+        if token in sample.request.stop_token_ids:
+            return "stop"
         sample.token_ids.append(token)
         if params.stop and self._decode and _has_stop(sample, self._decode):
             return "stop"

@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import torch
 
 from pipeline.common.errors import JobError
 from pipeline.common.gpu import Gpu
+from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
-from pipeline.job.paths import read_json
+from pipeline.job.paths import JobPaths, read_json
 
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
@@ -55,6 +58,21 @@ def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
             f"{facts['dtypes']}",
             fix="Go on with a device like the first, or pass resume=never to make all rows anew.",
         )
+
+
+def with_day(config: Config, results: JobPaths, *, goes_on: bool) -> Config:
+    """Put the day into a job's config: the one that it names, else that when the job began.
+
+    Args:
+        goes_on: the folder has rows of an earlier run, whose manifest has its day.
+    """
+    if config.model.template_date is not None:
+        return config
+    if goes_on:
+        noted = (read_json(results.manifest) or {}).get("template_date")
+        with suppress(TypeError, ValueError):  # damaged, or of a version that noted none
+            return replace(config, model=replace(config.model, template_date=noted))
+    return replace(config, model=replace(config.model, template_date=datetime.date.today().isoformat()))
 
 
 def manifest(prompts: str, prompts_sha256: str | None, gpus: Iterable[Gpu], **facts: Any) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Find what a job still has to do: hold its prompt file against its folder."""
 
+import gzip
 import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pipeline.common import terminal
@@ -12,8 +14,12 @@ from pipeline.common.request import BadRow, PromptRow
 from pipeline.config.schema import Config, OnError
 from pipeline.job.folder import DROP, KEEP, JobFolder
 from pipeline.job.ledger import Ledger
+from pipeline.job.rows import error_row
 from pipeline.job.todo import PromptState, Todo
 from pipeline.prompts.reader import find_prompts, open_prompts
+
+MAX_HELD = 100_000  # bad rows
+SHOWN = 3  # of their errors, where there is nothing else
 
 
 def locate_prompts(config: Config, results: JobFolder) -> str:
@@ -56,6 +62,39 @@ def find_missing(config: Config, prompts: str, results: JobFolder) -> Ledger:
     if ledger.done:
         terminal.say(f"Going on: {ledger.done} of {ledger.total} rows were done before.")
     return ledger
+
+
+def write_bad_rows(config: Config, prompts: str, results: JobFolder, ledger: Ledger) -> bool:
+    """Write the rows that are missing, if none of them can be run: no model is needed for that.
+
+    Returns:
+        whether that was so, and all is done now.
+    """
+    missing = list[tuple[int, BadRow]]()
+    for number, row in enumerate(open_prompts(config, prompts)):
+        if number == ledger.rows or not ledger.missing_samples(number, row_key(row)):
+            continue
+        if isinstance(row, PromptRow) or len(missing) == MAX_HELD:
+            return False
+        missing.append((number, row))
+    for number, row in missing:
+        results.append(error_row(row, row.error))
+        ledger.mark(number, 0, failed=True)
+    results.sync()
+    if missing and ledger.errors == ledger.total:
+        shown = "\n".join(f"  {row.error}" for _, row in missing[:SHOWN])
+        terminal.say(
+            f"No row of {prompts} can be run; no model was loaded.\n{shown}\n{_advice(prompts)}", style="red"
+        )
+    return not ledger.missing
+
+
+def _advice(prompts: str) -> str:
+    with gzip.open(prompts) if prompts.endswith(".gz") else Path(prompts).open("rb") as file:
+        is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if is_array:
+        return "It is a JSON array. One object a line is wanted: jq -c '.[]' FILE.json > FILE.jsonl"
+    return 'Write one JSON object a line, as {"prompt": "Hello"}; prompt_field=NAME names another field.'
 
 
 class _Judge:

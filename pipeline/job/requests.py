@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
@@ -12,7 +13,8 @@ from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready
 from pipeline.job.rows import completion_row, error_row
 from pipeline.memory.capacity import Capacity, context_tokens
-from pipeline.prompts.chat import prepare_chat, render
+from pipeline.prompts.answer import stop_token_ids
+from pipeline.prompts.chat import eos_token_ids, prepare_chat, render, say_what_matters
 from pipeline.prompts.reader import open_prompts
 
 
@@ -38,10 +40,13 @@ class Requests:
         self._results = results
         self._ledger = ledger
         self._tokenizer = ready.loaded.tokenizer
-        self._chat = prepare_chat(self._tokenizer, config)
+        embeddings = ready.model.get_input_embeddings().weight.shape[0]
+        self._chat = prepare_chat(self._tokenizer, config, embeddings)
+        say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
         self._context = context_tokens(ready.model.config)
         self._room = room
         self._pending: dict[str, Pending] = {}
+        self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
 
     def read(self, going_on: Callable[[str], bool]) -> Iterator[Request]:
         """Render the rows that are missing; a row that cannot be run is written at once.
@@ -82,7 +87,14 @@ class Requests:
         if completion.sample not in pending.missing:
             return
         self._results.append(
-            completion_row(pending.row, pending.prompt_token_ids, completion, self._tokenizer, self._config)
+            completion_row(
+                pending.row,
+                pending.prompt_token_ids,
+                completion,
+                self._tokenizer,
+                self._config,
+                self._chat.tags,
+            )
         )
         self._ledger.mark(pending.number, completion.sample, failed=completion.error is not None)
 
@@ -109,4 +121,4 @@ class Requests:
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
         params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-        return Request(row.id, tuple(token_ids), params)
+        return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)))

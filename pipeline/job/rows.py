@@ -12,27 +12,47 @@ from typing import Any
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, TokenLogprob
 from pipeline.config.schema import Config
-from pipeline.prompts.answer import cut_at_stop, decode, opens_thinking, split_thinking
+from pipeline.prompts.answer import (
+    THINK,
+    Tags,
+    cut_at_stop,
+    decode,
+    decode_with,
+    opens_thinking,
+    split_thinking,
+)
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def completion_row(
-    row: PromptRow, prompt_token_ids: Sequence[int], completion: Completion, tokenizer: Any, config: Config
+    row: PromptRow,
+    prompt_token_ids: Sequence[int],
+    completion: Completion,
+    tokenizer: Any,
+    config: Config,
+    tags: Tags = THINK,
 ) -> dict[str, Any]:
-    """Make what is written for one completion; or for its failure, if the engine gave it up."""
+    """Make what is written for one completion; or for its failure, if the engine gave it up.
+
+    Args:
+        tags: around thinking, where the job keeps it apart.
+    """
     if completion.error:
         return error_row(row, completion.error, completion.sample)
 
     def text_of(token_ids: Sequence[int]) -> str:
         return decode(tokenizer, token_ids)
 
-    text, more = cut_at_stop(text_of(completion.token_ids), row.params.stop), dict[str, Any]()
+    more = dict[str, Any]()
+    thinking = config.generation.thinking
+    text = decode_with(tokenizer, completion.token_ids, tags) if thinking else text_of(completion.token_ids)
+    text = cut_at_stop(text, row.params.stop)
     if completion.logprobs is not None:
         more["logprobs"] = _logprobs(completion.logprobs, text_of)
-    if config.generation.thinking:
-        opened = opens_thinking(tokenizer, prompt_token_ids)
-        more["thinking"], text = split_thinking(text, opened=opened)
+    if thinking:
+        opened = opens_thinking(tokenizer, prompt_token_ids, tags)
+        more["thinking"], text = split_thinking(text, opened=opened, tags=tags)
     if config.token_ids:
         more["token_ids"] = list(completion.token_ids)
     return {

@@ -10,7 +10,7 @@ from pipeline.job.energy import EnergyMeter
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
-from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts
+from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts, with_day
 from pipeline.job.stats import Taken, job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
@@ -31,6 +31,7 @@ class Run:
     def __post_init__(self) -> None:
         self.done_before = self.ledger.done
         self.timeline = Timeline()
+        self.config = with_day(self.config, self.results, goes_on=self.done_before > 0)
 
     def go(self) -> None:
         """Take the four steps.
@@ -53,7 +54,8 @@ class Run:
         if self.done_before:
             check_same_model(self.results, facts)
         forward, probe = choose_forward(ready.model, self.config.engine.attention.value)
-        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=probe)
+        day = {"template_date": self.config.model.template_date}
+        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=probe)
         self.results.write_json(self.results.manifest, written)
         return forward
 

@@ -11,7 +11,7 @@ from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.config.schema import Config, Resume
 from pipeline.job.folder import JobFolder
-from pipeline.job.missing import find_missing, finished_before, locate_prompts
+from pipeline.job.missing import find_missing, finished_before, locate_prompts, write_bad_rows
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.todo import PromptState, Todo
 from pipeline.memory.check import check_memory
@@ -60,6 +60,9 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     if not ledger.missing:
         _renew_manifest(results, todo)
         return _nothing_to_do(todo, results)
+    if write_bad_rows(config, prompts, results, ledger):
+        Todo.note(results, state, sha256, config.limit, ledger)
+        return ExitStatus.SOME_FAILED
     check_memory(config)
     for name, count in PRODUCTS.items():
         os.environ.setdefault(name, count)

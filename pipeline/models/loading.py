@@ -214,8 +214,8 @@ def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(**bitsandbytes_settings(quant))  # type: ignore[no-untyped-call]
 
 
-def _max_memory(limits: dict[str, str] | None) -> dict[int | str, str] | None:
+def _max_memory(limits: dict[Any, str] | None) -> dict[int | str, str] | None:
     """Turn the names of GPUs into numbers, as accelerate knows them; a YAML key is text."""
-    if limits is None:
+    if not limits:
         return None
-    return {int(device) if device.isdigit() else device: limit for device, limit in limits.items()}
+    return {int(device) if str(device).isdigit() else device: limit for device, limit in limits.items()}

@@ -2,38 +2,30 @@
 
 A template is rendered once and encoded without the tokenizer's own special tokens, because it writes
 them itself: so there is never a second BOS, and the ids are those of `tokenizer.apply_chat_template`.
-
-Typed control tokens are text. Where a row spells a control token (`<|im_end|>`, `<|eot_id|>`), it could
-end its turn and speak as the system. So each such place is hidden behind a mark while the template is
-rendered, and then encoded by the bare model of the tokenizer, which knows no added tokens: the model
-reads the same characters, as ordinary tokens. Control tokens are the tokenizer's special tokens and the
-added tokens that its template writes. (`<think>` and `</think>` in an assistant's message stay as they
-are: they are its own, and templates cut there.) The same holds for prompts without a template.
+Whatever a row says is in its prompt, or the row is refused. Typed control tokens are text (control.py).
 """
 
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from datetime import datetime
 
-import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common import terminal
+from pipeline.common.errors import PromptError
 from pipeline.common.request import PromptRow
+from pipeline.common.signals import RENDER_SEC, TookTooLong
 from pipeline.config.schema import Config
-from pipeline.prompts.answer import END_THINK, THINK
-
-Messages = list[dict[str, str]]
-
-_MARK = "\ufdd0"  # a code point that Unicode sets aside for use inside programs
-_HIDDEN = re.compile(f"{_MARK}([0-9]+){_MARK}")
-_PROBE = "A system text to look for."
-# What a template's code can raise; jinja2 lets Python's own errors through.
-_PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
+from pipeline.prompts.answer import Tags, find_tags
+from pipeline.prompts.control import control_tokens, encode, encode_text, hide
+from pipeline.prompts.template import (
+    TEMPLATE_ERRORS,
+    Findings,
+    Messages,
+    Template,
+    examine,
+    find_template,
+)
 
 
 @dataclass(frozen=True)
@@ -42,34 +34,61 @@ class Chat:
 
     tokenizer: PreTrainedTokenizerBase
     system: str | None  # for rows that have none of their own
-    template: str | None  # Jinja; None is a base model
-    template_kwargs: dict[str, Any]
-    has_system_role: bool
+    template: Template | None  # None is a base model
+    found: Findings
+    tags: Tags  # around thinking
     control_tokens: re.Pattern[str]
     prefix_token_ids: tuple[int, ...]  # before a prompt without a template, as BOS
+    continue_final_message: bool  # of rows that do not say
+    embeddings: int | None  # how many tokens the model knows, where there is a model
+
+    @property
+    def has_system_role(self) -> bool:
+        """Say whether the template writes a system text."""
+        return self.found.has_system_role
+
+    @property
+    def source(self) -> str:
+        """Give the template's text; "" for a base model."""
+        return self.template.source if self.template else ""
+
+    @property
+    def turn_end(self) -> str | None:
+        """Name the control token that the template writes after an assistant's message, if it writes one."""
+        match = self.control_tokens.search(self.found.after_reply)
+        return match[0] if match else None
 
 
-def prepare_chat(tokenizer: PreTrainedTokenizerBase, config: Config) -> Chat:
+def prepare_chat(tokenizer: PreTrainedTokenizerBase, config: Config, embeddings: int | None = None) -> Chat:
     """Look once at what the template and the tokenizer do.
 
-    A template that writes today's date makes other prompts tomorrow, unless model.chat_template_kwargs says
-    date_string.
+    Args:
+        embeddings: how many tokens the model has a vector for; None does not look at ids.
 
     Raises:
-        ConfigError: the template cannot be read or is not Jinja, or an argument is not a template's.
+        ConfigError: the template cannot be read, is not Jinja or loops, or an argument is not a template's.
+        PromptError: the template never writes a user's text.
     """
-    kwargs = dict(config.model.chat_template_kwargs)
-    _check_kwargs(tokenizer, kwargs)
-    source = _template_source(tokenizer, config.model.chat_template)
-    probe = "" if source is None else _render_probe(tokenizer, source, kwargs)
+    model = config.model
+    date = datetime.fromisoformat(model.template_date) if model.template_date else datetime.now()
+    kwargs = dict(model.chat_template_kwargs)
+    template = find_template(tokenizer, model.chat_template, kwargs, date)
+    found = examine(template) if template else Findings("", False, False, "")
+    source = template.source if template else ""
+    if template and (unread := template.unread(kwargs)):
+        terminal.say(
+            f"Warning: the chat template does not read model.chat_template_kwargs.{unread}", "yellow"
+        )
     return Chat(
         tokenizer=tokenizer,
         system=config.system,
-        template=source,
-        template_kwargs=kwargs,
-        has_system_role=_PROBE in probe,
-        control_tokens=_control_tokens(tokenizer, (source or "") + probe),
-        prefix_token_ids=() if source else _prefix_token_ids(tokenizer),
+        template=template,
+        found=found,
+        tags=find_tags(tokenizer, source, config.generation.thinking_tags),
+        control_tokens=control_tokens(tokenizer, source + found.written),
+        prefix_token_ids=() if template else _prefix_token_ids(tokenizer),
+        continue_final_message=config.continue_final_message,
+        embeddings=embeddings,
     )
 
 
@@ -81,26 +100,26 @@ def render(row: PromptRow, chat: Chat) -> list[int]:
     the default that some templates write.
 
     Raises:
-        PromptError: the template raises, messages have no template, or the tokenizer cannot but make
-            a control token of the row's text.
+        PromptError: the template raises, loops or leaves the row's text out, messages have no template,
+            the assistant has the last word, the tokenizer cannot but make a control token of the row's
+            text, or the model has no vector for a token.
     """
     hidden: list[str] = []
-    messages = [_hide(message, chat.control_tokens, hidden) for message in conversation(row, chat)]
+    own = (chat.tags.open, chat.tags.close)
+    messages = [hide(message, chat.control_tokens, own, hidden) for message in conversation(row, chat)]
     if chat.template is not None:
-        try:
-            text = _apply(chat.tokenizer, chat.template, messages, chat.template_kwargs)
-        except _TEMPLATE_ERRORS as error:
-            raise PromptError(
-                found=f"{row.source}: the chat template fails: {error}",
-                fix="Change the row's messages, or pass another model.chat_template.",
-            ) from error
-        return _encode(chat.tokenizer, text, hidden, row.source)
-    if row.messages is not None:
+        text = _rendered(row, messages, chat, chat.template)
+        token_ids = encode(chat.tokenizer, text, hidden, row.source)
+    elif row.messages is not None:
         raise PromptError(
             found=f"{row.source}: has messages, but the model has no chat template",
             fix="Write a 'prompt', pass model.chat_template=<a file>, or take the model's instruct variant.",
         )
-    return [*chat.prefix_token_ids, *_encode(chat.tokenizer, messages[0]["content"], hidden, row.source)]
+    else:
+        token_ids = encode(chat.tokenizer, messages[0]["content"], hidden, row.source)
+        token_ids = [*chat.prefix_token_ids, *token_ids]
+    _check_ids(token_ids, row, chat)
+    return token_ids
 
 
 def conversation(row: PromptRow, chat: Chat) -> Messages:
@@ -130,133 +149,106 @@ def eos_token_ids(
     return frozenset(int(token_id) for token_id in ends if token_id is not None)
 
 
-def _check_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
-    taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
-    if wrong := sorted(taken & kwargs.keys()):
-        raise ConfigError(
-            found=f"model.chat_template_kwargs: {', '.join(wrong)} is set by the pipeline",
-            fix="Remove it; only the template's own arguments go here.",
+def missing_end(chat: Chat, ends: frozenset[int]) -> str | None:
+    """Name the token with which the template ends a turn, if it does not end a completion; else None."""
+    token = chat.turn_end
+    return None if token is None or chat.tokenizer.convert_tokens_to_ids(token) in ends else token
+
+
+def say_what_matters(config: Config, chat: Chat, ends: frozenset[int]) -> None:
+    """Say what of the template a user would not expect."""
+    if chat.found.writes_date and config.model.template_date:
+        terminal.say(
+            f"The chat template writes the date: all prompts of this job have {config.model.template_date}, also "
+            "when it goes on another day; model.template_date=… chooses one."
+        )
+    token = missing_end(chat, ends)
+    if token is not None and token not in config.generation.stop:
+        terminal.say(
+            f"Warning: the chat template ends a turn with {token}, which does not end a completion of this "
+            f"model. 'generation.stop=[\"{token}\"]' does that.",
+            style="yellow",
         )
 
 
-def _template_source(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+def _rendered(row: PromptRow, messages: Messages, chat: Chat, template: Template) -> str:
+    if unread := template.unread(row.template_kwargs):
+        raise PromptError(
+            found=f"{row.source}: the chat template does not read chat_template_kwargs.{unread}",
+            fix="Correct the name, or leave it out.",
+        )
+    go_on = _goes_on(row, chat)
     try:
-        if template is None:
-            return tokenizer.get_chat_template() if tokenizer.chat_template else None
-        return template if "{" in template else Path(template).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            found=f"model.chat_template={template}: cannot be used ({error})",
-            fix="Pass a Jinja template or its file.",
+        text = template.render(messages, row.template_kwargs, go_on=go_on)
+    except TookTooLong:
+        raise PromptError(
+            found=f"{row.source}: the chat template is not done after {RENDER_SEC:g} s",
+            fix="Change the row's messages, or pass another model.chat_template.",
+        ) from None
+    except TEMPLATE_ERRORS as error:
+        raise PromptError(
+            found=f"{row.source}: the chat template fails: {error}",
+            fix="Change the row's messages, or pass another model.chat_template.",
         ) from error
-
-
-def _render_probe(tokenizer: PreTrainedTokenizerBase, template: str, kwargs: dict[str, Any]) -> str:
-    """Render a conversation with a system message; "" if the template refuses one."""
-    messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hello"}]
-    try:
-        return _apply(tokenizer, template, messages, kwargs)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(
-            found=f"the chat template is not valid Jinja: {error.message} (line {error.lineno})",
-            fix="Correct it, or pass another model.chat_template.",
-        ) from error
-    except _TEMPLATE_ERRORS:
-        return ""
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, kwargs: dict[str, Any]
-) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **kwargs
-    )
-    assert isinstance(text, str)
+    asked = next((m for m in reversed(messages) if m["role"] != "assistant"), None)
+    if asked is not None and asked["content"].strip() not in text:
+        raise PromptError(
+            found=f"{row.source}: the chat template leaves out the text of the last {asked['role']} message",
+            fix="Write it as a user's message, or pass another model.chat_template.",
+        )
     return text
+
+
+def _goes_on(row: PromptRow, chat: Chat) -> bool:
+    """Say whether the model continues the row's last message, instead of answering it."""
+    asked = row.continue_final_message
+    last = row.messages[-1] if row.messages else {"role": "user", "content": ""}
+    if last["role"] != "assistant":
+        if asked:
+            raise PromptError(
+                found=f"{row.source}: continue_final_message, but the last message is the {last['role']}'s",
+                fix="End with the assistant's message that is to be continued.",
+            )
+        return False
+    if not (chat.continue_final_message if asked is None else asked):
+        raise PromptError(
+            found=f"{row.source}: the last message is the assistant's, and nothing is left to answer",
+            fix="Pass continue_final_message=true to have it continued, or end with a user's message.",
+        )
+    if not last["content"].strip():
+        raise PromptError(
+            found=f"{row.source}: the assistant's message that is to be continued is empty",
+            fix="Remove it.",
+        )
+    return True
+
+
+def _check_ids(token_ids: list[int], row: PromptRow, chat: Chat) -> None:
+    if not token_ids:
+        raise PromptError(
+            found=f"{row.source}: its prompt has no tokens: the chat template writes nothing for it",
+            fix="Add a user's message, or pass another model.chat_template.",
+        )
+    largest = max(token_ids)
+    if chat.embeddings is not None and largest >= chat.embeddings:
+        raise PromptError(
+            found=f"{row.source}: holds {chat.tokenizer.convert_ids_to_tokens(largest)!r}, token {largest}, and "
+            f"the model knows {chat.embeddings} tokens",
+            fix="Take the tokenizer that the model was trained with, or write it in another way.",
+        )
 
 
 def _fold(system: str, messages: Messages) -> Messages:
     """Put the system text before the first user message, or make it one if there is none."""
     for i, message in enumerate(messages):
         if message["role"] == "user":
-            folded = {"role": "user", "content": f"{system}\n\n{message['content']}"}
+            folded = {**message, "content": f"{system}\n\n{message['content']}"}
             return [*messages[:i], folded, *messages[i + 1 :]]
     return [{"role": "user", "content": system}, *messages]
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> re.Pattern[str]:
-    """Match what must not be typed: special tokens, and added tokens that the template has `written`.
-
-    The mark itself too, so that nobody can type what hides. Added tokens of blanks alone (Gemma has
-    some) are no control tokens.
-    """
-    added = tokenizer.added_tokens_decoder.values()
-    used = {token.content for token in added if token.special or token.content in written}
-    tokens = {token for token in used | set(tokenizer.all_special_tokens) if token.strip()}
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, [*longest_first, _MARK])))
-
-
-def _hide(message: dict[str, str], control_tokens: re.Pattern[str], hidden: list[str]) -> dict[str, str]:
-    """Put a mark in the place of each typed control token, and the token in `hidden`."""
-    own = (THINK, END_THINK) if message["role"] == "assistant" else ()
-
-    def mark(match: re.Match[str]) -> str:
-        if match[0] in own:
-            return match[0]
-        hidden.append(match[0])
-        return f"{_MARK}{len(hidden) - 1}{_MARK}"
-
-    return {**message, "content": control_tokens.sub(mark, message["content"])}
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], source: str) -> list[int]:
-    """Encode a rendered text, what is hidden as ordinary tokens."""
-    first, *pieces = _HIDDEN.split(text)
-    token_ids = _encode_text(tokenizer, first)
-    for number, following in zip(pieces[::2], pieces[1::2], strict=True):
-        typed = hidden[int(number)]
-        bare = _encode_inside(lambda piece: _encode_bare(tokenizer, piece), typed)
-        if tokenizer.convert_tokens_to_ids(typed) in bare and typed != _MARK:
-            raise PromptError(
-                found=f"{source}: holds {typed!r}, which this tokenizer can only read as a control token",
-                fix="Write it in another way.",
-            )
-        token_ids += bare + _encode_inside(lambda piece: _encode_text(tokenizer, piece), following)
-    return token_ids
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # not verbose: a prompt longer than the context is the runner's to report
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-
-def _encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a text in which no added token is looked for.
-
-    `split_special_tokens` does this for special tokens only; the steps of a fast tokenizer do for all.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    if backend.normalizer is not None:
-        text = backend.normalizer.normalize_str(text)
-    splits = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
-    return [token.id for split, _ in splits for token in backend.model.tokenize(split)]
-
-
-def _encode_inside(encode: Callable[[str], list[int]], piece: str) -> list[int]:
-    """Encode a piece from inside a text: some tokenizers put a blank before the first word of a text."""
-    if not piece:
-        return []
-    newline, with_newline = encode("\n"), encode("\n" + piece)
-    if with_newline[: len(newline)] == newline:
-        return with_newline[len(newline) :]
-    return encode(piece)
-
-
 def _prefix_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Find what the tokenizer puts before a text. What it would put after it, an end, is left out."""
-    plain, whole = _encode_text(tokenizer, "a"), list(tokenizer.encode("a"))
+    plain, whole = encode_text(tokenizer, "a"), list(tokenizer.encode("a"))
     starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return tuple(whole[: next(starts, 0)])

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.common.errors import PromptError
 from pipeline.common.request import BadRow, GenerationParams
 from pipeline.common.units import MIB
-from pipeline.prompts.reader import read_prompts
+from pipeline.prompts.reader import MAX_LINE_BYTES, read_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,17 @@ def count_prompts(
     digest = hashlib.sha256()
     totals = [0] * shards
     index, parse = 0, params.n != 1
-    for line in _lines(path):
-        digest.update(line)
-        parse = parse or b'"n"' in line
-        if line.strip(b" \t\r\n\v\f") and (limit is None or index < limit):
-            totals[index % shards] += 1
-            index += 1
+    counted = False  # this line
+    for piece in _pieces(path):
+        digest.update(piece)
+        parse = parse or b'"n"' in piece
+        if not counted and piece.strip(b" \t\r\n\v\f"):
+            counted = True
+            if limit is None or index < limit:
+                totals[index % shards] += 1
+                index += 1
+        if piece.endswith(b"\n"):
+            counted = False
     if parse or index == 0:
         totals = [0] * shards
         for row in read_prompts(path, params, prompt_field=prompt_field, limit=limit):
@@ -60,9 +65,13 @@ def prompts_sha256(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _lines(path: str) -> Iterator[bytes]:
+def _pieces(path: str) -> Iterator[bytes]:
+    """Read the lines; one that is too long for a row comes in pieces, so that it is never held."""
     try:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            yield from file
-    except (OSError, EOFError) as error:
-        raise PromptError(found=f"{path}: cannot be read ({error})", fix="Copy it again.") from error
+            while piece := file.readline(MAX_LINE_BYTES + 1):
+                yield piece
+    except (OSError, EOFError, zlib.error) as error:
+        raise PromptError(
+            found=f"{path}: cannot be read to its end ({error})", fix="Copy it again."
+        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.request import BadRow, PromptRow
+from pipeline.common.signals import RENDER_SEC, TookTooLong, time_limit
 from pipeline.config.schema import Config
 from pipeline.prompts.reader import open_prompts
 
@@ -92,7 +93,8 @@ def by_tokenizer(
 ) -> Counter:
     """Count with the tokenizer.json of a model's folder, and its chat template.
 
-    A template that cannot be rendered, as Gemma's with a system message, costs TEMPLATE_TOKENS a message.
+    A template that cannot be rendered, as Gemma's with a system message, or that leaves the text out, costs
+    TEMPLATE_TOKENS a message.
 
     Args:
         template: Jinja, or a file's path; None is the folder's own.
@@ -108,6 +110,8 @@ def by_tokenizer(
         texts, extra = [], []
         for messages in conversations:
             text = render(messages)
+            if text is not None and messages[-1]["content"].strip() not in text:
+                text = None
             texts.append("\n".join(m["content"] for m in messages) if text is None else text)
             extra.append(TEMPLATE_TOKENS * len(messages) if text is None else 0)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -145,9 +149,16 @@ def _renderer(
               if k.endswith("_token")}  # fmt: skip
     fixed = {"bos_token": "", "eos_token": ""} | tokens | {"add_generation_prompt": True} | template_kwargs
 
+    loops = False
+
     def render(messages: Messages) -> str | None:
+        nonlocal loops
         try:
-            return compiled.render(messages=messages, **fixed)
+            with time_limit(RENDER_SEC):
+                return None if loops else compiled.render(messages=messages, **fixed)
+        except TookTooLong:
+            loops = True
+            return None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 

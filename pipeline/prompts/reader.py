@@ -3,7 +3,8 @@
 A line is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; a line that cannot be run becomes
 a BadRow that says why, and the next line is read. Memory does not grow with the file, but for the ids
 that rows bring: an 8-byte hash each, about 80 bytes in Python (two different ids of a million are taken
-for the same with a chance of 3 in 10⁸). Generated ids cost a byte.
+for the same with a chance of 3 in 10⁸). Where rows bring none, the file is looked through once for ids that
+are like generated ones: a user's wins, wherever it stands.
 """
 
 import gzip
@@ -22,11 +23,12 @@ from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.units import MIB
 from pipeline.config.schema import Config, root
-from pipeline.prompts.row import BadLine, parse_line, pop_id, show, to_row
+from pipeline.prompts.row import parse_line, pop_id, to_row
+from pipeline.prompts.settings import BadLine, show
 
 MAX_LINE_BYTES = 16 * MIB
 _BOM = b"\xef\xbb\xbf"
-_GENERATED_ID = re.compile(r"row-(0|[1-9][0-9]{0,17})")
+_GENERATED_ID = re.compile(r"row-[0-9]+(-[0-9]+)?")
 
 
 def open_prompts(config: Config, path: str | None = None) -> Iterator[PromptRow | BadRow]:
@@ -116,7 +118,7 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 def _rows(path: str, params: GenerationParams, prompt_field: str) -> Iterator[PromptRow | BadRow]:
     name = "<stdin>" if path == "-" else path
-    ids = _Ids()
+    ids = _Ids(path)
     index = number = 0
     try:
         for number, line in _lines(path):
@@ -187,35 +189,46 @@ def _read_line(stream: BinaryIO) -> bytes | BadLine:
 
 
 class _Ids:
-    """Give every row an id of its own. What that costs: see the module."""
+    """Give every row an id of its own; an id that a row brings is never taken for another. The costs: see above."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
+        self._path = path
         self._given: set[int] = set()  # hashes
-        self._made = bytearray()  # [row index] 1 where the id is row-<index>
+        self._claimed: set[int] | None = (
+            None  # hashes of ids as row-7 that other rows bring; None: not looked for
+        )
 
     def take(self, own: str | None, index: int) -> str:
         """Take the row's own id, or make one if it brings none."""
         if own is None:
             return self.make(index)
-        if _hash(own) in self._given or self._was_made(own):
+        if _hash(own) in self._given:
             raise BadLine(f"repeats the id {show(own)} of an earlier row", "Give each row an id of its own.")
         self._given.add(_hash(own))
         return own
 
     def make(self, index: int) -> str:
-        """Make row-<index>, or where an earlier row brought that as its own id, row-<index>-2 and so on."""
-        plain = f"row-{index}"
-        if _hash(plain) not in self._given:
-            self._made.extend(bytes(index + 1 - len(self._made)))
-            self._made[index] = 1
-            return plain
-        free = next(name for n in count(2) if _hash(name := f"{plain}-{n}") not in self._given)
-        self._given.add(_hash(free))
-        return free
+        """Make row-<index>, or where another row brings that as its own id, row-<index>-2 and so on."""
+        if self._claimed is None:
+            self._claimed = set(_claimed(self._path))
+        names = (f"row-{index}-{n}" if n > 1 else f"row-{index}" for n in count(1))
+        return next(
+            name for name in names if _hash(name) not in self._claimed and _hash(name) not in self._given
+        )
 
-    def _was_made(self, own: str) -> bool:
-        match = _GENERATED_ID.fullmatch(own)
-        return match is not None and int(match[1]) < len(self._made) and bool(self._made[int(match[1])])
+
+def _claimed(path: str) -> Iterator[int]:
+    """Hash the ids that look like generated ones, of the whole file; a row's own place is no claim on another's."""
+    if not Path(path).is_file():  # standard input is read once
+        return
+    with suppress(OSError, EOFError, zlib.error):
+        lines = (line for _, line in _lines(path) if isinstance(line, BadLine) or line.strip())
+        for index, line in enumerate(lines):
+            if isinstance(line, bytes) and b'"row-' in line:
+                with suppress(BadLine):
+                    own = pop_id(parse_line(line))
+                    if own is not None and _GENERATED_ID.fullmatch(own) and own != f"row-{index}":
+                        yield _hash(own)
 
 
 def _hash(text: str) -> int:

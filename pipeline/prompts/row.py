@@ -3,35 +3,24 @@
 import json
 import math
 import re
-from dataclasses import replace
 from typing import Any, NoReturn
 
-from pipeline.common.errors import PromptError
 from pipeline.common.request import GenerationParams, PromptRow
 from pipeline.common.suggestions import did_you_mean
+from pipeline.prompts.settings import (
+    BadLine,
+    apply_settings,
+    merge_settings,
+    show,
+    take_settings,
+    true_or_false,
+)
 
 MAX_DEPTH = 64  # far below what json can write again from any depth of the call stack
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_OVERRIDES: dict[str, type] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "stop": list,
-    "n": int,
-    "seed": int,
-}
-_OPENAI_OVERRIDES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"} | {
-    key: key for key in ("temperature", "top_p", "stop", "seed", "n")
-}
+_NOTHING: tuple[Any, ...] = (None, [], {})
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class BadLine(PromptError):
-    """Say what is wrong with a line, and what to do; whoever catches it knows where the line is."""
 
 
 def to_row(
@@ -43,19 +32,28 @@ def to_row(
         BadLine: a field is missing, is of a wrong type, or is outside its range.
     """
     system = _system(fields)
-    overrides = _generation(fields)
     prompt = messages = None
+    settings = [_optional_object(fields, "generation")]
+    switches = [_switches(fields)]
     match _form(fields, prompt_field):
         case "prompt":
             prompt = _prompt(fields.pop(prompt_field), prompt_field)
         case "messages":
             messages = _messages(fields.pop("messages"))
         case "openai":
-            messages, of_body = _openai(fields)
-            overrides = overrides | of_body
+            body = _body(fields)
+            messages = _messages(body.pop("messages"))
+            switches.append(_switches(body))
+            settings.append(take_settings(body, "body.", openai=True))
+            if not body:
+                del fields["body"]
+    settings.append(take_settings(fields, ""))
     if system is not None and messages and messages[0]["role"] == "system":
         raise BadLine("has both 'system' and a system message", "Keep one of them.")
-    return PromptRow(index, row_id, source, prompt, messages, system, _params(params, overrides), fields)
+    own = apply_settings(params, merge_settings(*settings))
+    return PromptRow(
+        index, row_id, source, prompt, messages, system, own, fields, **merge_settings(*switches)
+    )
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -166,9 +164,19 @@ def _system(fields: dict[str, Any]) -> str | None:
     return None if value is None else _text(value, "system")
 
 
-def _generation(fields: dict[str, Any]) -> dict[str, Any]:
-    value = fields.pop("generation", None)
-    return {} if value is None else _object(value, "generation")
+def _optional_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.pop(name, None)
+    return {} if value is None else _object(value, name)
+
+
+def _switches(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take what is said to the chat template."""
+    go_on = true_or_false(fields.pop("continue_final_message", None), "continue_final_message")
+    if go_on and fields.get("add_generation_prompt") is False:
+        del fields["add_generation_prompt"]  # as other tools want it said
+    kwargs = _optional_object(fields, "chat_template_kwargs")
+    given = {"template_kwargs": kwargs or None, "continue_final_message": go_on}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -190,7 +198,21 @@ def _message(value: Any, where: str) -> dict[str, str]:
     content = _text(message.get("content"), f"{where}.content")
     if role == "user" and not content.strip():
         raise BadLine(f"{where}.content is empty", "Write the user's message, or remove it.")
-    return {"role": "system" if role == "developer" else role, "content": content}
+    said = {"role": "system" if role == "developer" else role, "content": content}
+    return said | _more_of(message, where)
+
+
+def _more_of(message: dict[str, Any], where: str) -> dict[str, str]:
+    """Read what else a message says as text, for the template: a name, earlier reasoning."""
+    more = {
+        key: value
+        for key, value in message.items()
+        if key not in ("role", "content") and value not in _NOTHING
+    }
+    for key, value in more.items():
+        if not isinstance(value, str):
+            raise BadLine(f"{where}.{key} is {_kind(value)}, not text", "Write it as text, or remove it.")
+    return more
 
 
 def _text(value: Any, where: str) -> str:
@@ -207,48 +229,14 @@ def _text(value: Any, where: str) -> str:
     return "".join(part["text"] for part in value)
 
 
-def _openai(fields: dict[str, Any]) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Take messages and overrides out of an OpenAI batch line; what they leave of `body` stays in `fields`."""
+def _body(fields: dict[str, Any]) -> dict[str, Any]:
+    """Read an OpenAI batch line's request; what is left of it stays in `fields`."""
     body = _object(fields["body"], "body")
     if "messages" not in body:
         raise BadLine(
             f"'body' has no 'messages', only {show(sorted(body))}", "Write a chat completion request."
         )
-    messages = _messages(body.pop("messages"))
-    given = [(new, body.pop(old, None)) for old, new in _OPENAI_OVERRIDES.items()]
-    if not body:
-        del fields["body"]
-    return messages, {key: value for key, value in given if value is not None}
-
-
-def _params(params: GenerationParams, overrides: dict[str, Any]) -> GenerationParams:
-    """Lay the row's own parameters over the job's. A null is no override."""
-    own = {key: _override(key, value) for key, value in overrides.items() if value is not None}
-    if not own:
-        return params
-    try:
-        return replace(params, **own)
-    except ValueError as error:
-        raise BadLine(f"generation: {_clip(str(error), 300)}", "Change the value, or leave it out.") from None
-
-
-def _override(key: str, value: Any) -> Any:
-    kind = _OVERRIDES.get(key)
-    if kind is None:
-        near = did_you_mean(key, _OVERRIDES)
-        raise BadLine(f"generation: unknown key {show(key)}", f"{near} The keys are {', '.join(_OVERRIDES)}.")
-    if kind is list:
-        texts = [value] if isinstance(value, str) else value
-        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-            return texts
-        raise BadLine(f"generation.{key} is not a list of texts", 'Write it as ["\\n\\n"].')
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        rule = "a whole number" if kind is int else "a number"
-        raise BadLine(f"generation.{key} is {_clip(json.dumps(value), 80)}", f"Write {rule}.")
-    try:
-        return kind(value)
-    except OverflowError:
-        raise BadLine(f"generation.{key}={show(value)} is too large", "Write a smaller number.") from None
+    return body
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -260,12 +248,3 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _kind(value: Any) -> str:
     names = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
     return "null" if value is None else names.get(type(value), "an object")
-
-
-def show(value: Any) -> str:
-    """Show a value in an error message: escaped, so that it cannot drive a terminal, and short."""
-    return _clip(repr(value), 80)
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[:width]}…"

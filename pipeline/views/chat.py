@@ -4,15 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from pipeline.common.request import PromptRow
 from pipeline.prompts.chat import Chat, conversation, render
+from pipeline.prompts.template import TEMPLATE_ERRORS
 from pipeline.views.tokens import split_tokens, token_bytes
 
 CONTROL, ROLE, TEMPLATE = "control", "role", "template"
 _ROLE_NAME = re.compile(r"\s*(system|developer|user|assistant|model|tool|ipython)\b", re.IGNORECASE)
-_DATE = re.compile(r"strftime_now|date_string")
 _THINKING = re.compile(r"enable_thinking|<think>")
 
 
@@ -45,7 +43,7 @@ class ChatView:
     generation_prompt: str
     bos_count: int
     leading_bos_count: int  # more than one is a fault: something wrote it twice
-    writes_date: bool  # the template can write today's date, so that tomorrow's prompt is another one
+    writes_date: bool  # the template writes today's date, so that tomorrow's prompt is another one
     thinking_switch: bool  # the template knows enable_thinking, or writes <think>
     opens_thinking: bool
 
@@ -62,7 +60,6 @@ def chat_view(row: PromptRow, chat: Chat) -> ChatView:
     start = len(text.encode()) - len(_generation_prompt(row, chat, text).encode())
     segments = _segments(chat.tokenizer, token_ids, _kinds(row, chat, text), start)
     bos = chat.tokenizer.bos_token_id
-    source = chat.template or ""
     return ChatView(
         id=row.id,
         source=row.source,
@@ -77,9 +74,9 @@ def chat_view(row: PromptRow, chat: Chat) -> ChatView:
         leading_bos_count=next(
             (i for i, token_id in enumerate(token_ids) if token_id != bos), len(token_ids)
         ),
-        writes_date=_DATE.search(source) is not None,
-        thinking_switch=_THINKING.search(source) is not None,
-        opens_thinking=text.rstrip().endswith("<think>"),
+        writes_date=chat.found.writes_date,
+        thinking_switch=_THINKING.search(chat.source) is not None or chat.tags.open in chat.source,
+        opens_thinking=text.rstrip().endswith(chat.tags.open),
     )
 
 
@@ -87,21 +84,12 @@ def _generation_prompt(row: PromptRow, chat: Chat, text: str) -> str:
     """Return what the template writes only when an answer is asked for: the end of `text`, or nothing."""
     if chat.template is None:
         return ""
-
-    def apply(ask: bool) -> str:
-        return str(
-            chat.tokenizer.apply_chat_template(
-                conversation(row, chat),
-                chat_template=chat.template,
-                tokenize=False,
-                add_generation_prompt=ask,
-                **chat.template_kwargs,
-            )
-        )
-
+    messages = conversation(row, chat)
     try:
-        without, whole = apply(False), apply(True)
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        without, whole = (
+            chat.template.render(messages, row.template_kwargs, ask=ask) for ask in (False, True)
+        )
+    except TEMPLATE_ERRORS:
         return ""
     end = whole[len(without) :] if whole.startswith(without) else ""
     return end if text.endswith(end) else ""

@@ -72,12 +72,15 @@ def check_tokenizer(config: Config) -> list[Check]:
         "a system role" if view.has_system_role else "no system role (system text goes into the user's turn)"
     )
     made.append(Check("chat template", State.green, role))
-    if view.writes_date and "date_string" not in config.model.chat_template_kwargs:
-        fix = "For the same prompt every day: +model.chat_template_kwargs.date_string='26 Jul 2024'."
-        made.append(Check("template's date", State.yellow, "the template can write today's date", fix))
+    if view.writes_date and config.model.template_date is None:
+        fix = "A job keeps the day when it began. For the same prompt in every job: model.template_date=2024-07-26."
+        made.append(Check("template's date", State.yellow, "the template writes today's date", fix))
+    if unread := chat.template.unread(config.model.chat_template_kwargs) if chat.template else "":
+        found = f"model.chat_template_kwargs.{unread}: the template does not read it"
+        made.append(Check("template's arguments", State.yellow, found, "Correct the name, or leave it out."))
     if view.thinking_switch:
         opened = "opens" if view.opens_thinking else "does not open"
-        fix = "generation=reasoning keeps it apart; +model.chat_template_kwargs.enable_thinking=false may stop it."
+        fix = "generation=reasoning keeps it apart; model.chat_template_kwargs.enable_thinking=false may stop it."
         made.append(Check("thinking", State.green, f"the template knows it; the prompt {opened} it", fix))
     return made
 

@@ -159,6 +159,10 @@ def test_a_date_and_a_thinking_switch_are_named(config):
     )
     found = {check.name: check for check in check_tokenizer(config)}
     assert found["template's date"].state is State.yellow
+    config.model.template_date = "2024-07-26"  # as it advises
+    assert "template's date" not in states(check_tokenizer(config))
+    config.model.chat_template_kwargs = {"enable_thinkin": False}
+    assert states(check_tokenizer(config))["template's arguments"] is State.yellow
     assert "the prompt opens it" in found["thinking"].found
 
 

@@ -209,7 +209,11 @@ def test_folding_keeps_what_comes_before_the_first_user_turn(smollm2):
     chat = prepared(smollm2, system="s", chat_template=template)
     talk = [turn("assistant", "a"), *user("b"), *user("c")]
     assert smollm2.decode(render(row(messages=talk), chat)) == "[a][s\n\nb][c]"
-    assert smollm2.decode(render(row(messages=talk[:1]), chat)) == "[s][a]"
+    goes_on = prepare_chat(
+        smollm2,
+        Config(system="s", continue_final_message=True, model=ModelConfig(chat_template=template)),
+    )
+    assert smollm2.decode(render(row(messages=talk[:1]), goes_on)) == "[s][a"
 
 
 def test_a_template_that_drops_the_system_text_has_no_system_role(smollm2):

@@ -147,11 +147,11 @@ def test_generated_ids_never_meet_given_ones(read):
         "row-2",
         "row-3",
         "row-4",
+        "row-0-3",
         "row-0",
-        "row-1",
         "row-0-2",
     ]
-    assert [type(row) for row in rows[5:]] == [PromptRow, BadRow, PromptRow]
+    assert [type(row) for row in rows[5:]] == [PromptRow, PromptRow, PromptRow], "a user's own id wins"
 
 
 def test_generated_ids_of_an_earlier_job_may_come_back_in_any_order(read):
@@ -263,7 +263,7 @@ def test_the_first_joke_is_for_data_scientists():
         ({"prompt": "a", "generation": {"seed": 2**63}}, "seed="),
         ({"prompt": "a", "generation": {"top_k": 2**31}}, "top_k="),
         ({"prompt": "a", "generation": {"temperature": 10**400}}, "is too large"),
-        ({"prompt": "a", "generation": {"logprobs": 5}}, "unknown key 'logprobs'"),
+        ({"prompt": "a", "generation": {"best_of": 5}}, "unknown key 'best_of'"),
         ({"prompt": "a", "generation": 0}, "'generation' is a whole number"),
         ({"id": 1.5, "prompt": "a"}, "'id' is a number"),
         ({"messages": ["Hello"]}, "'messages[0]' is text"),
