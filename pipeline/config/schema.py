@@ -178,6 +178,8 @@ class Config:
         ):
             if not value.strip():
                 raise ValueError(f"{name}=: is empty; it must be {rule}")
+        if "://" in self.model.name:  # which is not shown: it may hold a token
+            raise ValueError("model.name: is an address; it must be ORG/NAME on the hub, or a local folder")
 
 
 def root() -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from pipeline.commands.plan import main
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.config.compose import read_config
 from pipeline.memory.architecture import Architecture, known_architecture
@@ -46,7 +46,7 @@ def test_a_model_of_more_than_text_is_predicted_by_nobody(
         find_facts(config.model, config.models_dir)
     with pytest.raises(ConfigError, match=alone):
         needed_bytes(config, gpus=1)
-    assert main([f"model.name={tmp_path}", "memory=24GB"]) == 2
+    assert main(["plan", f"model.name={tmp_path}", "memory=24GB"]) == 2
     assert alone in capsys.readouterr().err
     assert known_architecture(with_images.to_dict()) is None
     view = architecture_view(config.model, config.quant, config.models_dir)
