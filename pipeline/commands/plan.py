@@ -15,6 +15,7 @@ from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
 from pipeline.models.checkpoint import TOKENIZER, find_checkpoint
+from pipeline.models.own_settings import expect_generation
 from pipeline.prompts.lengths import (
     PromptLengths,
     assumed_lengths,
@@ -103,7 +104,7 @@ def plans(arguments: Arguments) -> list[Plan]:
 
 def _config(arguments: Arguments, model: str | None, quant: str | None) -> Config:
     chosen = [f"{group}={name}" for group, name in (("model", model), ("quant", quant)) if name is not None]
-    return read_config([*arguments.overrides, *chosen])
+    return expect_generation(read_config([*arguments.overrides, *chosen]))
 
 
 def _device(arguments: Arguments, config: Config) -> Device:

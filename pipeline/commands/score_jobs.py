@@ -12,6 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths
 from pipeline.models.loading import Loaded, load_model, release
+from pipeline.models.own_settings import settle_generation
 from pipeline.models.scoring import Scores, TextRow, score
 from pipeline.report.jobs import ReportedJob, find_jobs
 
@@ -84,7 +85,10 @@ def job_config(folder: Path) -> Config:
         ConfigError: it is not there, or not one of this version's.
     """
     whole = JobPaths(folder)
-    return recorded_config(next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder))
+    recorded = recorded_config(
+        next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder)
+    )
+    return settle_generation(recorded)
 
 
 def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:

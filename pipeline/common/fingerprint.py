@@ -25,6 +25,8 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     model = dict(config["model"])
     for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
         model.pop(irrelevant, None)
+    if model.get("context") is None:  # so that folders stay where they were before there was a context
+        model.pop("context", None)
     model["chat_template"] = _template(model.get("chat_template"))
     local = Path(model["name"])
     model["name"] = str(local.resolve()) if local.is_dir() else model["name"]

@@ -61,14 +61,36 @@ class ModelConfig:
     attn_implementation: str | None = None  # null is the model's own choice
     chat_template: str | None = None  # a Jinja template, or the path of one; null is the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as {enable_thinking: false}
+    context: int | None = None  # tokens of prompt and completion together; null is the config's own
     architecture: dict[str, Any] | None = None  # facts for a memory plan without the model's files
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"model.context={self.context}: must be null, or at least 1")
+
+
+LEFT_TO_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # where they are null
 
 
 @dataclass
 class GenerationConfig(GenerationParams):
-    """Say how every row is continued that does not say so itself."""
+    """Say how every row is continued that does not say so itself.
 
+    A null is the model's own: the value that its generation_config.json suggests.
+    """
+
+    temperature: float | None = GenerationParams.temperature  # type: ignore[assignment]
+    top_p: float | None = GenerationParams.top_p  # type: ignore[assignment]
+    top_k: int | None = GenerationParams.top_k  # type: ignore[assignment]
+    min_p: float | None = GenerationParams.min_p  # type: ignore[assignment]
+    repetition_penalty: float | None = GenerationParams.repetition_penalty  # type: ignore[assignment]
     thinking: bool = False  # keep <think>…</think> apart from the completion
+
+    def __post_init__(self) -> None:
+        self.left_to_the_model = [name for name in LEFT_TO_THE_MODEL if getattr(self, name) is None]
+        for name in self.left_to_the_model:
+            setattr(self, name, getattr(GenerationParams, name))
+        super().__post_init__()
 
     def params(self) -> GenerationParams:
         """Give what the engine needs to know of it."""

@@ -39,7 +39,7 @@ class Requests:
         self._ledger = ledger
         self._tokenizer = ready.loaded.tokenizer
         self._chat = prepare_chat(self._tokenizer, config)
-        self._context = context_tokens(ready.model.config)
+        self._context = context_tokens(ready.model.config, config.model.context)
         self._room = room
         self._pending: dict[str, Pending] = {}
 
@@ -104,7 +104,8 @@ class Requests:
             raise PromptError(
                 found=f"{row.source}: the prompt has {len(token_ids)} tokens and the model's context "
                 f"{self._context}",
-                fix="Shorten the prompt, or choose a model with a longer context.",
+                fix="Shorten the prompt, choose a model with a longer context, or, where the model's page says that "
+                "it can read more, set model.context.",
             )
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")

@@ -102,6 +102,11 @@ def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
         return None
 
 
+def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, Any]:
+    """Give a config the context that a job asks for (model.context)."""
+    return config if context is None else {**config, "max_position_embeddings": context}
+
+
 def differences(facts: Architecture, found: Architecture) -> list[str]:
     """Say what a found config.json says otherwise, as "key: fact, found"."""
     return [

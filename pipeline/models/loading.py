@@ -32,12 +32,14 @@ from pipeline.models.checkpoint import Checkpoint, locate
 from pipeline.models.loading_checks import (
     SMALLER,
     check_architecture,
+    check_context,
     check_device,
     check_format,
     check_unused,
     explained,
     first_line,
 )
+from pipeline.models.own_settings import OwnSettings, read_own_settings
 from pipeline.models.stored_format import as_quant, bitsandbytes_settings
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Loaded:
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
     bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    own_settings: OwnSettings  # what the model suggests to generate with
     format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
 
 
@@ -92,6 +95,8 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
     stored = check_format(checkpoint, model, quant)
+    check_context(checkpoint, model)
+    own = read_own_settings(checkpoint)
     tokenizer = _read_tokenizer(checkpoint, model)
     quant = as_quant(checkpoint.read_config(), quant)
     quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
@@ -99,7 +104,9 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     bare = resident_bytes()
     network = _read_weights(checkpoint, model, quant, stored)
     load_sec = time.perf_counter() - start
-    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, stored)
+    return Loaded(
+        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, own, stored
+    )
 
 
 def release(loaded: Loaded) -> None:
