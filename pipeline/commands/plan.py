@@ -14,8 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
-from pipeline.models.checkpoint import TOKENIZER, find_checkpoint
-from pipeline.models.own_settings import expect_generation
+from pipeline.models.at_hand import expect_generation, tokenizer_folder
 from pipeline.prompts.lengths import (
     PromptLengths,
     assumed_lengths,
@@ -129,9 +128,8 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
 def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     """Measure the prompt file; assume lengths where none was named and the default is not there."""
     context = facts.architecture.max_position_embeddings
-    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
     try:
-        return measure_prompts(config, checkpoint.folder if checkpoint else None, context)
+        return measure_prompts(config, tokenizer_folder(config), context)
     except PromptError:
         if given:
             raise

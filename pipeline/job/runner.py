@@ -15,7 +15,6 @@ from pipeline.job.missing import find_missing, finished_before, locate_prompts
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.todo import PromptState, Todo
 from pipeline.memory.check import check_memory
-from pipeline.models.own_settings import settle_generation
 from pipeline.prompts.count import prompts_sha256
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,6 @@ def run_job(config: Config, folder: Path) -> ExitStatus:
 def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus:
     if config.resume is Resume.never:
         results.set_aside()
-    config = settle_generation(config)
     prompts = locate_prompts(config, results)
     state = PromptState.look(prompts)  # before it is read: what changes later is for the next run
     if (finished := finished_before(config, state, results)) is not None:

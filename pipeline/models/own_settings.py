@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.common.errors import LoadError
 from pipeline.common.request import GenerationParams
 from pipeline.config.schema import LEFT_TO_THE_MODEL, Config, GenerationConfig
-from pipeline.models.checkpoint import GENERATION, Checkpoint, find_checkpoint, locate
+from pipeline.models.checkpoint import GENERATION, Checkpoint, locate
 
 # What `generate` takes where a model that samples leaves it open.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
@@ -95,17 +95,6 @@ def settle_generation(config: Config, checkpoint: Checkpoint | None = None) -> C
     return read_own_settings(checkpoint or locate(config.model, config.models_dir, weights=False)).settle(
         config
     )
-
-
-def expect_generation(config: Config) -> Config:
-    """Do the same for a plan, which goes without the model's files: unread settings may ask for draws."""
-    left = config.generation.left_to_the_model
-    checkpoint = find_checkpoint(config.model, config.models_dir, GENERATION) if left else None
-    if checkpoint is not None:
-        return settle_generation(config, checkpoint)
-    if "temperature" not in left or find_checkpoint(config.model, config.models_dir) is not None:
-        return config
-    return replace(config, generation=replace(config.generation, temperature=1.0))
 
 
 def in_words(settings: Mapping[str, Any]) -> str:

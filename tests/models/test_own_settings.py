@@ -12,8 +12,9 @@ from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.compose import job_folder, read_config, recorded_config
 from pipeline.job.paths import read_json
+from pipeline.models.at_hand import expect_generation
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.own_settings import expect_generation, read_own_settings, settle_generation
+from pipeline.models.own_settings import read_own_settings, settle_generation
 
 PROMPTS = [
     {"id": str(i), "prompt": text} for i, text in enumerate(("a b", "cat mat", "why", "the joke of a cat"))
