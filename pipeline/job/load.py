@@ -82,7 +82,7 @@ def load(config: Config) -> Ready:
     return_large_blocks()
     with PeakSampler() as sampler:
         loaded = load_model(config.model, config.quant, config.models_dir)
-        weights = _measure(loaded.model)
+        weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0
         log.info("%d linear layers packed", packed)
         release_files(loaded.model)  # type: ignore[arg-type]
@@ -97,10 +97,12 @@ def load(config: Config) -> Ready:
     return Ready(loaded, packed > 0, weights, sampler.peaks())
 
 
-def _measure(model: Any) -> dict[str, Any]:
+def _measure(loaded: Loaded) -> dict[str, Any]:
+    model: Any = loaded.model
     return {
         "footprint_bytes": footprint_bytes(model),
         "weight_bytes": weight_bytes(model),
         "quantization_state_bytes": quantization_state_bytes(model),
         "parameters": model.num_parameters(),
+        "quantized_share": loaded.quantized_share,
     }

@@ -14,7 +14,7 @@ MAX_DEPTH = 32
 MOST = {
     "num_hidden_layers": 1_000, "n_layer": 1_000, "n_layers": 1_000, "num_layers": 1_000,
     "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000,
-    "vocab_size": 1 << 31, "hidden_size": 1 << 24, "intermediate_size": 1 << 31,
+    "vocab_size": 1 << 40, "hidden_size": 1 << 24, "intermediate_size": 1 << 31,
 }  # fmt: skip
 
 

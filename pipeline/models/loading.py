@@ -35,6 +35,7 @@ from pipeline.models.loading_checks import (
     check_context,
     check_device,
     check_format,
+    check_quantized,
     check_unused,
     explained,
     first_line,
@@ -56,6 +57,7 @@ class Loaded:
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
     bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    quantized_share: float | None  # of its weights; None where none was to be
     own_settings: OwnSettings  # what the model suggests to generate with
     format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
 
@@ -103,9 +105,10 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes()
     network = _read_weights(checkpoint, model, quant, stored)
+    share = check_quantized(network, quant, checkpoint) if quant.quantized else None
     load_sec = time.perf_counter() - start
     return Loaded(
-        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, own, stored
+        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, share, own, stored
     )
 
 

@@ -13,6 +13,7 @@ from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.quantized_share import quantized_share
 from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
@@ -38,6 +39,21 @@ def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None
             )
     if aside:
         terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
+
+
+def check_quantized(network: Any, quant: QuantConfig, checkpoint: Checkpoint) -> float:
+    """Refuse a model of which nothing was quantized, say where much was passed over, and return the share."""
+    found = quantized_share(network, quant)
+    if found.share == 0:
+        kinds = ", ".join(found.passed_over)
+        raise LoadError(
+            f"{checkpoint.source}: quant={quant.method.value} quantizes none of its weights: bitsandbytes takes plain "
+            f"linear layers, and this architecture has others ({kinds})",
+            "Use quant=none, or a copy of the model that its makers have quantized",
+        )
+    if found.passed_over:
+        terminal.say(f"{found.words}.", style="yellow")
+    return found.share
 
 
 def _owner(network: Any, name: str) -> tuple[Any, str]:

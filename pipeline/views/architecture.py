@@ -22,6 +22,7 @@ from pipeline.models.checkpoint import CONFIG, find_checkpoint, locate
 from pipeline.models.config_checks import check_adapter
 from pipeline.models.loading import quantization, quiet_transformers
 from pipeline.models.loading_checks import first_line
+from pipeline.models.quantized_share import QuantizedShare, quantized_share
 from pipeline.models.stored_format import checkpoint_format, label
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
@@ -57,6 +58,7 @@ class ArchitectureView:
     bytes: int
     predicted_bytes: int | None  # None where the memory plan does not know the architecture
     quant_state_bytes: int | None  # beside the footprint
+    quantized: QuantizedShare | None  # None where nothing was asked to be
     windows: list[int | None]  # by layer: how many tokens it sees; None is all
 
 
@@ -87,6 +89,7 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
         bytes=tree.bytes,
         predicted_bytes=footprint_bytes(arch, quant) if arch else None,
         quant_state_bytes=quant_state_bytes(arch, quant) if arch else None,
+        quantized=quantized_share(network, quant) if quant.quantized else None,
         windows=list(arch.windows) if arch else [],
     )
 
