@@ -19,8 +19,8 @@ from pipeline.memory.measured import (
     quantization_state_bytes,
     weight_bytes,
 )
-from pipeline.models.loading import Loaded, computed_in, load_model, release
-from pipeline.models.own_settings import in_words
+from pipeline.models.dtypes import computed_in
+from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.stored_format import label
 from pipeline.prompts.answer import decode
 
@@ -89,11 +89,8 @@ def load(config: Config) -> Ready:
         trim()
         if loaded.quant.bits != 8:
             return_large_blocks(GLIBC_BYTES)
-    if others := loaded.own_settings.not_applied(config.generation):
-        line = f"The model suggests {in_words(others)}: not applied"
-        terminal.say(
-            line if loaded.own_settings.unknown else f"{line}; generation=model applies what it suggests"
-        )
+    if left_out := loaded.own_settings.left_out(config.generation):
+        terminal.say(left_out)
     return Ready(loaded, packed > 0, weights, sampler.peaks())
 
 

@@ -128,7 +128,7 @@ def did_you_mean_model(name: str, models_dir: str) -> str:
 def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
     """Open every file of weights as far as its header, which also tells its length."""
     folder = checkpoint.folder
-    shards = _shards(checkpoint)
+    shards = weight_paths(checkpoint)
     if not shards:
         if not any(folder.glob("*.bin")):
             kind = "safetensors weights" if safetensors_only else "weights"
@@ -144,7 +144,12 @@ def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
         _check_shard(shard, checkpoint)
 
 
-def _shards(checkpoint: Checkpoint) -> list[Path]:
+def weight_paths(checkpoint: Checkpoint) -> list[Path]:
+    """List its files of safetensors; [] where it has none, or pickles.
+
+    Raises:
+        LoadError: the index of them is damaged.
+    """
     single, index = checkpoint.folder / WEIGHTS, checkpoint.folder / WEIGHTS_INDEX
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []

@@ -42,6 +42,14 @@ class OwnSettings:
         others = {name: value for name, value in self.params.items() if getattr(generation, name) != value}
         return others | self.unknown
 
+    def left_out(self, generation: GenerationConfig) -> str | None:
+        """Say what a job runs without; None where that is nothing."""
+        others = self.not_applied(generation)
+        if not others:
+            return None
+        line = f"The model suggests {in_words(others)}: not applied"
+        return line if self.unknown else f"{line}; generation=model applies what it suggests"
+
     def settle(self, config: Config) -> Config:
         """Put them where a job leaves its settings to the model.
 
