@@ -12,6 +12,7 @@ from pipeline.job import runner
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.todo import PromptState, Todo
+from pipeline.models.own_settings import settle_generation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def arguments(model: Path, prompts: Path, outputs: Path, *more: str) -> list[str
 
 def run_job(overrides: list[str]) -> int:
     """In this process; raises what the command line would report."""
-    return runner.run_job(read_config(overrides), job_folder(overrides))
+    return runner.run_job(settle_generation(read_config(overrides)), job_folder(overrides))
 
 
 def command(overrides: list[str], where: Path = ROOT, **options: Any) -> "subprocess.CompletedProcess[str]":

@@ -1,12 +1,16 @@
 """Read a command's own arguments, KEY=VALUE and paths, and write what json= asks for."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.suggestions import nearest
+
+FREE_TEXTS = ("text", "messages", "system")  # may tell of addresses
+_SECRET = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@|[?&](access_)?token=", re.IGNORECASE)
 
 
 def take_own(
@@ -38,6 +42,21 @@ def take_own(
             raise ConfigError(f"{key}: no such key", f"Did you mean {near}={examples[near]}?")
         others.append(argument)
     return own, others
+
+
+def refuse_secrets(arguments: Collection[str]) -> None:
+    """Refuse an address with a user's name or token in it, which would be written down with the command.
+
+    Raises:
+        ConfigError: there is one; it is not shown.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key not in FREE_TEXTS and _SECRET.search(argument):
+            raise ConfigError(
+                f"{'an argument' if '://' in key else key}: an address with a password or token in it",
+                "Take it out: log in with `hf auth login`, or set HF_TOKEN; whoever could read it may use it",
+            )
 
 
 def take_paths(arguments: list[str], examples: Mapping[str, str]) -> tuple[list[Path], dict[str, str]]:

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 
+from pipeline.commands.arguments import refuse_secrets
 from pipeline.commands.table import COMMANDS, module_of
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.exit_status import ExitStatus
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
 
 
 def _run(arguments: list[str]) -> ExitStatus:
+    refuse_secrets(arguments)
     command, rest = choose(arguments)
     if {"-h", "--help"} & set(rest):
         from pipeline.commands.help import help_of

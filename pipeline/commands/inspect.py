@@ -11,6 +11,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.terminal import answer
 from pipeline.config.compose import job_keys, read_config
+from pipeline.models.own_settings import settle_generation
 
 EXAMPLES = {
     "view": "tokens",
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> ExitStatus:
         JobError: the model or the prompt cannot be read.
     """
     options, overrides = parse(arguments)
-    view = VIEWS[options.view](read_config(overrides), options)
+    view = VIEWS[options.view](settle_generation(read_config(overrides)), options)
     if options.png_file is not None:
         from pipeline.views.draw_model import write_png
 

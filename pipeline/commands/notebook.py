@@ -61,6 +61,7 @@ def load_model(name: str = "smollm2", quant: str = "none", *overrides: str) -> M
     chosen = f"model={name}" if name in options("model") else f'model.name="{name}"'
     config = read_config([chosen, f"quant={quant}", *overrides])
     loaded = load(config.model, config.quant, config.models_dir)
+    config = loaded.own_settings.settle(config)
     forward, _ = choose_forward(loaded.model, config.engine.attention.value)
     assert loaded.model is not None
     embedding: Any = loaded.model.get_input_embeddings()
@@ -115,7 +116,7 @@ def _request(row: PromptRow | BadRow, model: Model) -> Request:
     if isinstance(row, BadRow):
         raise PromptError(row.error)
     token_ids = render(row, model.chat)
-    room = context_tokens(model.network.config) - len(token_ids)
+    room = context_tokens(model.network.config, model.config.model.context) - len(token_ids)
     if room < 1:
         raise PromptError(
             f"{row.source}: {len(token_ids)} tokens fill the model's context", "Shorten the prompt."

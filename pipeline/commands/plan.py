@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import Facts, find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
-from pipeline.models.checkpoint import TOKENIZER, find_checkpoint
+from pipeline.models.at_hand import expect_generation, tokenizer_folder
 from pipeline.prompts.lengths import (
     PromptLengths,
     assumed_lengths,
@@ -103,7 +103,7 @@ def plans(arguments: Arguments) -> list[Plan]:
 
 def _config(arguments: Arguments, model: str | None, quant: str | None) -> Config:
     chosen = [f"{group}={name}" for group, name in (("model", model), ("quant", quant)) if name is not None]
-    return read_config([*arguments.overrides, *chosen])
+    return expect_generation(read_config([*arguments.overrides, *chosen]))
 
 
 def _device(arguments: Arguments, config: Config) -> Device:
@@ -128,9 +128,8 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
 def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
     """Measure the prompt file; assume lengths where none was named and the default is not there."""
     context = facts.architecture.max_position_embeddings
-    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
     try:
-        return measure_prompts(config, checkpoint.folder if checkpoint else None, context)
+        return measure_prompts(config, tokenizer_folder(config), context)
     except PromptError:
         if given:
             raise

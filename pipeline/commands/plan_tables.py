@@ -21,8 +21,10 @@ def print_plans(plans: list[Plan], console: Console | None = None) -> None:
 
 
 def _print_whole(plan: Plan, out: Console) -> None:
+    share = "" if plan.quantized_share is None else f", {100 * plan.quantized_share:.0f} % of them quantized"
     out.print(
-        f"[bold]{plan.name}[/bold], quant={plan.quant}: {plan.parameters:,} parameters", highlight=False
+        f"[bold]{plan.name}[/bold], quant={plan.quant}: {plan.parameters:,} parameters{share}",
+        highlight=False,
     )
     _print_facts(plan, out)
     out.print(_parts_table(plan))

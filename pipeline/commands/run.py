@@ -31,5 +31,6 @@ def main(arguments: list[str]) -> ExitStatus:
 
 def _run_job(config: Config, folder: Path) -> ExitStatus:
     from pipeline.job.runner import run_job
+    from pipeline.models.own_settings import settle_generation
 
-    return run_job(config, folder)
+    return run_job(settle_generation(config), folder)

@@ -13,6 +13,7 @@ from pipeline.job.folder import JobFolder
 from pipeline.job.manifest import with_day
 from pipeline.job.paths import JobPaths
 from pipeline.models.loading import Loaded, load_model, release
+from pipeline.models.own_settings import settle_generation
 from pipeline.models.scoring import Scores, TextRow, score
 from pipeline.report.jobs import ReportedJob, find_jobs
 
@@ -86,7 +87,7 @@ def job_config(folder: Path) -> Config:
     """
     whole = JobPaths(folder)
     ran = next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder)
-    return with_day(recorded_config(ran), JobPaths(ran), goes_on=True)
+    return settle_generation(with_day(recorded_config(ran), JobPaths(ran), goes_on=True))
 
 
 def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
 
 DEFAULTS = vars(GenerationParams())
-LATER = {"template_date", "thinking_tags"}
+LATER = {"context", "template_date", "thinking_tags"}
 
 
 def fingerprint(value: Any, length: int = 8) -> str:

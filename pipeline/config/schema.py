@@ -57,38 +57,50 @@ class ModelConfig:
     trust_remote_code: bool = False  # run Python code that comes with the model
     safetensors_only: bool = True  # refuse pickle weights, which can run code
     device_map: Any = "auto"  # auto, a device ("cpu", "cuda:1"), or a map of modules to devices
-    max_memory: dict[Any, str] | None = field(
-        default_factory=dict
-    )  # device to limit, as {0: 20GiB, cpu: 60GiB}
+    max_memory: dict[Any, str] | None = field(default_factory=dict)  # of a device, as {0: 20GiB, cpu: 60GiB}
     offload_dir: str | None = None  # where weights go that fit neither the GPU nor the CPU
     attn_implementation: str | None = None  # null is the model's own choice
     chat_template: str | None = None  # a Jinja template, or the path of one; null is the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as {enable_thinking: false}
-    template_date: str | None = (
-        None  # the day that a template writes, as 2026-11-27; null is when the job began
-    )
-    architecture: dict[str, Any] | None = field(
-        default_factory=dict
-    )  # facts for a memory plan without the model's files
+    # The day that a template writes, as 2026-11-27; null is when the job began.
+    template_date: str | None = None
+    context: int | None = None  # tokens of prompt and completion together; null is the config's own
+    # Facts for a memory plan without the model's files.
+    architecture: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"model.context={self.context}: must be null, or at least 1")
         if self.template_date is not None:
             try:
                 datetime.fromisoformat(self.template_date)
             except ValueError:
-                raise ValueError(
-                    f"model.template_date={self.template_date}: must be a day, as 2026-11-27"
-                ) from None
+                day = f"model.template_date={self.template_date}"
+                raise ValueError(f"{day}: must be a day, as 2026-11-27") from None
+
+
+LEFT_TO_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # where they are null
 
 
 @dataclass
 class GenerationConfig(GenerationParams):
-    """Say how every row is continued that does not say so itself."""
+    """Say how every row is continued that does not say so itself.
 
+    A null is the model's own: the value that its generation_config.json suggests.
+    """
+
+    temperature: float | None = GenerationParams.temperature  # type: ignore[assignment]
+    top_p: float | None = GenerationParams.top_p  # type: ignore[assignment]
+    top_k: int | None = GenerationParams.top_k  # type: ignore[assignment]
+    min_p: float | None = GenerationParams.min_p  # type: ignore[assignment]
+    repetition_penalty: float | None = GenerationParams.repetition_penalty  # type: ignore[assignment]
     thinking: bool = False  # keep <think>…</think>, or what the model's template has for it, apart
     thinking_tags: list[str] | None = None  # as ["<think>", "</think>"]; null is the template's own
 
     def __post_init__(self) -> None:
+        self.left_to_the_model = [name for name in LEFT_TO_THE_MODEL if getattr(self, name) is None]
+        for name in self.left_to_the_model:
+            setattr(self, name, getattr(GenerationParams, name))
         super().__post_init__()
         tags = self.thinking_tags
         if tags is not None and not (len(tags) == 2 and all(tags)):
@@ -205,6 +217,8 @@ class Config:
         ):
             if not value.strip():
                 raise ValueError(f"{name}=: is empty; it must be {rule}")
+        if "://" in self.model.name:  # which is not shown: it may hold a token
+            raise ValueError("model.name: is an address; it must be ORG/NAME on the hub, or a local folder")
 
 
 def root() -> Path:

@@ -24,6 +24,7 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
         sampled=not config.generation.greedy,
         max_rows=settings.max_rows,
         max_tokens=settings.max_tokens_in_flight,
+        context=config.model.context,
     )
     log.info("At most %d rows and %d tokens in flight", room.max_rows, room.max_tokens)
     engine = Engine(

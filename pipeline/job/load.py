@@ -19,7 +19,8 @@ from pipeline.memory.measured import (
     quantization_state_bytes,
     weight_bytes,
 )
-from pipeline.models.loading import Loaded, computed_in, load_model, release
+from pipeline.models.dtypes import computed_in
+from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.stored_format import label
 from pipeline.prompts.answer import decode
 
@@ -81,20 +82,24 @@ def load(config: Config) -> Ready:
     return_large_blocks()
     with PeakSampler() as sampler:
         loaded = load_model(config.model, config.quant, config.models_dir)
-        weights = _measure(loaded.model)
+        weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0
         log.info("%d linear layers packed", packed)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
         if loaded.quant.bits != 8:
             return_large_blocks(GLIBC_BYTES)
+    if left_out := loaded.own_settings.left_out(config.generation):
+        terminal.say(left_out)
     return Ready(loaded, packed > 0, weights, sampler.peaks())
 
 
-def _measure(model: Any) -> dict[str, Any]:
+def _measure(loaded: Loaded) -> dict[str, Any]:
+    model: Any = loaded.model
     return {
         "footprint_bytes": footprint_bytes(model),
         "weight_bytes": weight_bytes(model),
         "quantization_state_bytes": quantization_state_bytes(model),
         "parameters": model.num_parameters(),
+        "quantized_share": loaded.quantized_share,
     }

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.memory.capacity import context_tokens
 
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
@@ -28,14 +29,23 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def model_facts(ready: Ready) -> dict[str, Any]:
+def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
     """Say which model this is, and what it computes in: rows of another are other rows."""
+    asked, own = config.model.context, ready.loaded.own_settings
     return {
         "model": ready.loaded.source,
         "revision": ready.loaded.revision,
         "model_digest": model_digest(Path(ready.loaded.source), ready.loaded.revision),
         "dtypes": ready.dtypes,
         "quantization": ready.quantization,
+        "context": {
+            "tokens": context_tokens(ready.model.config, asked),
+            "source": "config.json" if asked is None else "model.context",
+        },
+        "suggested_generation": {
+            "applied": own.applied(config.generation),
+            "not_applied": own.not_applied(config.generation),
+        },
     }
 
 

@@ -6,11 +6,10 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.common.bytes_bar import LINE_SEC
 from pipeline.common.host import resident_bytes
 from pipeline.common.terminal import console, say, visible
 from pipeline.common.units import megabytes
-
-LINE_SEC = 30.0  # between two lines where no terminal watches
 
 
 class JobProgress:

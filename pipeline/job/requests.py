@@ -43,7 +43,7 @@ class Requests:
         embeddings = ready.model.get_input_embeddings().weight.shape[0]
         self._chat = prepare_chat(self._tokenizer, config, embeddings)
         say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
-        self._context = context_tokens(ready.model.config)
+        self._context = context_tokens(ready.model.config, config.model.context)
         self._room = room
         self._pending: dict[str, Pending] = {}
         self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
@@ -116,7 +116,8 @@ class Requests:
             raise PromptError(
                 found=f"{row.source}: the prompt has {len(token_ids)} tokens and the model's context "
                 f"{self._context}",
-                fix="Shorten the prompt, or choose a model with a longer context.",
+                fix="Shorten the prompt, choose a model with a longer context, or, where the model's page says that "
+                "it can read more, set model.context.",
             )
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")

@@ -50,7 +50,7 @@ class Run:
 
     def choose_forward(self, ready: Ready) -> AnyForward:
         """Choose the fastest exact way through the model, and write down what the job runs on."""
-        facts = model_facts(ready)
+        facts = model_facts(ready, self.config)
         if self.done_before:
             check_same_model(self.results, facts)
         forward, probe = choose_forward(ready.model, self.config.engine.attention.value)

@@ -13,7 +13,7 @@ from pipeline.engine.limits import Limits
 from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
-from pipeline.memory.architecture import known_architecture
+from pipeline.memory.architecture import in_context, known_architecture
 from pipeline.memory.compare import Setup, compared, predicted
 from pipeline.memory.measured import Peaks, devices
 
@@ -54,7 +54,9 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
 def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     """Collect what decides the job's memory, beside its prompts."""
     return Setup(
-        None if ready.loaded.format else known_architecture(ready.model.config.to_dict()),
+        None
+        if ready.loaded.format
+        else known_architecture(in_context(ready.model.config.to_dict(), config.model.context)),
         ready.quant,
         ready.gpus,
         packed=ready.packed,

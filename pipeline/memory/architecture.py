@@ -102,6 +102,11 @@ def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
         return None
 
 
+def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, Any]:
+    """Give a config the context that a job asks for (model.context)."""
+    return config if context is None else {**config, "max_position_embeddings": context}
+
+
 def differences(facts: Architecture, found: Architecture) -> list[str]:
     """Say what a found config.json says otherwise, as "key: fact, found"."""
     return [
@@ -113,7 +118,7 @@ def differences(facts: Architecture, found: Architecture) -> list[str]:
 
 def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict[str, Any]:
     hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or family.head_dim or hidden // heads
+    head_dim = _size(config, "head_dim", family.head_dim or hidden // heads)
     windows = _windows(config, family)
     bias = bool(config.get("attention_bias", False))
     return {
@@ -123,7 +128,7 @@ def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict
         "intermediate_size": _size(config, "intermediate_size"),
         "num_hidden_layers": len(windows),
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": _size(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "max_position_embeddings": _size(config, "max_position_embeddings"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", family.tied)),
@@ -149,9 +154,9 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return own
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key) or default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
             f"{key}={value!r}: a model's config needs a positive whole number here",
             "Correct it, or copy it again",

@@ -14,7 +14,7 @@ from pipeline.config.quant import QuantConfig
 from pipeline.engine.accelerators import describe, free_bytes
 from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.model_facts import input_device
-from pipeline.memory.architecture import Architecture, known_architecture
+from pipeline.memory.architecture import Architecture, in_context, known_architecture
 from pipeline.memory.peaks import activation_bytes, logits_bytes, scratch_bytes
 from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes
 
@@ -76,15 +76,17 @@ def capacity(
     sampled: bool,
     max_rows: int | None,
     max_tokens: int | None,
+    context: int | None = None,
 ) -> Capacity:
     """Decide the rows and tokens in flight: as asked, else what the free memory holds beside the work of a pass.
 
     Args:
         limits: of the way that keys and values are held.
         fraction: of the free memory, for keys and values and the work of a pass.
+        context: of one row, where it is not the config's own.
     """
     rows = max_rows or limits.max_rows
-    arch = kv_architecture(model.config.get_text_config().to_dict())
+    arch = kv_architecture(in_context(model.config.get_text_config().to_dict(), context))
     if arch is None:
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)
     found = places(model)
@@ -196,6 +198,6 @@ def kv_architecture(config: Mapping[str, Any]) -> Architecture | None:
     return None
 
 
-def context_tokens(config: Any) -> int:
-    """Return the longest prompt and completion together, from a transformers config."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+def context_tokens(config: Any, asked: int | None = None) -> int:
+    """Return the longest prompt and completion together: as asked, else from a transformers config."""
+    return asked or int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)

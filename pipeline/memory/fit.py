@@ -111,6 +111,7 @@ class Plan:
     footprint_bytes: int
     quant_state_bytes: int
     repacked_state_bytes: int  # 4-bit, once used on a CPU with AVX512-BF16
+    quantized_share: float | None  # of the parameters; None where nothing is to be
     simple_bytes: int  # parameters × bits ÷ 8, which is what people work out by hand
     reasons: tuple[Reason, ...]
     kv_bytes_per_token: dict[str, int]  # "full", "window 512"
@@ -137,6 +138,7 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
         footprint_bytes=plan.footprint_bytes(arch, quant),
         quant_state_bytes=plan.quant_state_bytes(arch, quant),
         repacked_state_bytes=plan.quant_state_bytes(arch, quant, repacked=True),
+        quantized_share=plan.quantized_share(arch) if quant.quantized else None,
         simple_bytes=plan.parameters(arch) * _bits(arch, quant) // 8,
         reasons=tuple(_reasons(arch, quant)),
         kv_bytes_per_token={

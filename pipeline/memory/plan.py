@@ -93,6 +93,11 @@ def parameters(arch: Architecture) -> int:
     return sum(w.count for w in weights(arch) if w.part != "buffers")
 
 
+def quantized_share(arch: Architecture) -> float:
+    """Predict how much of the weights a quantization changes: linear layers, and neither embedding nor head."""
+    return sum(w.count for w in weights(arch) if w.quantizable) / parameters(arch)
+
+
 def plain_dtype(arch: Architecture, quant: QuantConfig) -> str:
     """Return the dtype of what is not quantized, of activations and of the KV cache."""
     return arch.dtype if quant.dtype is Dtype.auto else quant.dtype.value

@@ -3,7 +3,6 @@
 All that can be wrong with the files is found here, before any weight is read.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from pipeline.common.errors import LoadError
 from pipeline.common.suggestions import nearest
 from pipeline.config.schema import ModelConfig
+from pipeline.models.config_checks import check_adapter, check_config, check_ends, read_object, weight_files
 
 log = logging.getLogger(__name__)
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -45,16 +45,25 @@ class Checkpoint:
         """Read the model's config.json as it is.
 
         Raises:
-            LoadError: it is not a JSON object.
+            LoadError: it is not a JSON object, or what it says can be no model's.
         """
         path = self.folder / CONFIG
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{path}: not JSON ({error})", self.again) from error
-        if not isinstance(config, dict):
-            raise LoadError(f"{path}: not a JSON object", self.again)
+        config = read_object(path, self.again)
+        check_config(config, path, self.again)
         return config
+
+    def read_generation(self) -> dict[str, Any]:
+        """Read the settings that the model itself suggests to generate with; {} where it has none.
+
+        Raises:
+            LoadError: the file is not a JSON object, or names end tokens that are none.
+        """
+        path = self.folder / GENERATION
+        if not path.is_file():
+            return {}
+        settings = read_object(path, self.again)
+        check_ends(settings, path, self.again)
+        return settings
 
 
 def local_folder(name: str, models_dir: str) -> Path | None:
@@ -95,12 +104,15 @@ def locate(model: ModelConfig, models_dir: str, *, weights: bool) -> Checkpoint:
         near = did_you_mean_model(model.name, models_dir)
         folder = hub.download(model, staged_folder(model.name, models_dir), near, weights=weights)
         checkpoint = Checkpoint(model.name, folder, hub.commit_of(folder))
+    check_adapter(checkpoint.folder, checkpoint.source)
     if not (checkpoint.folder / CONFIG).is_file():
         raise LoadError(
             f"{checkpoint.source}: no {CONFIG}, so this is not a model of transformers",
             f"Set model.name to the folder that holds {CONFIG} and the weights"
             + did_you_mean_model(model.name, models_dir),
         )
+    checkpoint.read_config()  # transformers would say no more than that something in it is wrong
+    checkpoint.read_generation()  # and nothing at all of this one
     if weights:
         _check_weights(checkpoint, model.safetensors_only)
     return checkpoint
@@ -116,7 +128,7 @@ def did_you_mean_model(name: str, models_dir: str) -> str:
 def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
     """Open every file of weights as far as its header, which also tells its length."""
     folder = checkpoint.folder
-    shards = _shards(checkpoint)
+    shards = weight_paths(checkpoint)
     if not shards:
         if not any(folder.glob("*.bin")):
             kind = "safetensors weights" if safetensors_only else "weights"
@@ -132,15 +144,16 @@ def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
         _check_shard(shard, checkpoint)
 
 
-def _shards(checkpoint: Checkpoint) -> list[Path]:
+def weight_paths(checkpoint: Checkpoint) -> list[Path]:
+    """List its files of safetensors; [] where it has none, or pickles.
+
+    Raises:
+        LoadError: the index of them is damaged.
+    """
     single, index = checkpoint.folder / WEIGHTS, checkpoint.folder / WEIGHTS_INDEX
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LoadError(f"{index}: not an index of weights ({error!r})", checkpoint.again) from error
-    return [checkpoint.folder / name for name in sorted(names)]
+    return [checkpoint.folder / name for name in weight_files(index, checkpoint.again)]
 
 
 def _check_shard(shard: Path, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -12,7 +13,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
+from pipeline.common.bytes_bar import BytesBar
 from pipeline.common.errors import LoadError
 from pipeline.config.schema import ModelConfig
 
@@ -69,12 +72,36 @@ def download(model: ModelConfig, staged: Path, near: str, *, weights: bool) -> P
         patterns += ["*.safetensors"] if model.safetensors_only else ["*.safetensors", "*.bin"]
         log.info("%s: looking in the hub's cache, and downloading what is missing there", model.name)
     try:
-        folder = snapshot_download(
-            model.name, revision=model.revision, allow_patterns=patterns, ignore_patterns=OTHER_COPIES
-        )
+        with BytesBar(f"Downloading {model.name}") as bar:
+            folder = snapshot_download(
+                model.name,
+                revision=model.revision,
+                allow_patterns=patterns,
+                ignore_patterns=OTHER_COPIES,
+                tqdm_class=_reporter(bar),
+            )
     except (OSError, HFValidationError, NetworkError) as error:
         raise LoadError(*_explain(error, model, staged, near)) from error
     return Path(folder)
+
+
+def _reporter(bar: BytesBar) -> type[tqdm]:
+    """Make the class of bars that the hub's client reports to."""
+
+    class Reporter(tqdm):
+        """Hand on what is downloaded; draw nothing."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._of_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self.n = options.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._of_bytes:  # and not of files
+                bar.update(self.n, self.total)
+
+    return Reporter
 
 
 def _explain(error: BaseException, model: ModelConfig, staged: Path, near: str) -> tuple[str, str]:

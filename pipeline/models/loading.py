@@ -5,7 +5,6 @@ import importlib
 import logging
 import time
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,22 +21,25 @@ from transformers import logging as transformers_logging
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.common.gpu import Gpu
 from pipeline.common.host import resident_bytes
-from pipeline.config.quant import Dtype, QuantConfig, settle_dtypes
+from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.checkpoint import Checkpoint, locate
+from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
+from pipeline.models.dtypes import settle_here
+from pipeline.models.load_progress import loading_shown, tensor_sizes
 from pipeline.models.loading_checks import (
     SMALLER,
     check_architecture,
+    check_context,
     check_device,
     check_format,
+    check_quantized,
     check_unused,
     explained,
     first_line,
 )
+from pipeline.models.own_settings import OwnSettings, read_own_settings
 from pipeline.models.stored_format import as_quant, bitsandbytes_settings
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Loaded:
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
     bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    quantized_share: float | None  # of its weights; None where none was to be
+    own_settings: OwnSettings  # what the model suggests to generate with
     format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
 
 
@@ -92,14 +96,19 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
     stored = check_format(checkpoint, model, quant)
+    check_context(checkpoint, model)
+    own = read_own_settings(checkpoint)
     tokenizer = _read_tokenizer(checkpoint, model)
     quant = as_quant(checkpoint.read_config(), quant)
-    quant = settle(quant, _own_dtype(checkpoint), usable_gpus(model.device_map))
+    quant = settle_here(quant, checkpoint, model.device_map)
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes()
     network = _read_weights(checkpoint, model, quant, stored)
+    share = check_quantized(network, quant, checkpoint) if quant.quantized else None
     load_sec = time.perf_counter() - start
-    return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, stored)
+    return Loaded(
+        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, share, own, stored
+    )
 
 
 def release(loaded: Loaded) -> None:
@@ -138,18 +147,19 @@ def _read_weights(
     # A quantization_config that is given, even as None, takes the place of the checkpoint's own.
     quantized = {} if stored else {"quantization_config": quantization(quant)}
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
-            device_map=model.device_map,
-            max_memory=_max_memory(model.max_memory),
-            offload_folder=model.offload_dir,
-            attn_implementation=model.attn_implementation,
-            use_safetensors=True if model.safetensors_only else None,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **quantized,
-        )
+        with loading_shown(tensor_sizes(weight_paths(checkpoint))):
+            pair: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype="auto" if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value),
+                device_map=model.device_map,
+                max_memory=_max_memory(model.max_memory),
+                offload_folder=model.offload_dir,
+                attn_implementation=model.attn_implementation,
+                use_safetensors=True if model.safetensors_only else None,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **quantized,
+            )
     except Exception as error:
         raise LoadError(*explained(error, checkpoint, quant, stored)) from error
     network, report = pair
@@ -172,39 +182,6 @@ def _read_weights(
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
-
-
-def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
-    """Decide what `auto` is on these GPUs (config/quant.py), and say so where it is not bfloat16."""
-    settled = settle_dtypes(quant, own, gpus)
-    slow = next((gpu.name for gpu in gpus if not gpu.bf16), None)
-    products = quant.four_bit and quant.compute_dtype is Dtype.auto
-    if slow is not None and (settled.dtype is not quant.dtype or products):
-        _say_once(slow)
-    return settled
-
-
-@cache
-def _say_once(gpu: str) -> None:
-    line = f"{gpu} has no bfloat16 of its own: what is not quantized, and 4-bit products, are in float16."
-    log.info(line)
-    terminal.say(line, style="yellow")
-
-
-def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:
-    """Return the dtypes that a loaded model computes in: of what is not quantized, and of 4-bit products."""
-    return {
-        "plain": str(model.dtype).removeprefix("torch."),
-        "products_4bit": quant.compute_dtype.value if quant.four_bit else None,
-    }
-
-
-def _own_dtype(checkpoint: Checkpoint) -> str | None:
-    """Read the dtype that its config names, for the whole or for the text part."""
-    config = checkpoint.read_config()
-    values = {**(config.get("text_config") or {}), **config}
-    found = values.get("dtype") or values.get("torch_dtype")
-    return found and str(found)
 
 
 def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -13,6 +13,7 @@ from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.quantized_share import quantized_share
 from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
@@ -38,6 +39,21 @@ def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None
             )
     if aside:
         terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
+
+
+def check_quantized(network: Any, quant: QuantConfig, checkpoint: Checkpoint) -> float:
+    """Refuse a model of which nothing was quantized, say where much was passed over, and return the share."""
+    found = quantized_share(network, quant)
+    if found.share == 0:
+        kinds = ", ".join(found.passed_over)
+        raise LoadError(
+            f"{checkpoint.source}: quant={quant.method.value} quantizes none of its weights: bitsandbytes takes plain "
+            f"linear layers, and this architecture has others ({kinds})",
+            "Use quant=none, or a copy of the model that its makers have quantized",
+        )
+    if found.passed_over:
+        terminal.say(f"{found.words}.", style="yellow")
+    return found.share
 
 
 def _owner(network: Any, name: str) -> tuple[Any, str]:
@@ -90,6 +106,33 @@ def check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
     raise LoadError(
         f"{checkpoint.source}: this transformers does not know the architecture {kind!r}",
         "Upgrade it (pip install -U transformers), or choose another model",
+    )
+
+
+def check_context(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse a context that a model's positions do not reach."""
+    if model.context is None:
+        return
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=model.trust_remote_code
+        ).get_text_config()
+    except Exception as error:
+        raise LoadError(f"{checkpoint.source}: {first_line(error)}", checkpoint.again) from error
+    own = getattr(config, "max_position_embeddings", None)
+    if own is None or model.context <= own:
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if "dynamic" in kinds:
+        why = "its rotary positions would change with the longest row of a batch (rope_type=dynamic)"
+    elif not rope and not any(getattr(config, key, None) for key in ("alibi", "rotary_dim", "rotary_pct")):
+        why = "its positions are a table that ends there"
+    else:
+        return
+    raise LoadError(
+        f"{checkpoint.source}: model.context={model.context} is beyond its own {own}, and {why}",
+        f"Set model.context to {own} at most, or choose a model with a longer context",
     )
 
 

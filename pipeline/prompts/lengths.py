@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.errors import PromptError
 from pipeline.common.request import BadRow, PromptRow
 from pipeline.common.signals import RENDER_SEC, TookTooLong, time_limit
 from pipeline.config.schema import Config
@@ -101,7 +102,14 @@ def by_tokenizer(
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises no other kind
+        raise PromptError(
+            found=f"{file}: not a tokenizer ({str(error).splitlines()[0]})",
+            fix="Copy or download the folder again.",
+        ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     render = _renderer(folder, template, template_kwargs or {})
@@ -144,8 +152,11 @@ def _renderer(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda _: "01 Jan 2025"}
-    compiled = environment.from_string(source)
-    tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in tokenizer_config.items()
+    try:
+        compiled = environment.from_string(source)
+    except jinja2.TemplateError:
+        return lambda _: None
+    tokens = {k: v.get("content", "") if isinstance(v, dict) else v for k, v in tokenizer_config.items()
               if k.endswith("_token")}  # fmt: skip
     fixed = {"bos_token": "", "eos_token": ""} | tokens | {"add_generation_prompt": True} | template_kwargs
 
@@ -178,13 +189,15 @@ def _template_source(folder: Path, template: str | None, tokenizer_config: dict[
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     own = tokenizer_config.get("chat_template")
     if isinstance(own, list):  # several, by name
-        own = next((t["template"] for t in own if t.get("name") == "default"), None)
+        own = next(
+            (t.get("template") for t in own if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return own if isinstance(own, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

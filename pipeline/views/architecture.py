@@ -4,7 +4,6 @@ transformers builds the model on torch's meta device, and its quantizer puts bit
 `from_pretrained` would. Bytes are those of the stored tensors.
 """
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,10 @@ from pipeline.config.schema import ModelConfig
 from pipeline.memory.architecture import MEASURE, known_architecture
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
 from pipeline.models.checkpoint import CONFIG, find_checkpoint, locate
+from pipeline.models.config_checks import check_adapter
 from pipeline.models.loading import quantization, quiet_transformers
+from pipeline.models.loading_checks import first_line
+from pipeline.models.quantized_share import QuantizedShare, quantized_share
 from pipeline.models.stored_format import checkpoint_format, label
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
@@ -56,6 +58,7 @@ class ArchitectureView:
     bytes: int
     predicted_bytes: int | None  # None where the memory plan does not know the architecture
     quant_state_bytes: int | None  # beside the footprint
+    quantized: QuantizedShare | None  # None where nothing was asked to be
     windows: list[int | None]  # by layer: how many tokens it sees; None is all
 
 
@@ -86,6 +89,7 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
         bytes=tree.bytes,
         predicted_bytes=footprint_bytes(arch, quant) if arch else None,
         quant_state_bytes=quant_state_bytes(arch, quant) if arch else None,
+        quantized=quantized_share(network, quant) if quant.quantized else None,
         windows=list(arch.windows) if arch else [],
     )
 
@@ -109,23 +113,25 @@ def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig,
             ) from error
     checkpoint = checkpoint or locate(model, models_dir, weights=False)
     path = checkpoint.folder / CONFIG
+    check_adapter(checkpoint.folder, checkpoint.source)
+    checkpoint.read_config()
+    checkpoint.read_generation()
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:
         raise LoadError(
-            f"{path}: transformers cannot read it: {str(error).splitlines()[0]}", checkpoint.again
+            f"{path}: transformers cannot read it: {first_line(error)}", checkpoint.again
         ) from error
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not isinstance(layers, int) or layers < 1:
-        raise LoadError(
-            f"{path}: num_hidden_layers={layers!r}: a model's config needs a positive whole number here",
-            checkpoint.again,
-        )
     return config, str(path)
 
 
 def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
-    """Build the model with tensors that have a shape and a dtype but no memory."""
+    """Build the model with tensors that have a shape and a dtype but no memory.
+
+    Raises:
+        ConfigError: transformers does not know it as a causal language model.
+        LoadError: its sizes do not belong together.
+    """
     own = getattr(config, "dtype", None) or torch.float32
     dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
     try:
@@ -138,6 +144,11 @@ def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = 
             f"{config.model_type}: not a causal language model of this transformers "
             f"({str(error).splitlines()[0][:200]})",
             "Choose another model",
+        ) from error
+    except Exception as error:
+        raise LoadError(
+            f"{config.model_type}: transformers cannot make a model of this config: {first_line(error)}",
+            f"Copy or download {CONFIG} again, or choose another model",
         ) from error
     if (settings := quantization(quant)) is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)

@@ -30,6 +30,7 @@ def draw_architecture(view: ArchitectureView, console: Console) -> None:
             ("config", view.source),
             ("parameters", f"{view.parameters:,}"),
             ("total", f"{small_bytes(view.bytes)} as loaded (get_memory_footprint)"),
+            *([("quantized", view.quantized.words)] if view.quantized else []),
             ("quantization state", state),
             ("attention", _window_words(view.windows)),
         ],

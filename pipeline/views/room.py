@@ -24,6 +24,10 @@ def check_room(config: Config) -> list[Check]:
     """Look for memory for the weights, disk for weights that are still to come, and for outputs."""
     if (checkpoint := find_checkpoint(config.model, config.models_dir)) is not None:
         try:
+            checkpoint.read_config()
+        except LoadError as error:
+            return [refused("model config", error), _check_outputs(config)]
+        try:
             stored = check_format(checkpoint, config.model, config.quant)
         except LoadError as error:
             return [refused("quantization", error), _check_outputs(config)]
@@ -33,7 +37,7 @@ def check_room(config: Config) -> list[Check]:
         view = architecture_view(config.model, config.quant, config.models_dir)
     except PipelineError as error:
         return [refused("model config", error), _check_outputs(config)]
-    made = [_check_memory(view, config.quant)]
+    made = [*_check_quantized(view), _check_memory(view, config.quant)]
     local = checkpoint is not None and checkpoint.revision is None
     if not (local or (checkpoint is not None and checkpoint.has_weights)):
         made.append(_check_download(config, view.parameters))
@@ -64,6 +68,22 @@ def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
             f"Try {smaller}. {more}",
         )
     return Check("memory", State.red, f"{words}, {where}: does not fit", f"Try {smaller}. {more}")
+
+
+def _check_quantized(view: ArchitectureView) -> list[Check]:
+    """Say how much the quantization would pass over."""
+    found = view.quantized
+    if found is None:
+        return []
+    words = found.words
+    if found.share == 0:
+        return [
+            Check(
+                "quantization", State.red, words, "Use quant=none: bitsandbytes takes no layer of this model."
+            )
+        ]
+    fix = "quant=none may be as small, and is nearer to the model's own answers."
+    return [Check("quantization", State.yellow, words, fix)] if found.passed_over else []
 
 
 def _check_stored(stored: str) -> list[Check]:

@@ -122,3 +122,40 @@ def test_a_mistake_of_ours_is_one_line_that_says_where(monkeypatch, capsys):
     assert f"{Path(__file__).name}:" in said
     assert "please report it" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://user:TOKEN@hub.example/org/name",
+        "http://TOKEN@hub.example",
+        "https://hub.example/a?token=TOKEN",
+    ],
+)
+@pytest.mark.parametrize(
+    "line", [[], ["-m"], ["plan"], ["doctor"], ["submit"], ["inspect", "view=architecture"], ["--cfg", "job"]]
+)
+def test_a_token_in_an_address_is_refused_and_written_nowhere(address, line, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *line, f"model.name={address}", f"outputs_dir={tmp_path / 'out'}"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitStatus.WRONG_CONFIG
+    assert "model.name: an address with a password or token in it" in done.stderr
+    assert "TOKEN" not in done.stdout + done.stderr.replace("HF_TOKEN", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_in_a_file_is_refused_without_being_shown(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "defaults: [schema, _self_]\nname: https://user:TOKEN@hub.example/org/name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "model=mine", f"outputs_dir={tmp_path / 'out'}"],
+        capture_output=True, text=True, cwd=tmp_path, env={**environment(), "PWD": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitStatus.WRONG_CONFIG
+    assert "model.name: is an address" in done.stderr
+    assert "TOKEN" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from pipeline.engine.accelerators import chosen
 from pipeline.job.manifest import manifest
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import footprint_bytes, parts, plain_dtype
-from pipeline.models.loading import settle
+from pipeline.models.dtypes import settle
 
 TWO = [torch.device("cuda", 0), torch.device("cuda", 1)]
 

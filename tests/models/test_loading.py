@@ -24,7 +24,8 @@ from pipeline.common.errors import LoadError
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoint import local_folder
-from pipeline.models.loading import _say_once, computed_in, load_model, load_tokenizer, release
+from pipeline.models.dtypes import _say_once, computed_in
+from pipeline.models.loading import load_model, load_tokenizer, release
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1", COMMIT)
@@ -134,7 +135,7 @@ class TestLoad:
     def test_auto_is_float16_on_a_card_without_bfloat16(self, tiny_dir, monkeypatch, capsys, gpus, expected):
         config = tiny_dir / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
-        monkeypatch.setattr("pipeline.models.loading.usable_gpus", lambda device_map: gpus)
+        monkeypatch.setattr("pipeline.models.dtypes.usable_gpus", lambda device_map: gpus)
         _say_once.cache_clear()
         for _ in range(2):
             loaded = load_model(
@@ -395,6 +396,15 @@ class TestFromTheHub:
         snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / COMMIT
         assert (snapshot / "model.safetensors").is_file()
         assert not (snapshot / "consolidated.safetensors").exists()
+
+    def test_a_download_is_shown_by_its_bytes(self, hub, monkeypatch):
+        told: list[float] = []
+        monkeypatch.setattr(
+            "pipeline.models.hub.BytesBar.update", lambda bar, done, total=None: told.append(done)
+        )
+        load_tokenizer(ModelConfig("org/tiny"), "none")
+        assert told == sorted(told)
+        assert told[-1] == sum(path.stat().st_size for path in hub.folder.glob("*.j*"))
 
     def test_the_token_is_used_and_never_logged(self, hub, caplog, capfd):
         with caplog.at_level(logging.DEBUG):

@@ -1,0 +1,29 @@
+"""Find what a plan can use of a model's files without asking the hub for them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config.schema import Config
+from pipeline.models.checkpoint import GENERATION, TOKENIZER, find_checkpoint
+from pipeline.models.own_settings import settle_generation
+
+
+def tokenizer_folder(config: Config) -> Path | None:
+    """Find the folder that has the model's tokenizer.json; None where it is not on this machine."""
+    checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
+    return None if checkpoint is None else checkpoint.folder
+
+
+def expect_generation(config: Config) -> Config:
+    """Put the model's own settings where a job leaves them to it; those that cannot be read may ask for draws.
+
+    Raises:
+        LoadError: as `settle_generation`.
+    """
+    left = config.generation.left_to_the_model
+    checkpoint = find_checkpoint(config.model, config.models_dir, GENERATION) if left else None
+    if checkpoint is not None:
+        return settle_generation(config, checkpoint)
+    if "temperature" not in left or find_checkpoint(config.model, config.models_dir) is not None:
+        return config
+    return replace(config, generation=replace(config.generation, temperature=1.0))

@@ -1,0 +1,132 @@
+"""Check what a checkpoint's JSON files say before anything acts on it. All raise LoadError."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import LoadError
+
+ADAPTER = "adapter_config.json"
+MAX_BYTES = 64 << 20  # the largest index of weights has about ten million
+MAX_DEPTH = 32
+# More than any model has, and few enough that its modules are made in seconds.
+MOST = {
+    "num_hidden_layers": 1_000, "n_layer": 1_000, "n_layers": 1_000, "num_layers": 1_000,
+    "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000,
+    "vocab_size": 1 << 40, "hidden_size": 1 << 24, "intermediate_size": 1 << 31,
+}  # fmt: skip
+
+
+def read_object(path: Path, again: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        again: how to get the file anew.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LoadError(f"{path}: {path.stat().st_size:,} bytes are too many for this file", again)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: not JSON ({str(error).splitlines()[0]})", again) from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: not a JSON object", again)
+    if _depth(value) > MAX_DEPTH:
+        raise LoadError(f"{path}: nested more than {MAX_DEPTH} deep, as no model's file is", again)
+    return value
+
+
+def check_config(config: Mapping[str, Any], path: Path, again: str) -> None:
+    """Refuse a config.json whose kind, sizes or end tokens are no such things."""
+    for part in (config, config.get("text_config")):
+        if part is None:
+            continue
+        if not isinstance(part, Mapping):
+            raise LoadError(f"{path}: text_config={_short(part)}: must be an object", again)
+        kind = part.get("model_type")
+        if kind is not None and not isinstance(kind, str):
+            raise LoadError(f"{path}: model_type={_short(kind)}: must be text", again)
+        for key, most in MOST.items():
+            _check_size(part, key, most, path, again)
+        check_ends(part, path, again)
+
+
+def check_ends(settings: Mapping[str, Any], path: Path, again: str) -> None:
+    """Refuse end tokens that are no ids."""
+    ends = settings.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and (not isinstance(end, int) or isinstance(end, bool)):
+            raise LoadError(
+                f"{path}: eos_token_id={_short(ends)}: must be a token id or a list of them", again
+            )
+
+
+def check_adapter(folder: Path, source: str) -> None:
+    """Refuse an adapter (LoRA and its like), alone or beside the weights of a whole model."""
+    path = folder / ADAPTER
+    if not path.is_file():
+        return
+    base = read_object(path, "Copy or download the folder again").get("base_model_name_or_path")
+    merge = (
+        f"merge it into {base or 'its base model'} with peft (merge_and_unload, then save_pretrained) and give "
+        "model.name that folder"
+    )
+    if (folder / "config.json").is_file():
+        raise LoadError(
+            f"{source}: holds a model and an adapter of {base} ({ADAPTER}), and which of them is meant cannot be told",
+            f"Move the adapter's files elsewhere to run the model without it, or {merge}",
+        )
+    raise LoadError(
+        f"{source}: an adapter of {base} ({ADAPTER}) and not a whole model; adapters cannot be run yet",
+        merge[0].upper() + merge[1:],
+    )
+
+
+def weight_files(index: Path, again: str) -> list[str]:
+    """List the files that an index of weights names."""
+    try:
+        names = read_object(index, again).get("weight_map")
+    except LoadError as error:
+        why = error.found.removeprefix(f"{index}: ")
+        raise LoadError(f"{index}: not an index of weights ({why})", again) from error
+    files = set(names.values()) if isinstance(names, dict) and _all_text(names.values()) else set[str]()
+    if not files:
+        raise LoadError(f"{index}: not an index of weights (no weight_map of names to files)", again)
+    if strange := sorted(name for name in files if Path(name).name != name):
+        raise LoadError(f"{index}: names {_short(strange[0])}, which is no file of this folder", again)
+    return sorted(files)
+
+
+def _all_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _check_size(config: Mapping[str, Any], key: str, most: int, path: Path, again: str) -> None:
+    value = config.get(key)
+    if value is None or isinstance(value, list):  # some have one for each layer
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = f"{key}={_short(value)}: a model's config needs a positive whole number here"
+        raise LoadError(f"{path}: {found}", again)
+    if value > most:
+        raise LoadError(f"{path}: {key}={_short(value)}: more than any model has ({most:,} at most)", again)
+
+
+def _depth(value: Any) -> int:
+    """Count how deep lists and objects lie in each other, without a call for each."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        level = [
+            child
+            for holder in level
+            if isinstance(holder, dict | list)
+            for child in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        depth += 1
+    return depth
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}…"
