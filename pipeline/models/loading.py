@@ -13,6 +13,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -28,12 +29,13 @@ from pipeline.config.quant import Dtype, QuantConfig, settle_dtypes
 from pipeline.config.schema import ModelConfig
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.checkpoint import Checkpoint, locate
+from pipeline.models.checkpoint import CONFIG, Checkpoint, locate
 from pipeline.models.loading_checks import (
     SMALLER,
     check_architecture,
     check_device,
     check_format,
+    check_layers,
     check_unused,
     explained,
     first_line,
@@ -91,6 +93,7 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     check_device(model.device_map)
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
+    check_layers(_read_config(checkpoint, model), checkpoint.source)
     stored = check_format(checkpoint, model, quant)
     tokenizer = _read_tokenizer(checkpoint, model)
     quant = as_quant(checkpoint.read_config(), quant)
@@ -100,6 +103,16 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     network = _read_weights(checkpoint, model, quant, stored)
     load_sec = time.perf_counter() - start
     return Loaded(network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, stored)
+
+
+def _read_config(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        raise LoadError(
+            f"{checkpoint.folder / CONFIG}: transformers cannot read it: {first_line(error)}",
+            checkpoint.again,
+        ) from error
 
 
 def release(loaded: Loaded) -> None:
