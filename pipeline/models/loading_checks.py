@@ -130,15 +130,16 @@ def _unfit(config: Any) -> Iterator[str]:
         yield "an encoder, which sees the tokens to come (is_decoder is false in its config.json)"
     yield from _uncounted(text)
     yield from _other_layers(text)
-    classes = known if isinstance(known, list | tuple) else [known] if known else []
-    for made in classes[:1]:
-        if "past_key_values" not in inspect.signature(made.forward).parameters:
-            stateful = getattr(made, "_is_stateful", False)
-            yield (
-                RECURRENT
-                if stateful
-                else "keeps no keys and values of earlier tokens, and would compute all anew"
-            )
+    made: Any = (
+        known[0] if isinstance(known, list | tuple) else known
+    )  # None for code that comes with a model
+    if made is not None and "past_key_values" not in inspect.signature(made.forward).parameters:
+        stateful = getattr(made, "_is_stateful", False)
+        yield (
+            RECURRENT
+            if stateful
+            else "keeps no keys and values of earlier tokens, and would compute all anew"
+        )
 
 
 def _reads(config: Any, key: str) -> bool:
@@ -166,7 +167,12 @@ def _other_layers(text: Any) -> Iterator[str]:
     """Say what kinds of layers it has besides attention to all or a window of the tokens."""
     try:
         layers = DynamicCache(config=text).layers
-    except Exception:  # each architecture fails in its own way; the first passes will tell
+    except (
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ):  # not all can be told so; the first passes will
         return
     kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if any("Linear" in kind for kind in kinds):
