@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from pipeline.common import terminal
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
 from pipeline.engine.probe import AnyForward, choose_forward
@@ -14,6 +15,7 @@ from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_f
 from pipeline.job.stats import Taken, job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
+from pipeline.memory.capacity import context_tokens
 from pipeline.memory.measured import PeakSampler
 
 
@@ -52,7 +54,10 @@ class Run:
         facts = model_facts(ready)
         if self.done_before:
             check_same_model(self.results, facts)
-        forward, probe = choose_forward(ready.model, self.config.engine.attention.value)
+        attention, longest = self.config.engine.attention.value, context_tokens(ready.model.config)
+        forward, probe = choose_forward(ready.model, attention, longest)
+        if probe["why"]:
+            terminal.say(f"Attention: {probe['path']}, no faster way: {probe['why']}.", style="yellow")
         written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=probe)
         self.results.write_json(self.results.manifest, written)
         return forward

@@ -12,13 +12,14 @@ from torch import Tensor
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
-from pipeline.engine.model_facts import input_device, layer_windows
+from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
 from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment, upload
 from pipeline.engine.sampling import argmax
+from pipeline.engine.thresholds import is_dynamic
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +110,13 @@ class PagedForward:
         pages = [self.pages.take(count) for count in needed]
         self.assign(range(len(rows)), pages)
         segments = [Segment(ids, own, 0, len(ids)) for ids, own in zip(rows, pages, strict=True)]
-        before = self.prefill(segments, range(len(rows)))
+        switch = rope_switch(self.config)
+        beyond = switch is not None and min(map(len, rows)) > switch
+        before = self.prefill(segments, range(len(rows)), beyond)
         if len(self.pages.keys) != len(self._facts.windows):
             raise NotImplementedError("layers that keep other state than keys and values")
         self.tokens[: len(rows)] = next_token
-        after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)])
+        after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)], beyond)
         self.close()
         return before, after
 
@@ -201,7 +204,7 @@ def _only_device(model: Any) -> torch.device:
 
 def _check_rotary(config: Any) -> None:
     """Refuse rotary frequencies that depend on the longest row so far."""
-    if "dynamic" in str(getattr(config, "rope_parameters", None)):
+    if is_dynamic(config):
         raise NotImplementedError("rotary frequencies that change with the length")
 
 
