@@ -178,7 +178,8 @@ class PagedForward:
         """Run a decode step. control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
         batch = PagedDecode(control, self._table, columns, self.pages, self._facts)
-        logits = self._run(self.tokens[slots], positions, 0, batch, long)
+        # A row whose token is NONE has ended, but its next step is launched before the host has read it.
+        logits = self._run(self.tokens[slots].clamp(min=0), positions, 0, batch, long)
         tokens = argmax(logits)
         self.tokens[slots] = tokens
         return logits, tokens
