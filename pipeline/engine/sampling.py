@@ -73,17 +73,17 @@ def argmax(scores: Tensor, block: int = 128) -> Tensor:
         places: Tensor = kernels.argmax(scores)
         return _finite(places, scores.gather(1, places[:, None])[:, 0])
     if vocabulary % block:
-        best, places = scores.max(-1)
-        return _finite(places, best)
+        return _finite(scores.argmax(-1), scores.amax(-1))
     blocks = scores.reshape(rows, vocabulary // block, block)
-    highest, best = blocks.amax(-1).max(-1)
+    highest = blocks.amax(-1)
+    best = highest.argmax(-1)
     inside = blocks[torch.arange(rows, device=scores.device), best].argmax(-1)
-    return _finite(best * block + inside, highest)
+    return _finite(best * block + inside, highest.amax(-1))
 
 
 def _finite(tokens: Tensor, highest: Tensor) -> Tensor:
     """Take tokens whose highest score is a finite number. Both [B]; a NaN is the highest of all."""
-    return torch.where(highest.isfinite(), tokens, NONE)
+    return tokens.masked_fill(highest.isfinite().logical_not(), NONE)
 
 
 def uniform(seed: int, request_id: str, sample: int, step: int) -> float:
