@@ -217,8 +217,8 @@ def _check_alone(model: Any, short: tuple[int, ...], long: tuple[int, ...], tole
     except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
         log.info("Alone: not for this model", exc_info=True)
         raise LoadError(
-            found=f"{name}: it keeps no keys and values that the engine could hold, or other state beside them "
-            f"({_first_line(error)}), which is not supported",
+            found=f"{name}: it keeps other state than keys and values, or holds them in a way of its own, which is "
+            f"not supported: {_first_line(error)}",
             fix="Choose a model whose layers all are attention",
         ) from error
     if not difference <= max(tolerance, TOLERANCE.get(model.dtype, 0.5)):
@@ -245,8 +245,8 @@ def _first_line(error: Exception) -> str:
 
 def _check_layers(rectangle: Rectangle) -> None:
     """Refuse a model of which a layer has written no keys and values."""
-    if len(rectangle.keys) != len(rectangle.windows):
-        raise NotImplementedError("layers that keep other state than keys and values")
+    if (held := len(rectangle.keys)) != (named := len(rectangle.windows)):
+        raise NotImplementedError(f"{held} layers hand over keys and values, and its config names {named}")
 
 
 def _difference(

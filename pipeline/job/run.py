@@ -56,6 +56,7 @@ class Run:
             check_same_model(self.results, facts)
         attention, longest = self.config.engine.attention.value, context_tokens(ready.model.config)
         forward, probe = choose_forward(ready.model, attention, longest)
+        self.attention = probe
         if probe["why"]:
             terminal.say(f"Attention: {probe['path']}, no faster way: {probe['why']}.", style="yellow")
         written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=probe)
@@ -87,5 +88,6 @@ class Run:
         stats = job_stats(self.config, ready, forward.limits, taken)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
         stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
+        stats["attention"] = self.attention
         self.results.write_json(self.results.stats, stats)
         show_stats(stats, self.results.rows)

@@ -103,7 +103,7 @@ class PagedForward:
         """Return logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
 
         Raises:
-            NotImplementedError: a layer keeps other state than keys and values.
+            NotImplementedError: a layer hands over no keys and values.
         """
         needed = [pages_for(len(ids) + 1) for ids in rows]
         self.open(sum(needed), len(rows))
@@ -113,8 +113,10 @@ class PagedForward:
         switch = rope_switch(self.config)
         beyond = switch is not None and min(map(len, rows)) > switch
         before = self.prefill(segments, range(len(rows)), beyond)
-        if len(self.pages.keys) != len(self._facts.windows):
-            raise NotImplementedError("layers that keep other state than keys and values")
+        if (held := len(self.pages.keys)) != (named := len(self._facts.windows)):
+            raise NotImplementedError(
+                f"{held} layers hand over keys and values, and its config names {named}"
+            )
         self.tokens[: len(rows)] = next_token
         after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)], beyond)
         self.close()
