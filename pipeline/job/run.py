@@ -3,11 +3,10 @@
 import time
 from dataclasses import dataclass
 
-from pipeline.common import terminal
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
-from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.energy import EnergyMeter
+from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
@@ -15,7 +14,6 @@ from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_f
 from pipeline.job.stats import Taken, job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
-from pipeline.memory.capacity import context_tokens
 from pipeline.memory.measured import PeakSampler
 
 
@@ -43,27 +41,23 @@ class Run:
         """
         ready = load(self.config)
         try:
-            forward = self.choose_forward(ready)
-            taken = self.run(ready, forward)
-            self.record(ready, forward, taken)
+            way = self.choose_way(ready)
+            taken = self.run(ready, way)
+            self.record(ready, way, taken)
         finally:
             ready.release()
 
-    def choose_forward(self, ready: Ready) -> AnyForward:
+    def choose_way(self, ready: Ready) -> Way:
         """Choose the fastest exact way through the model, and write down what the job runs on."""
         facts = model_facts(ready)
         if self.done_before:
             check_same_model(self.results, facts)
-        attention, longest = self.config.engine.attention.value, context_tokens(ready.model.config)
-        forward, probe = choose_forward(ready.model, attention, longest)
-        self.attention = probe
-        if probe["why"]:
-            terminal.say(f"Attention: {probe['path']}, no faster way: {probe['why']}.", style="yellow")
-        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=probe)
+        way = choose_way(ready, self.config)
+        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=way.report)
         self.results.write_json(self.results.manifest, written)
-        return forward
+        return way
 
-    def run(self, ready: Ready, forward: AnyForward) -> Taken:
+    def run(self, ready: Ready, way: Way) -> Taken:
         """Run what is missing, and measure it."""
         work = Work(
             self.config,
@@ -71,7 +65,7 @@ class Run:
             self.results,
             self.ledger,
             ready,
-            forward,
+            way.forward,
             self.interrupt,
             self.timeline,
         )
@@ -82,12 +76,12 @@ class Run:
             run_sec = time.perf_counter() - started
         return Taken(work.engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
 
-    def record(self, ready: Ready, forward: AnyForward, taken: Taken) -> None:
+    def record(self, ready: Ready, way: Way, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""
         ledger = self.ledger
-        stats = job_stats(self.config, ready, forward.limits, taken)
+        stats = job_stats(self.config, ready, way.forward.limits, taken)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
         stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
-        stats["attention"] = self.attention
+        stats["attention"] = way.report
         self.results.write_json(self.results.stats, stats)
         show_stats(stats, self.results.rows)
