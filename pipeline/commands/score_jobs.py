@@ -7,13 +7,9 @@ from pipeline.commands.score_rows import completion_rows, text_rows
 from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.terminal import say, table
-from pipeline.config.compose import recorded_config
-from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
-from pipeline.job.manifest import with_day
-from pipeline.job.paths import JobPaths
+from pipeline.job.recorded import job_config
 from pipeline.models.loading import Loaded, load_model, release
-from pipeline.models.own_settings import settle_generation
 from pipeline.models.scoring import Scores, TextRow, score
 from pipeline.report.jobs import ReportedJob, find_jobs
 
@@ -77,17 +73,6 @@ def _scores(
         release(loaded)
     completions = summaries.pop("completions")
     return {"baseline": str(baseline), **completions, **summaries}
-
-
-def job_config(folder: Path) -> Config:
-    """Read the config that a job ran with; that of its first shard, where it has shards.
-
-    Raises:
-        ConfigError: it is not there, or not one of this version's.
-    """
-    whole = JobPaths(folder)
-    ran = next((f for f in (folder, *whole.shards) if JobPaths(f).hydra.is_dir()), folder)
-    return settle_generation(with_day(recorded_config(ran), JobPaths(ran), goes_on=True))
 
 
 def _line(job: ReportedJob, scores: dict[str, Any]) -> tuple[str, ...]:

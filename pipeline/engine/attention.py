@@ -14,9 +14,17 @@ from transformers import AttentionInterface
 
 ATTENTION = "pipeline"
 
+# What models hand down that changes no attention: positions are in the rotation already.
+NO_MATTER = {"position_ids", "cache_position", "return_dict", "output_router_logits", "output_attentions"}
+
 
 class Pass(Protocol):
     """Know what one forward pass over rows of the running batch attends to."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Give each layer's sliding window; None is full attention."""
+        ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Store new keys and values, and attend. query [N, H, D], key and value [N, H_kv, D] → [N, H, D]."""
@@ -38,11 +46,24 @@ def batch_attention(
     Raises:
         NotImplementedError: the model asks for something that this attention does not compute.
     """
-    if batch is None or any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("this model's attention is not plain scaled dot-product attention")
+    if batch is None:
+        raise NotImplementedError("this model does not hand a pass down to its attention")
+    if attention_mask is not None:
+        raise NotImplementedError("this model makes an attention mask of its own")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if unknown := [name for name, value in options.items() if _asks(name, value, batch.windows[layer])]:
+        raise NotImplementedError(f"this model's attention is asked for {', '.join(sorted(unknown))}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     return batch.attend(layer, q, k, v, scaling or query.shape[-1] ** -0.5)[None], None
+
+
+def _asks(name: str, value: Any, window: int | None) -> bool:
+    """Say whether an option asks for something else than causal attention in this window."""
+    if name == "sliding_window":
+        return bool(value != window)
+    if name == "is_causal":
+        return value is False
+    return name not in NO_MATTER and (isinstance(value, Tensor) or value not in (None, 0))
 
 
 AttentionInterface.register(ATTENTION, batch_attention)

@@ -7,17 +7,20 @@ from typing import Protocol
 
 import torch
 
-from pipeline.common.errors import JobError
+from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.request import Completion, FinishReason, Request
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.batch import RectangleBatch
 from pipeline.engine.rectangles.forward import Forward
+from pipeline.engine.sampling import NONE
 from pipeline.engine.scheduler import Sample, Scheduler
 from pipeline.engine.stats import EngineStats
 
 log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model's logits are not finite numbers (NaN or infinite), so that no token can be chosen"
 
 
 class Batch(Protocol):
@@ -104,6 +107,7 @@ class Engine:
         scheduler = self._scheduler = Scheduler(requests, *self._limits, tokens_of=self._batch.tokens_of)
         scheduler.read_ahead()
         begun = False
+        failure: Exception | None = None
         while self._batch.live or scheduler.waiting:
             try:
                 if not begun:
@@ -111,11 +115,17 @@ class Engine:
                     begun = True
                 self._batch.step(scheduler)
                 scheduler.grow()
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
-                    raise
+                    if not _may_be_of_one_row(error):
+                        raise
+                    log.info("A pass failed; its rows are tried alone", exc_info=True)
+                    failure = error.with_traceback(None)
                 begun = False
-            if not begun:  # outside the handler, whose traceback would keep the failed step's tensors alive
+            if failure is not None:
+                self._isolate(scheduler, failure)
+                failure = None
+            elif not begun:  # outside the handler, whose traceback would keep the failed step's tensors alive
                 self._recover(scheduler)
             finished, self._finished = self._finished, []
             yield finished
@@ -124,6 +134,9 @@ class Engine:
 
     def _accept(self, sample: Sample, token: int) -> bool:
         """Give a row its next token; say whether it is done, and then its completions are, too."""
+        if token == NONE:
+            self._give_up(sample, NOT_FINITE)
+            return True
         reason = self._append(sample, token)
         if reason is None:
             return False
@@ -145,6 +158,48 @@ class Engine:
             return "stop"
         return None if sample.remaining_tokens > 0 else "length"
 
+    def _give_up(self, sample: Sample, why: str) -> None:
+        """End a row, and those that share its tokens, with an error."""
+        self._scheduler.retire(sample)
+        self._finished += _completions(sample, None, why)
+
+    def _isolate(self, scheduler: Scheduler, failure: Exception) -> None:
+        """Run the rows in flight alone, once, after a pass of theirs has failed; give up those that fail again.
+
+        Raises:
+            JobError: all of them fail.
+            Exception: the failure, if none does.
+        """
+        rows = self._batch.drop() or scheduler.take_waiting()  # these, where what all begin with has failed
+        failed: list[tuple[Sample, str]] = []
+        for row in rows:
+            try:
+                scheduler.put_back(self._run_alone(row))
+            except Exception as error:
+                if not _may_be_of_one_row(error):
+                    raise
+                failed.append((row, (str(error).strip() or type(error).__name__).splitlines()[0]))
+                self._batch.drop()
+        if not failed:
+            raise failure
+        if len(failed) == len(rows) > 1:
+            raise JobError(
+                found=f"the model cannot compute any of the {len(rows)} rows in flight: {failed[0][1]}",
+                fix="Try another model, quantization or version of transformers. The log has the traceback",
+            ) from failure
+        for row, said in failed:
+            self._give_up(row, f"the model cannot compute this row: {said}")
+
+    def _run_alone(self, row: Sample) -> list[Sample]:
+        """Give a row its next token in a batch of its own; return it, unless it is done."""
+        held = row.length
+        alone = Scheduler([], 1, self._limits[1], 1, tokens_of=self._batch.tokens_of)
+        alone.put_back([row])
+        self._batch.begin(alone)
+        while alone.waiting or (self._batch.live and row.length == held):
+            self._batch.step(alone)
+        return self._batch.drop()
+
     def _recover(self, scheduler: Scheduler) -> None:
         """Put every row back with its tokens, after running out of memory, and go on with half as many."""
         rows = self._batch.drop()
@@ -153,9 +208,7 @@ class Engine:
             torch.cuda.empty_cache()
         self.stats.out_of_memory += 1
         if len(rows) == 1:
-            scheduler.retire(rows[0])
-            why = "out of memory even alone; use a smaller model or quantization"
-            self._finished += _completions(rows[0], None, why)
+            self._give_up(rows[0], "out of memory even alone; use a smaller model or quantization")
             return
         if not rows and scheduler.max_rows == scheduler.max_tokens == 1:
             raise JobError(
@@ -166,6 +219,12 @@ class Engine:
         scheduler.shrink(len(rows) or scheduler.max_rows, tokens or scheduler.max_tokens)
         log.warning("Out of memory with %d rows; going on with at most %d.", len(rows), scheduler.max_rows)
         scheduler.put_back(rows)
+
+
+def _may_be_of_one_row(error: Exception) -> bool:
+    """Say whether the same model can go on after it: not where a GPU has given up, nor from an error of our own."""
+    dead = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return not dead and not isinstance(error, PipelineError)
 
 
 def _completions(sample: Sample, reason: FinishReason | None, error: str | None = None) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""Read from a model what the engine needs to know of it: its device, its windows, longrope's switch."""
+"""Read from a model what the engine needs to know of it: its device, its vocabulary, its windows, longrope's switch."""
 
 import inspect
 import sys
@@ -17,6 +17,11 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
+def vocabulary_rows(model: Any) -> int:
+    """Count the token ids that the input embedding has a row for; a tokenizer may have more."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """Read each layer's sliding window in tokens, itself included; None is full attention.
 
@@ -30,7 +35,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of type {sorted(unknown)}")
     layers = int(config.num_hidden_layers)
-    code = _model_code(config)
+    code = model_code(config)
     if code is not None and "create_sliding_window_causal_mask" not in code:
         return (None,) * layers
     window: int | None = getattr(config, "sliding_window", None)
@@ -39,7 +44,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _model_code(config: Any) -> str | None:
+def model_code(config: Any) -> str | None:
     """Read the architecture's source in transformers; None for code that comes with a model."""
     try:
         return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])

@@ -1,4 +1,8 @@
-"""Try the ways through a model, once when it is loaded, until a row's text depends on no padding beside it."""
+"""Try the ways through a model, once when it is loaded, until a row's text depends on no padding beside it.
+
+Each way is tried while the model crosses the lengths that it names (thresholds.py), and is measured by the
+rounding of the model's own passes.
+"""
 
 import logging
 from collections.abc import Callable
@@ -6,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from pipeline.common.errors import LoadError
 from pipeline.common.request import GenerationParams, Request
@@ -15,31 +20,37 @@ from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.thresholds import forget_lengths, lowered
 
 log = logging.getLogger(__name__)
 
-# The largest logit difference that is rounding, as a share of the logits' standard deviation.
+# Logit differences, as a share of the logits' standard deviation: the least that is always taken for rounding…
+ROUNDING = {torch.float32: 0.02, torch.float16: 0.02, torch.bfloat16: 0.05}
+# … and the most, where the model has only one attention, so that its own rounding cannot be measured.
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.5}
 AnyForward = Forward | PagedForward
 PROBE_TOKENS = (7, 19)  # of a short row, and of a long one beside it
 
 
-def choose_forward(model: Any, attention: str = "auto") -> tuple[AnyForward, dict[str, Any]]:
+def choose_forward(
+    model: Any, attention: str = "auto", longest: int | None = None
+) -> tuple[AnyForward, dict[str, Any]]:
     """Choose the fastest way through a model that gives a padded row the logits of the row alone.
 
     Args:
         attention: `auto`: pages on a GPU, else rectangles; or the first way to try: `pages`, `rectangles`, `plain`.
+        longest: no row will have more tokens; None: they may have any number.
 
     Returns:
-        the way, and for the manifest its name and `max_logit_difference`, as a share of the logits'
-        standard deviation.
+        the way, and for the manifest its name, `max_logit_difference`, as a share of the logits' standard
+        deviation, and `why` no faster way was taken, None for the first.
 
     Raises:
-        LoadError: the model keeps other state than keys and values, its first passes fail, or its logits are
-            not finite.
+        LoadError: the model sees the tokens to come, or keeps other state than keys and values, its first
+            passes fail, or its logits are not finite.
     """
     try:
-        return _choose(model, attention)
+        return _choose(model, attention, longest)
     except LoadError:
         raise
     except Exception as error:
@@ -58,7 +69,7 @@ def _load_error(error: Exception, model: Any) -> LoadError:
             found=f"{name}: not enough memory for a first pass of {sum(PROBE_TOKENS)} tokens beside the weights",
             fix=f"Try {smaller}, or end what else uses this memory",
         )
-    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    said = _first_line(error)
     quantized = getattr(model, "is_quantized", False) and not fixed
     fix = "Use quant=none or another quantization" if quantized else "Use another version of transformers"
     return LoadError(
@@ -78,23 +89,10 @@ def _not_finite(model: Any) -> LoadError:
 
 
 @torch.inference_mode()
-def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
+def _choose(model: Any, attention: str, longest: int | None) -> tuple[AnyForward, dict[str, Any]]:
     """Compare each way's logits with those of two rows alone; the first that is near enough wins."""
     own_attention = model.config._attn_implementation
-    short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
     device = input_device(model)
-    expected = [
-        model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float()
-        for ids in (short, (*short, short[0]))
-    ]
-    if not all(logits.isfinite().all() for logits in expected):
-        raise _not_finite(model)
-    # An 8-bit product depends on the rows beside it, padding or not: what a neighbour of equal length does
-    # is not held against a path.
-    beside = model(torch.tensor([short, long[: len(short)]], device=device), use_cache=False).logits[0, -1]
-    noise = ((beside.float() - expected[0]).abs().max() / expected[0].std()).item()
-    # Two times: the padded row has other neighbours than this one, and as much noise of its own.
-    tolerance = max(TOLERANCE.get(model.dtype, 0.5), 2 * noise)
     if attention == "auto":
         attention = "pages" if device.type == "cuda" else "rectangles"
     ways: dict[str, Callable[[Any], AnyForward]] = {
@@ -103,44 +101,152 @@ def _choose(model: Any, attention: str) -> tuple[AnyForward, dict[str, Any]]:
         "padded": PaddedForward,
     }
     names = list(ways)[{"pages": 0, "rectangles": 1, "plain": 2}[attention] :]
-    for name in names:
-        try:
-            forward = ways[name](model)
-            difference = _difference(forward, short, long, expected)
-        except Exception as error:  # Triton's own are of no common kind
-            if is_out_of_memory(error):
-                raise
-            log.info("Attention %s: not for this model (%s)", name, error)
-            difference = float("inf")
-        if difference <= tolerance:
-            return forward, {"path": name, "max_logit_difference": difference}
-        log.warning("Attention %s: a padded row's logits differ by %.3g; not used", name, difference)
-        model.set_attn_implementation(own_attention)
-    if not _runs_alone(model, short):
-        raise LoadError(
-            found=f"{type(model).__name__}: this model keeps other state than keys and values (recurrent or "
-            "convolution layers), which is not supported",
-            fix="Choose a model whose layers all are attention",
-        )
+    short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
+    expected = _alone(model, short)
+    tolerance = _check_own_passes(model, short, long, expected)
+    reasons: list[str] = []
+    with lowered(model, longest) as any_lower:
+        if any_lower:
+            expected = _alone(model, short)
+        for name in names:
+            difference, reason = _try(ways[name], model, (short, long), [rows[-1] for rows in expected])
+            if difference <= tolerance:
+                break
+            log.warning("Attention %s: not used: %s", name, reason)
+            reasons.append(reason)
+            model.set_attn_implementation(own_attention)
+        else:
+            _check_alone(model, short, long, tolerance)
+    why = reasons[0] if reasons else None
+    if difference <= tolerance:  # made anew, to read the model's true lengths
+        return ways[name](model), {"path": name, "max_logit_difference": difference, "why": why}
     log.warning("This model computes other text in a padded row: only prompts of equal length share a batch.")
-    return PaddedForward(model, equal_lengths=True), {"path": "equal lengths", "max_logit_difference": None}
+    found = {"path": "equal lengths", "max_logit_difference": None, "why": why}
+    return PaddedForward(model, equal_lengths=True), found
 
 
-def _runs_alone(model: Any, ids: tuple[int, ...]) -> bool:
-    """Say whether at least a row of its own finds a way through the model."""
-    row = Sample(Request("", ids, GenerationParams()), 0)
+def _alone(model: Any, ids: tuple[int, ...]) -> list[Tensor]:
+    """Return the model's own logits, [T, V] float32 of a row alone, without and with one more token."""
+    made: list[Tensor] = []
+    for tokens in (ids, (*ids, ids[0])):
+        forget_lengths(model)
+        row = torch.tensor([tokens], device=input_device(model))
+        made.append(model(row, use_cache=False).logits[0].float())
+    return made
+
+
+def _check_own_passes(
+    model: Any, short: tuple[int, ...], long: tuple[int, ...], expected: list[Tensor]
+) -> float:
+    """Return how far logits may differ by rounding, from how far those of the model's own passes do.
+
+    Raises:
+        LoadError: they are not finite, or those of a token depend on the tokens after it.
+    """
+    if not all(logits.isfinite().all() for logits in expected):
+        raise _not_finite(model)
+    before, after = expected
+    # An 8-bit product depends on the rows beside it, padding or not: what a neighbour of equal length does
+    # is not held against a path.
+    both = torch.tensor([short, long[: len(short)]], device=input_device(model))
+    noise = _distance(model(both, use_cache=False).logits[0].float(), before)
+    if _distance(after[:-1], before) > max(TOLERANCE.get(model.dtype, 0.5), 2 * noise):
+        raise LoadError(
+            found=f"{type(model).__name__}: it is no causal language model: what it makes of a token changes with "
+            "the tokens after it",
+            fix="Choose a causal language model",
+        )
+    if model.dtype != torch.float32:
+        noise = max(noise, _attention_noise(model, short, after))
+    # Two times: the padded row has other neighbours than this one, and as much noise of its own.
+    return max(ROUNDING.get(model.dtype, 0.05), 2 * noise)
+
+
+def _attention_noise(model: Any, short: tuple[int, ...], expected: Tensor) -> float:
+    """Measure how far the model's logits differ between its own two attentions, which differ by rounding alone."""
+    own = model.config._attn_implementation
     try:
-        _check_layers(PaddedForward(model, equal_lengths=True).prefill([row], None, 1 << 30)[0])
+        model.set_attn_implementation("sdpa" if own == "eager" else "eager")
+        row = torch.tensor([(*short, short[0])], device=input_device(model))
+        return _distance(model(row, use_cache=False).logits[0].float(), expected)
+    except Exception as error:  # a model may have one, and says so in words of its own
+        if is_out_of_memory(error):
+            raise
+        log.info("The model's other attention cannot be had (%s)", error)
+        return TOLERANCE.get(model.dtype, 0.5) / 2
+    finally:
+        model.set_attn_implementation(own)
+
+
+def _distance(logits: Tensor, wanted: Tensor) -> float:
+    """Measure the largest difference, as a share of the standard deviation. Both [T, V]; NaN if one is."""
+    return ((logits - wanted).abs().amax(-1) / wanted.std(-1)).max().item()
+
+
+def _try(
+    way: Callable[[Any], AnyForward],
+    model: Any,
+    rows: tuple[tuple[int, ...], tuple[int, ...]],
+    expected: list[Tensor],
+) -> tuple[float, str]:
+    """Return how far a way's logits are from those expected, infinite where it fails, and say so."""
+    try:
+        difference = _difference(way(model), *rows, expected)
+    except Exception as error:  # Triton's own are of no common kind
+        if is_out_of_memory(error):
+            raise
+        log.info("It fails", exc_info=True)
+        return float("inf"), _first_line(error)
+    return (
+        difference,
+        f"the logits of a row beside a longer one differ by {difference:.3g} standard deviations",
+    )
+
+
+def _check_alone(model: Any, short: tuple[int, ...], long: tuple[int, ...], tolerance: float) -> None:
+    """Refuse a model whose rows are not those of the model's own cache, even beside one of equal length.
+
+    Raises:
+        LoadError: it keeps other state, or computes other logits.
+    """
+    name = type(model).__name__
+    rows = short, long[: len(short)]
+    try:
+        expected = _with_cache(model, short)
+        difference = _difference(PaddedForward(model, equal_lengths=True), *rows, expected)
     except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
-        log.info("Alone: not for this model (%s)", error)
-        return False
-    return True
+        log.info("Alone: not for this model", exc_info=True)
+        raise LoadError(
+            found=f"{name}: it keeps other state than keys and values, or holds them in a way of its own, which is "
+            f"not supported: {_first_line(error)}",
+            fix="Choose a model whose layers all are attention",
+        ) from error
+    if not difference <= max(tolerance, TOLERANCE.get(model.dtype, 0.5)):
+        raise LoadError(
+            found=f"{name}: the engine computes other logits than the model itself, by {difference:.3g} standard "
+            "deviations",
+            fix="Choose another model",
+        )
+
+
+def _with_cache(model: Any, ids: tuple[int, ...]) -> list[Tensor]:
+    """Return the model's own logits [V] after a row, and after one more token that is fed to its own cache."""
+    forget_lengths(model)
+    cache, made = DynamicCache(), list[Tensor]()
+    for tokens in (ids, ids[:1]):
+        row = torch.tensor([tokens], device=input_device(model))
+        made.append(model(row, past_key_values=cache, use_cache=True).logits[0, -1].float())
+    return made
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _check_layers(rectangle: Rectangle) -> None:
     """Refuse a model of which a layer has written no keys and values."""
-    if len(rectangle.keys) != len(rectangle.windows):
-        raise NotImplementedError("layers that keep other state than keys and values")
+    if (held := len(rectangle.keys)) != (named := len(rectangle.windows)):
+        raise NotImplementedError(f"{held} layers hand over keys and values, and its config names {named}")
 
 
 def _difference(
@@ -152,11 +258,7 @@ def _difference(
         if isinstance(forward, PagedForward)
         else _trial(forward, long, short)
     )
-    differences = [
-        (logits[1].float() - wanted).abs().max() / wanted.std()
-        for logits, wanted in zip(made, expected, strict=True)
-    ]
-    return torch.stack(differences).max().item()  # NaN if one is, which Python's max would pass over
+    return _distance(torch.stack([logits[1].float() for logits in made]), torch.stack(expected))
 
 
 def _trial(forward: Forward, long: tuple[int, ...], short: tuple[int, ...]) -> tuple[Tensor, Tensor]:

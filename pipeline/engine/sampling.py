@@ -11,6 +11,7 @@ from pipeline.common.request import TokenLogprob
 from pipeline.engine.cpu import load_kernels
 from pipeline.engine.scheduler import Sample
 
+NONE = -1  # the token of a row whose logits are not finite: said with the tokens, so that nobody waits for it
 HEAD = 1024  # the most probable tokens, sorted first: nearly always all that the filters keep
 
 
@@ -42,7 +43,7 @@ def next_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
 def choose(
     logits: Tensor, samples: Sequence[Sample], steps: Sequence[int], seen: Tensor | None = None
 ) -> Tensor:
-    """Choose the next token of each row, on the device of the logits. [B, V] → [B] int64.
+    """Choose the next token of each row, on the logits' device; NONE where they are not finite. [B, V] → [B] int64.
 
     Args:
         steps: how many tokens each row has made before.
@@ -61,7 +62,7 @@ def choose(
 
 
 def argmax(scores: Tensor, block: int = 128) -> Tensor:
-    """Compute `scores.argmax(-1)`, the first of equals. [B, V] → [B] int64.
+    """Compute `scores.argmax(-1)`, the first of equals, or NONE where it is not finite. [B, V] → [B] int64.
 
     First the block with the largest score, then its place there: on a CPU in bf16, 9 times faster. A kernel
     does both at once where there is one.
@@ -70,13 +71,19 @@ def argmax(scores: Tensor, block: int = 128) -> Tensor:
     plain = scores.dtype == torch.bfloat16 and scores.device.type == "cpu" and scores.is_contiguous()
     if plain and (kernels := load_kernels()):
         places: Tensor = kernels.argmax(scores)
-        return places
+        return _finite(places, scores.gather(1, places[:, None])[:, 0])
     if vocabulary % block:
-        return scores.argmax(-1)
+        return _finite(scores.argmax(-1), scores.amax(-1))
     blocks = scores.reshape(rows, vocabulary // block, block)
-    best = blocks.amax(-1).argmax(-1)
+    highest = blocks.amax(-1)
+    best = highest.argmax(-1)
     inside = blocks[torch.arange(rows, device=scores.device), best].argmax(-1)
-    return best * block + inside
+    return _finite(best * block + inside, highest.amax(-1))
+
+
+def _finite(tokens: Tensor, highest: Tensor) -> Tensor:
+    """Take tokens whose highest score is a finite number. Both [B]; a NaN is the highest of all."""
+    return tokens.masked_fill(highest.isfinite().logical_not(), NONE)
 
 
 def uniform(seed: int, request_id: str, sample: int, step: int) -> float:
@@ -131,15 +138,15 @@ def _draw(logits: Tensor, samples: Sequence[Sample], steps: Sequence[int]) -> Te
         for p, s, step in zip(params, samples, steps, strict=True)
     ]
     temperatures, draws, *filters = torch.tensor(columns, device=logits.device).T[:, :, None]
-    logits = (logits - logits.amax(-1, True)) / temperatures
+    highest = logits.amax(-1, True)
+    logits = (logits - highest) / temperatures
     rest = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    if not rest:
-        return _invert(torch.softmax(logits, -1), draws)
     if len(rest) == len(params):
-        return _draw_filtered(logits, draws, filters)
+        return _finite(_draw_filtered(logits, draws, filters), highest[:, 0])
     tokens = _invert(torch.softmax(logits, -1), draws)
-    tokens[rest] = _draw_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
-    return tokens
+    if rest:
+        tokens[rest] = _draw_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
+    return _finite(tokens, highest[:, 0])
 
 
 def _draw_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tensor:
@@ -205,7 +212,7 @@ def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report 
     logprobs = torch.log_softmax(logits[rows].float(), -1)
     most = max(samples[r].request.params.logprobs or 0 for r in rows)
     values, ids = logprobs.topk(min(most, logits.shape[-1]))
-    return Report(rows, logprobs.gather(1, tokens[rows][:, None])[:, 0], values, ids)
+    return Report(rows, logprobs.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0], values, ids)
 
 
 def record(reported: Report, chosen: Sequence[int], samples: Sequence[Sample]) -> None:

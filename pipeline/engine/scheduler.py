@@ -83,6 +83,11 @@ class Scheduler:
         self._waiting.extend(samples)
         self._waiting.sort(key=lambda s: (s.remaining_tokens, s.length, s.request.id))
 
+    def take_waiting(self) -> list[Sample]:
+        """Take all that waits."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
     def admit(self, live_rows: int, live_tokens: int) -> list[Sample]:
         """Take the samples that join the batch now, longest prompt first.
 

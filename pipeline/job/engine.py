@@ -1,15 +1,35 @@
-"""Make a job's engine: as many rows and tokens in flight as the memory holds."""
+"""Make a job's engine: the fastest exact way through its model, as many rows and tokens as the memory holds."""
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
+from pipeline.common import terminal
 from pipeline.config.schema import Config
 from pipeline.engine.engine import Engine
-from pipeline.engine.probe import AnyForward
+from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.load import Ready
-from pipeline.memory.capacity import Capacity, capacity
+from pipeline.memory.capacity import Capacity, capacity, context_tokens
 from pipeline.prompts.chat import eos_token_ids
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Hold the way through a model, and what the manifest says of it."""
+
+    forward: AnyForward
+    report: dict[str, Any]
+
+
+def choose_way(ready: Ready, config: Config) -> Way:
+    """Choose the fastest exact way through the model, and say so where it is not the fastest of all."""
+    longest = context_tokens(ready.model.config)
+    forward, report = choose_forward(ready.model, config.engine.attention.value, longest)
+    if report["why"]:
+        terminal.say(f"Attention: {report['path']}, and no faster: {report['why']}.", style="yellow")
+    return Way(forward, report)
 
 
 def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engine, Capacity]:

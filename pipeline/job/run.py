@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
-from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.energy import EnergyMeter
+from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
@@ -42,24 +42,26 @@ class Run:
         """
         ready = load(self.config)
         try:
-            forward = self.choose_forward(ready)
-            taken = self.run(ready, forward)
-            self.record(ready, forward, taken)
+            way = self.choose_way(ready)
+            taken = self.run(ready, way)
+            self.record(ready, way, taken)
         finally:
             ready.release()
 
-    def choose_forward(self, ready: Ready) -> AnyForward:
+    def choose_way(self, ready: Ready) -> Way:
         """Choose the fastest exact way through the model, and write down what the job runs on."""
         facts = model_facts(ready, self.config)
         if self.done_before:
             check_same_model(self.results, facts)
-        forward, probe = choose_forward(ready.model, self.config.engine.attention.value)
+        way = choose_way(ready, self.config)
         day = {"template_date": self.config.model.template_date}
-        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=probe)
+        written = manifest(
+            self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=way.report
+        )
         self.results.write_json(self.results.manifest, written)
-        return forward
+        return way
 
-    def run(self, ready: Ready, forward: AnyForward) -> Taken:
+    def run(self, ready: Ready, way: Way) -> Taken:
         """Run what is missing, and measure it."""
         work = Work(
             self.config,
@@ -67,7 +69,7 @@ class Run:
             self.results,
             self.ledger,
             ready,
-            forward,
+            way.forward,
             self.interrupt,
             self.timeline,
         )
@@ -78,11 +80,12 @@ class Run:
             run_sec = time.perf_counter() - started
         return Taken(work.engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
 
-    def record(self, ready: Ready, forward: AnyForward, taken: Taken) -> None:
+    def record(self, ready: Ready, way: Way, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""
         ledger = self.ledger
-        stats = job_stats(self.config, ready, forward.limits, taken)
+        stats = job_stats(self.config, ready, way.forward.limits, taken)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
         stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
+        stats["attention"] = way.report
         self.results.write_json(self.results.stats, stats)
         show_stats(stats, self.results.rows)

@@ -12,6 +12,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -25,13 +26,13 @@ from pipeline.common.host import resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
+from pipeline.models.checkpoint import CONFIG, Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
 from pipeline.models.load_progress import loading_shown, tensor_sizes
 from pipeline.models.loading_checks import (
     SMALLER,
     check_architecture,
-    check_context,
+    check_config,
     check_device,
     check_format,
     check_quantized,
@@ -95,8 +96,8 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     check_device(model.device_map)
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
+    check_config(_read_config(checkpoint, model), checkpoint, model)
     stored = check_format(checkpoint, model, quant)
-    check_context(checkpoint, model)
     own = read_own_settings(checkpoint)
     tokenizer = _read_tokenizer(checkpoint, model)
     quant = as_quant(checkpoint.read_config(), quant)
@@ -109,6 +110,16 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     return Loaded(
         network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, share, own, stored
     )
+
+
+def _read_config(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:
+        raise LoadError(
+            f"{checkpoint.folder / CONFIG}: transformers cannot read it: {first_line(error)}",
+            checkpoint.again,
+        ) from error
 
 
 def release(loaded: Loaded) -> None:

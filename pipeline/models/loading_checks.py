@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -12,7 +12,8 @@ from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import CONFIG, Checkpoint
+from pipeline.models.layer_checks import check_layers
 from pipeline.models.quantized_share import quantized_share
 from pipeline.models.stored_format import checkpoint_format, label
 
@@ -103,22 +104,27 @@ def check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
         )
     if kind in CONFIG_MAPPING:
         raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model", "Choose another model")
+    if kind is None:
+        raise LoadError(
+            f"{checkpoint.folder / CONFIG}: no model_type, so that nothing says which architecture this is",
+            checkpoint.again,
+        )
     raise LoadError(
         f"{checkpoint.source}: this transformers does not know the architecture {kind!r}",
         "Upgrade it (pip install -U transformers), or choose another model",
     )
 
 
-def check_context(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Refuse a context that a model's positions do not reach."""
+def check_config(config: Any, checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse layers that the engine cannot run, and a context that positions do not reach; as transformers reads it."""
+    check_layers(config, checkpoint.source)
+    _check_context(config, checkpoint, model)
+
+
+def _check_context(config: Any, checkpoint: Checkpoint, model: ModelConfig) -> None:
     if model.context is None:
         return
-    try:
-        config: Any = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=model.trust_remote_code
-        ).get_text_config()
-    except Exception as error:
-        raise LoadError(f"{checkpoint.source}: {first_line(error)}", checkpoint.again) from error
+    config = config.get_text_config()
     own = getattr(config, "max_position_embeddings", None)
     if own is None or model.context <= own:
         return

@@ -52,7 +52,7 @@ def build(name: str) -> Any:
 def test_every_promised_architecture_takes_the_fast_path(each_tiny_model):
     forward, report = choose_forward(copy.deepcopy(each_tiny_model))
     assert isinstance(forward, FlatForward)
-    assert report["path"] == "rectangles"
+    assert (report["path"], report["why"]) == ("rectangles", None)
     assert 0 <= report["max_logit_difference"] < 1e-4
 
 
@@ -115,7 +115,11 @@ def test_a_model_that_ignores_the_mask_runs_in_batches_of_equal_length(tiny_mode
     model = Maskless(tiny_model("llama").config).eval()
     model.load_state_dict(tiny_model("llama").state_dict())
     forward, report = choose_forward(model)
-    assert report == {"path": "equal lengths", "max_logit_difference": None}
+    assert report == {
+        "path": "equal lengths",
+        "max_logit_difference": None,
+        "why": "this model does not hand a pass down to its attention",
+    }
     assert forward.equal_lengths
     assert "only prompts of equal length share a batch" in caplog.text
     requests = mixed_requests()

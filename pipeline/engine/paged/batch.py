@@ -19,7 +19,7 @@ from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import pages_for
 from pipeline.engine.paged.passes import Segment, upload
 from pipeline.engine.paged.rows import Launch, Row
-from pipeline.engine.sampling import choose, penalises, record, report, seen_tokens
+from pipeline.engine.sampling import NONE, choose, penalises, record, report, seen_tokens
 from pipeline.engine.scheduler import Sample, Scheduler, shared_prefix
 from pipeline.engine.stats import EngineStats
 
@@ -257,6 +257,8 @@ class PagedBatch:
                 self._stats.count_launch([held for held, row in live if not row.done])
             for row, token in zip(launch.rows, chosen, strict=True):
                 if not row.done and self._accept(row.sample, token):
+                    if token == NONE:
+                        self._forward.pages.clear(row.pages)
                     self._retire(row)
 
     def _retire(self, row: Row) -> None:

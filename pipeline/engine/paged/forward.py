@@ -12,13 +12,14 @@ from torch import Tensor
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
-from pipeline.engine.model_facts import input_device, layer_windows
+from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
 from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment, upload
 from pipeline.engine.sampling import argmax
+from pipeline.engine.thresholds import is_dynamic
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +103,22 @@ class PagedForward:
         """Return logits [R, V] after these rows' tokens, and after one more token of each; for the probe.
 
         Raises:
-            NotImplementedError: a layer keeps other state than keys and values.
+            NotImplementedError: a layer hands over no keys and values.
         """
         needed = [pages_for(len(ids) + 1) for ids in rows]
         self.open(sum(needed), len(rows))
         pages = [self.pages.take(count) for count in needed]
         self.assign(range(len(rows)), pages)
         segments = [Segment(ids, own, 0, len(ids)) for ids, own in zip(rows, pages, strict=True)]
-        before = self.prefill(segments, range(len(rows)))
-        if len(self.pages.keys) != len(self._facts.windows):
-            raise NotImplementedError("layers that keep other state than keys and values")
+        switch = rope_switch(self.config)
+        beyond = switch is not None and min(map(len, rows)) > switch
+        before = self.prefill(segments, range(len(rows)), beyond)
+        if (held := len(self.pages.keys)) != (named := len(self._facts.windows)):
+            raise NotImplementedError(
+                f"{held} layers hand over keys and values, and its config names {named}"
+            )
         self.tokens[: len(rows)] = next_token
-        after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)])
+        after, _ = self.decode([(slot, len(ids)) for slot, ids in enumerate(rows)], beyond)
         self.close()
         return before, after
 
@@ -175,7 +180,8 @@ class PagedForward:
         """Run a decode step. control [B, 2] → logits [B, V], tokens [B]."""
         slots, positions = control.long().unbind(1)
         batch = PagedDecode(control, self._table, columns, self.pages, self._facts)
-        logits = self._run(self.tokens[slots], positions, 0, batch, long)
+        # A row whose token is NONE has ended, but its next step is launched before the host has read it.
+        logits = self._run(self.tokens[slots].clamp(min=0), positions, 0, batch, long)
         tokens = argmax(logits)
         self.tokens[slots] = tokens
         return logits, tokens
@@ -201,7 +207,7 @@ def _only_device(model: Any) -> torch.device:
 
 def _check_rotary(config: Any) -> None:
     """Refuse rotary frequencies that depend on the longest row so far."""
-    if "dynamic" in str(getattr(config, "rope_parameters", None)):
+    if is_dynamic(config):
         raise NotImplementedError("rotary frequencies that change with the length")
 
 

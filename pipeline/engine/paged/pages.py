@@ -64,6 +64,12 @@ class Pages:
             if not self._holders[page]:
                 self._free.append(page)
 
+    def clear(self, pages: Iterable[int]) -> None:
+        """Write zeros where only one holder has written: 0 times a NaN that it leaves would be NaN for the next."""
+        own = [page for page in pages if self._holders[page] == 1]
+        for tensor in (*self.keys, *self.values):
+            tensor[own] = 0
+
     def grow(self, count: int) -> None:
         """Add pages; what is written stays. Layer by layer, so that one at a time is held twice."""
         first = len(self._holders)

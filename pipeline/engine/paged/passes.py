@@ -53,6 +53,7 @@ class PagedPrefill:
         self.ids, self.positions, self._written, self._read, *both = torch.split(
             uploaded, [len(p) for p in parts]
         )
+        self.windows = model.windows
         self._query_ends, self._key_ends = (t.int() for t in both)
         self._fresh = fresh
         self.last_tokens = self._query_ends[1:].long() - 1  # of each segment, among the N
@@ -127,6 +128,7 @@ class PagedDecode:
     ) -> None:
         self._control, self._table, self._columns = control, table, columns
         self._pages, self._model = pages, model
+        self.windows = model.windows
 
     def attend(
         self,

@@ -24,6 +24,7 @@ from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.thresholds import forget_lengths
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class PaddedForward:
 
     def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:
         """Run columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
+        if self.equal_lengths:  # rows of another length have run before
+            forget_lengths(self._model)
         both = upload([[s, *own] for s, own in zip(rectangle.starts, ids, strict=True)], self._device)
         positions = torch.arange(columns, device=self._device) - both[:, :1]
         output = self._model(

@@ -44,6 +44,10 @@ class RectanglePrefill:
     _masks: dict[tuple[int | None, torch.device], Tensor] = field(default_factory=dict)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        return self.rectangle.windows
+
+    @property
     def positions(self) -> list[int]:
         """Count for each of the N the tokens so far in its row; never the column."""
         positions: list[int] = (self.columns - np.array(self.rectangle.starts)[self.rows]).tolist()
@@ -181,6 +185,10 @@ class RectangleDecode:
     @property
     def samples(self) -> list[Sample]:
         return [s for rectangle in self.rectangles for s in rectangle.rows]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return self.rectangles[0].windows
 
     @property
     def positions(self) -> list[int]:

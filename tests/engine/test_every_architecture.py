@@ -1,0 +1,179 @@
+"""Every architecture of transformers is exact on the path that it says, or refused before its weights are read.
+
+Tiny random models, in float32; what `generate` makes of each prompt alone, without a cache, is the right text.
+"""
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import EOS, run
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pipeline.common.errors import LoadError
+from pipeline.common.request import GenerationParams, Request
+from pipeline.engine.probe import choose_forward
+from pipeline.models.layer_checks import check_layers
+
+RECTANGLES = """
+    afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3
+    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma3n_text gemma4_text glm glm4
+    gemma4_unified_text minimax_m3_vl_text
+    glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama
+    longcat_flash mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo
+    olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open
+    starcoder2 youtu"""
+PADDED = """
+    bloom codegen diffllama doge falcon flint gemma2 gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa
+    hrm_text mimo_v2_flash mpt nemotron stablelm vaultgemma xglm"""
+EQUAL = "llama4_text"
+REFUSED = """
+    bailing_hybrid blt dots3_note_text gemma3n glm_moe_dsa granitemoehybrid inkling2_text musicgen reformer trocr
+    whisper xmod zaya
+    axk2 bamba bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert data2vec-text
+    deepseek_v32 deepseek_v4 electra ernie falcon_h1 falcon_mamba hy_v4 inkling_text jamba kimi_linear lfm3 mamba
+    mamba2 marian mbart megatron-bert minimax mvp nemotron_h olmo_hybrid openai-gpt pegasus plbart prophetnet
+    qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rembert roberta roberta-prelayernorm
+    roc_bert roformer rwkv xlm xlm-roberta xlm-roberta-xl xlnet xlstm zamba zamba2"""
+PATHS = {kind: path for path, kinds in (("rectangles", RECTANGLES), ("padded", PADDED), ("equal lengths", EQUAL))
+         for kind in kinds.split()}  # fmt: skip
+
+# What a config is given of this, it has a key for.
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "vocab_size_per_layer_input": 300, "max_position_embeddings": 512, "n_positions": 512,
+    "max_seq_len": 512, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim"), 128),
+    **dict.fromkeys(("head_dim", "sliding_window", "window_size", "query_pre_attn_scalar"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "rotary_dim": 8, "num_kv_shared_layers": 0, "qk_head_dim": 32,
+    "hidden_size_per_layer_input": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+ALL_HEADS = {"num_key_value_heads": 4}  # keys and values made from a latent vector
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), ALL_HEADS),
+    **dict.fromkeys(("deepseek_v2", "longcat_flash"), ALL_HEADS | {"head_dim": 16}),
+    "dots1": {"n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    # The last layer has no positions, and scales its queries by how far from the beginning they are.
+    "llama4_text": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "floor_scale": 8, "attn_scale": 2.0,
+                    "attention_chunk_size": 16},
+}  # fmt: skip
+OWN_TOKENS = (1, 3, 20, 40, 60, 90, 5)  # with the shared 12: below and beyond every window
+NEW_TOKENS = (40, 7, 25, 20, 12, 24, 30)
+
+
+def config_of(kind: str) -> Any:
+    made = CONFIG_MAPPING[kind]
+    keys = made().to_dict()
+    windowless = ("sliding_window",) if keys.get("sliding_window") is None else ()
+    small = {key: value for key, value in SMALL.items() if key in keys and key not in windowless}
+    return made(**small | OWN.get(kind, {}))
+
+
+def build(kind: str) -> Any:
+    """Make a random model in which no weight is left at what it is set to at first, as a bias at 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.numel() > 1 and weight.std() == 0:
+                    weight += 0.1 * torch.randn_like(weight)
+    return model
+
+
+@cache
+def requests() -> list[Request]:
+    draw = random.Random(7)
+    prefix = [draw.randrange(60, 300) for _ in range(12)]
+    return [
+        Request(
+            f"r{i}",
+            (*prefix, *(draw.randrange(60, 300) for _ in range(own))),
+            GenerationParams(max_new_tokens=new),
+        )
+        for i, (own, new) in enumerate(zip(OWN_TOKENS, NEW_TOKENS, strict=True))
+    ]
+
+
+@torch.inference_mode()
+def alone(model: Any, request: Request) -> tuple[int, ...]:
+    """Make the greedy text with no cache, whose layers obey keys that some architectures ignore."""
+    ids = torch.tensor([request.prompt_token_ids])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=False, pad_token_id=0,
+        max_new_tokens=request.params.max_new_tokens, eos_token_id=sorted(EOS),
+    )[0, ids.shape[1] :].tolist()  # fmt: skip
+    return tuple(made[:-1] if made[-1] in EOS else made)
+
+
+@cache
+def expected(kind: str) -> dict[tuple[str, int], tuple[int, ...]]:
+    model = build(kind)
+    return {(request.id, 0): alone(model, request) for request in requests()}
+
+
+def check(kind: str, attention: str, path: str) -> None:
+    """Hold the engine to `generate`: in long passes with what all share, and in short ones, when rows are few."""
+    model = build(kind)
+    check_layers(model.config, "tiny")
+    forward, report = choose_forward(model, attention)
+    assert report["path"] == path
+    for settings in (
+        {"max_rows": 4, "max_tokens": 10**6},
+        {"max_rows": 3, "max_tokens": 600, "prefill_tokens": 24},
+    ):
+        found = {key: made.token_ids for key, made in run(forward, requests(), **settings).items()}
+        assert found == expected(kind)
+
+
+@pytest.mark.parametrize("kind", sorted(PATHS))
+@pytest.mark.filterwarnings("ignore")  # of what architectures say of their own configs
+def test_every_architecture_is_exact_on_the_path_that_it_says(kind):
+    check(kind, "rectangles", PATHS[kind])
+
+
+@pytest.mark.parametrize("kind", sorted(RECTANGLES.split()))
+@pytest.mark.filterwarnings("ignore")
+def test_every_architecture_in_rectangles_is_exact_in_pages_too(kind):
+    check(kind, "pages", "pages")
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED.split()))
+def test_what_the_engine_cannot_run_is_refused_by_its_config_alone(kind):
+    with pytest.raises(LoadError) as refused:
+        check_layers(CONFIG_MAPPING[kind](), "tiny")
+    assert refused.value.fix
+
+
+REASONS = {
+    "recurrent or hybrid": "mamba rwkv xlstm zamba qwen3_next jamba falcon_h1 lfm3 granitemoehybrid recurrent_gemma",
+    "sparse attention": "deepseek_v32 deepseek_v4 glm_moe_dsa axk2 hy_v4",
+    "an encoder, which sees the tokens to come": "bert roberta electra xlm-roberta roformer",
+    "an encoder with a decoder": "bart marian pegasus prophetnet blenderbot",
+    "keeps no keys and values of earlier tokens": "openai-gpt xlm xlnet",
+}
+
+
+@pytest.mark.parametrize(("reason", "kinds"), REASONS.items())
+def test_each_is_refused_for_what_it_is(reason, kinds):
+    for kind in kinds.split():
+        with pytest.raises(LoadError) as refused:
+            check_layers(CONFIG_MAPPING[kind](), "tiny")
+        assert refused.value.found.startswith(f"tiny: {reason}"), kind
+
+
+def test_most_architectures_of_transformers_are_here():
+    there = {kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING}
+    here = {*PATHS, *REFUSED.split()}
+    assert len(PATHS) >= 60
+    assert len(here & there) > 0.85 * len(there), sorted(there - here)

@@ -1,0 +1,70 @@
+"""A model that the engine cannot run is refused by its config.json, before a weight is read."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pipeline.common.errors import LoadError
+from pipeline.config.quant import QuantConfig
+from pipeline.config.schema import ModelConfig
+from pipeline.models.loading import load_model
+
+
+def change(folder: Path, **keys: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= keys
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadError:
+    """Load it, and see that no weight is read."""
+    read = transformers.AutoModelForCausalLM.from_pretrained
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("its weights were read")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", never)
+    try:
+        with pytest.raises(LoadError) as caught:
+            load_model(ModelConfig(name=str(folder)), QuantConfig(), "models")
+    finally:
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    assert caught.value.fix[0].isupper()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"model_type": None}, r"config.json: no model_type, so that nothing says which architecture"),
+        ({"num_hidden_layers": -1}, r"config.json says that it has -1 layers"),
+        ({"num_hidden_layers": 0}, r"config.json says that it has 0 layers"),
+        ({"layer_types": ["full_attention"]}, r"layer|config.json"),
+        ({"model_type": "bert"}, r"an encoder, which sees the tokens to come \(is_decoder is false"),
+        ({"model_type": "mamba"}, r"recurrent or hybrid: some of its layers keep other state"),
+        ({"model_type": "bart"}, r"an encoder with a decoder \(is_encoder_decoder"),
+        ({"model_type": "openai-gpt"}, r"keeps no keys and values of earlier tokens"),
+        ({"num_attention_heads": "four"}, r"config.json: transformers cannot read it: "),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_its_weights_are_read(tiny_dir, keys, reason, monkeypatch):
+    change(tiny_dir, **keys)
+    assert re.search(reason, refuse(tiny_dir, monkeypatch).found)
+
+
+def test_fewer_layers_than_the_files_have_are_refused(tiny_dir):
+    change(tiny_dir, num_hidden_layers=1)
+    with pytest.raises(LoadError, match=r"weights that the model does not use, as model\.layers\.1"):
+        load_model(ModelConfig(name=str(tiny_dir)), QuantConfig(), "models")
+
+
+def test_what_can_run_is_loaded(tiny_dir):
+    loaded = load_model(ModelConfig(name=str(tiny_dir)), QuantConfig(), "models")
+    assert loaded.model is not None
+    assert loaded.model.dtype == torch.float32
