@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.fingerprint import job_fingerprint
+from pipeline.common.streams import is_nameless
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.schema import Config, register, root
 
@@ -162,7 +163,9 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     named = any(o.lstrip("+").startswith("model.name=") for o in _root_.hydra.overrides.task)
     model = Path(plain["model"]["name"]).name if named else choices.model
     prompts = str(plain["prompts"])
-    prompt_set = plain["prompt_set"] or ("stdin" if prompts == "-" else Path(prompts).name.split(".")[0])
+    prompt_set = plain["prompt_set"] or (
+        "stdin" if is_nameless(prompts) else Path(prompts).name.split(".")[0]
+    )
     folder = Path(prompt_set) / f"{model}-{choices.quant}-{choices.generation}-{job_fingerprint(plain)}"
     if plain["shard"]:
         folder /= "shard-{}-of-{}".format(*str(plain["shard"]).partition("/")[::2])

@@ -52,7 +52,7 @@ def read_counts(folder: Path) -> Counts:
         more = _count(paths.rows, start) if exact else _estimate(paths.rows, start)
         done, errors = done + more[0], errors + more[1]
     submitted, total = read_events(folder).submitted, todo.total if todo else None
-    if submitted and _is_news(submitted[-1], todo, paths):
+    if submitted and _is_news(submitted, todo):
         total, whole = int(submitted[-1]["total"]), False
     speed = (read_json(paths.stats) or {}).get("tokens_per_sec")
     return Counts(done, errors, total, exact, speed, todo if whole else None)
@@ -69,14 +69,13 @@ def tokens_per_row(folder: Path) -> float | None:
     return sum(counts) / len(counts) if counts else None
 
 
-def _is_news(submission: dict[str, Any], todo: Todo | None, paths: JobPaths) -> bool:
-    """Say whether a submission asks for rows that the folder's note does not know of, and came after it."""
+def _is_news(submitted: list[dict[str, Any]], todo: Todo | None) -> bool:
+    """Say whether the last submission asks for rows that the folder's note does not know of, and came after it."""
     if todo is None:
         return True
-    known = submission.get("prompts_sha256", "") == todo.prompts_sha256 and todo.covers(
-        submission.get("limit")
-    )
-    return not known and float(submission["time"]) > _modified(paths.todo)
+    last = submitted[-1]
+    known = last.get("prompts_sha256", "") == todo.prompts_sha256 and todo.covers(last.get("limit"))
+    return not known and len(submitted) > todo.submissions
 
 
 def _count(rows: Path, start: int) -> tuple[int, int]:
@@ -103,10 +102,3 @@ def _estimate(rows: Path, start: int) -> tuple[int, int]:
     lines = piece.splitlines(keepends=True)
     scale = size / len(piece)
     return round(len(lines) * scale), round(sum(map(is_error, lines)) * scale)
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,8 @@ from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
 from pipeline.prompts.reader import read_prompts
 
-SAME = ("model", "revision", "prompts_sha256", "limit")  # what shards of one job must agree on
+SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
+SAME = ("model", "revision", *SAME_ROWS)  # and those that have rows
 AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
 NAMED = 10  # rows that an error names
 
@@ -49,11 +51,8 @@ def merge(folder: Path) -> int:
     """
     parts = [JobPaths(shard) for shard in _find_shards(folder)]
     todos = [_read_todo(part) for part in parts]
-    manifests = [
-        {**(read_json(part.manifest) or {}), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
-        for part, todo in zip(parts, todos, strict=True)
-    ]
-    _check_alike(parts, manifests)
+    manifests = [_manifest(part, todo) for part, todo in zip(parts, todos, strict=True)]
+    _check_alike(parts, todos, manifests)
     _check_prompts(todos[0])
     _check_whole(JobPaths(folder))
     shards = [_read_shard(part, todo) for part, todo in zip(parts, todos, strict=True)]
@@ -66,7 +65,7 @@ def merge(folder: Path) -> int:
         # First, so that what is merged can be told from a job's own results at any moment.
         results.write_json(results.manifest, {**manifests[0], "when": when, "merged_from": merged_from})
         lines = _write(shards, results)
-        stats = combine([read_json(part.stats) or {} for part in parts])
+        stats = combine([read_json(shard.paths.stats) or {} for shard in shards if shard.todo.rows])
         stats["rows"] = {**(stats.get("rows") or {}), "total": lines, "done": lines, "errors": errors}
         results.write_json(results.stats, stats)
     return lines
@@ -107,9 +106,15 @@ def _read_todo(shard: JobPaths) -> Todo:
     return todo
 
 
-def _check_alike(shards: list[JobPaths], manifests: list[dict[str, Any]]) -> None:
-    for shard, manifest in zip(shards, manifests, strict=True):
-        for key in SAME:
+def _manifest(shard: JobPaths, todo: Todo) -> dict[str, Any]:
+    """Read a shard's manifest; what the rows answer is as the last run found it."""
+    found = read_json(shard.manifest) or {}
+    return {**found, "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
+
+
+def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict[str, Any]]) -> None:
+    for shard, todo, manifest in zip(shards, todos, manifests, strict=True):
+        for key in SAME if todo.rows else SAME_ROWS:
             if manifest.get(key) != manifests[0].get(key):
                 raise OutputError(
                     found=f"{shard.folder}: its {key} is {manifest.get(key)}, and that of "
@@ -204,6 +209,8 @@ def _in_order(shards: list[Shard], files: list[BinaryIO]) -> Iterator[bytes]:
 def _open(rows: Path) -> BinaryIO:
     try:
         return rows.open("rb")
+    except FileNotFoundError:  # of a shard that got no rows; of another, all are missing
+        return BytesIO()
     except OSError as error:
         raise OutputError(found=f"{rows}: {error.strerror}", fix="Run the shard again.") from error
 

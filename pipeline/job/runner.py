@@ -10,6 +10,7 @@ from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.config.schema import Config, Resume
+from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.missing import find_missing, finished_before, locate_prompts
 from pipeline.job.paths import JobPaths, read_json
@@ -52,11 +53,12 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
         results.set_aside()
     prompts = locate_prompts(config, results)
     state = PromptState.look(prompts)  # before it is read: what changes later is for the next run
-    if (finished := finished_before(config, state, results)) is not None:
-        return _nothing_to_do(finished, results)
+    submissions = len(read_events(results.folder).submitted)
     sha256 = prompts_sha256(prompts)
+    if (finished := finished_before(config, prompts, sha256, results)) is not None:
+        return _nothing_to_do(finished, results)
     ledger = find_missing(config, prompts, results)
-    todo = Todo.note(results, state, sha256, config.limit, ledger)
+    todo = Todo.note(results, state, sha256, config.limit, ledger, submissions)
     if not ledger.missing:
         _renew_manifest(results, todo)
         return _nothing_to_do(todo, results)
@@ -71,7 +73,7 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     Run(config, prompts, sha256, results, ledger, interrupt).go()
     if ledger.missing:
         return _stopped(config, interrupt, f"with {ledger.done} of {ledger.total} rows done")
-    Todo.note(results, state, sha256, config.limit, ledger)
+    Todo.note(results, state, sha256, config.limit, ledger, submissions)
     if state != PromptState.look(prompts):
         terminal.say(
             f"{prompts}: has changed since it was read. The same command does what is new.", style="yellow"
@@ -90,8 +92,8 @@ def _stopped(config: Config, interrupt: Interrupt, where: str) -> ExitStatus:
     again = "The same command goes on from here."
     if config.resume is Resume.never:
         again = "The same command without resume=never goes on from here."
-    name = interrupt.signal.name if interrupt.signal else "request"
-    terminal.say(f"Stopped by {name} {where}. {again}", style="yellow")
+    assert interrupt.signal
+    terminal.say(f"Stopped by {interrupt.signal.name} {where}. {again}", style="yellow")
     return ExitStatus.RUN_AGAIN
 
 

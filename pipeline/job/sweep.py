@@ -11,6 +11,7 @@ from pipeline.common import terminal
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt
+from pipeline.common.streams import is_stream
 from pipeline.common.units import megabytes
 from pipeline.config.compose import compose_config, job_folder, read_config, sweep_cells, to_config
 from pipeline.job.counts import read_counts
@@ -33,9 +34,9 @@ def run_sweep(overrides: list[str]) -> ExitStatus:
     """
     cells = sweep_cells(overrides)
     for cell in cells:
-        if to_config(compose_config(cell)).prompts == "-":
+        if is_stream(prompts := to_config(compose_config(cell)).prompts):
             raise ConfigError(
-                found="prompts=-: standard input can be read once only", fix="Write it to a file for a sweep."
+                found=f"prompts={prompts}: can be read once only", fix="Write it to a file for a sweep."
             )
     statuses: list[int] = []
     with Interrupt() as interrupt:

@@ -42,6 +42,7 @@ class Todo(PromptState):
     errors: int
     rows_bytes: int  # of outputs.jsonl, when `done` was counted: each whole line after it is one more
     rows_mtime_ns: int
+    submissions: int  # of the job to Slurm, before the prompt file was read
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -53,21 +54,28 @@ class Todo(PromptState):
 
     @classmethod
     def note(
-        cls, results: JobFolder, state: PromptState, sha256: str | None, limit: int | None, ledger: Ledger
+        cls,
+        results: JobFolder,
+        state: PromptState,
+        sha256: str | None,
+        limit: int | None,
+        ledger: Ledger,
+        submissions: int,
     ) -> Self:
         """Write down how far the job is, now that every line of outputs.jsonl is in the ledger."""
         todo = cls(
             state.prompts, state.prompts_bytes, state.prompts_mtime_ns, sha256, FORMAT, limit,
-            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows),
+            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows), submissions,
         )  # fmt: skip
         results.write_json(results.todo, asdict(todo))
         return todo
 
-    def untouched(self, prompts: PromptState, limit: int | None, folder: Path) -> bool:
-        """Say whether prompt file, rows and limit look as they did: then nothing needs to be read again."""
-        own = self.prompts, self.prompts_bytes, self.prompts_mtime_ns, self.format, self.limit
-        now = prompts.prompts, prompts.prompts_bytes, prompts.prompts_mtime_ns, FORMAT, limit
-        return own == now and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
+    def untouched(self, prompts: str, sha256: str | None, limit: int | None, folder: Path) -> bool:
+        """Say whether prompts and limit are what they were, and the rows look it: then no row needs to be read."""
+        own = self.prompts, self.prompts_sha256, self.format, self.limit
+        now = str(Path(prompts).absolute()), sha256, FORMAT, limit
+        same = sha256 is not None and own == now
+        return same and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
 
     @property
     def prompts_written_since(self) -> bool:

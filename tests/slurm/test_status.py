@@ -94,7 +94,6 @@ def test_a_large_file_is_estimated_and_never_called_complete(
 
 def test_the_last_submission_says_how_many_rows_there_are(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD], 1)
-    os.utime(job / "todo.json", (1, 1))
     append_event(job, "submitted", job="1_0", total=5, log="none")
     assert not read_counts(job).complete
 
