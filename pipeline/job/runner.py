@@ -10,11 +10,10 @@ from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.config.schema import Config, Resume
-from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.missing import find_missing, finished_before, locate_prompts
 from pipeline.job.paths import JobPaths, read_json
-from pipeline.job.todo import PromptState, Todo
+from pipeline.job.todo import PromptState, Todo, count_submissions
 from pipeline.memory.check import check_memory
 from pipeline.prompts.count import prompts_sha256
 
@@ -53,7 +52,7 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
         results.set_aside()
     prompts = locate_prompts(config, results)
     state = PromptState.look(prompts)  # before it is read: what changes later is for the next run
-    submissions = len(read_events(results.folder).submitted)
+    submissions = count_submissions(results.folder)
     sha256 = prompts_sha256(prompts)
     if (finished := finished_before(config, prompts, sha256, results)) is not None:
         return _nothing_to_do(finished, results)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, get_type_hints
 
+from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.paths import JobPaths, read_json
@@ -85,6 +86,11 @@ class Todo(PromptState):
     def covers(self, limit: int | None) -> bool:
         """Say whether the rows that a limit leaves are among these."""
         return self.limit is None or (limit is not None and limit <= self.limit)
+
+
+def count_submissions(folder: Path) -> int:
+    """Count how often the job was submitted to Slurm until now."""
+    return len(read_events(folder).submitted)
 
 
 def _looks(path: Path) -> tuple[int, int]:
