@@ -12,8 +12,9 @@ from rich.text import Text
 from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
-from pipeline.common.terminal import console, visible
+from pipeline.common.terminal import console, say, visible
 from pipeline.common.units import duration
+from pipeline.job.damage import damage
 from pipeline.job.merge import is_merged
 from pipeline.job.shards import fleet_tokens_per_sec
 from pipeline.slurm.state import JobState, find_folders, states_of
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> ExitStatus:
         ConfigError: the command line is wrong, or the folder holds no jobs.
     """
     top, watch = _parse(arguments)
+    for place in [place for folder in find_folders(top) for place in damage(folder)]:
+        say(f"Damaged, and left out: {place}", style="yellow")
     return _watch(top) if watch else _once(top)
 
 

@@ -158,7 +158,10 @@ class JobFolder(JobPaths):
 
     def write_json(self, target: Path, value: dict[str, Any]) -> None:
         """Replace a JSON file of this folder in one move."""
-        with self._replacing(target) as fresh, fresh.open("w", encoding="utf-8", errors="replace") as file:
+        with (
+            self._replacing(target) as fresh,
+            fresh.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             json.dump(value, file, indent=2, ensure_ascii=False, default=str)
             file.write("\n")
             _sync(file)

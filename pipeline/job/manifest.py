@@ -17,7 +17,7 @@ from pipeline.common.errors import JobError
 from pipeline.common.gpu import Gpu
 from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
-from pipeline.job.paths import read_json
+from pipeline.job.stored import read_manifest
 
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
@@ -42,7 +42,7 @@ def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
     Raises:
         JobError: the manifest of the rows that are there says another.
     """
-    before = read_json(results.manifest) or {}
+    before = read_manifest(results)
     if before.get("model_digest", facts["model_digest"]) != facts["model_digest"]:
         raise JobError(
             found=f"{results.folder}: its rows are of {before.get('model')}, revision {before.get('revision')}, "

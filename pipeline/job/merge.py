@@ -4,13 +4,12 @@ Nothing is merged unless every row is there exactly once. Memory: 24 bytes a row
 """
 
 import datetime
-import json
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,8 +17,10 @@ from pipeline.common.errors import OutputError, PromptError
 from pipeline.common.request import GenerationParams
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
-from pipeline.job.paths import JobPaths, read_json, shard_of
+from pipeline.job.paths import JobPaths, shard_of
+from pipeline.job.rows import parse_row
 from pipeline.job.shards import combine
+from pipeline.job.stored import read_manifest, read_stats
 from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
 from pipeline.prompts.reader import read_prompts
@@ -65,7 +66,7 @@ def merge(folder: Path) -> int:
         # First, so that what is merged can be told from a job's own results at any moment.
         results.write_json(results.manifest, {**manifests[0], "when": when, "merged_from": merged_from})
         lines = _write(shards, results)
-        stats = combine([read_json(shard.paths.stats) or {} for shard in shards if shard.todo.rows])
+        stats = combine([read_stats(shard.paths) for shard in shards if shard.todo.rows])
         stats["rows"] = {**(stats.get("rows") or {}), "total": lines, "done": lines, "errors": errors}
         results.write_json(results.stats, stats)
     return lines
@@ -73,7 +74,7 @@ def merge(folder: Path) -> int:
 
 def is_merged(folder: Path) -> bool:
     """Say whether a folder's results were merged from shards, and are no job's own."""
-    return "merged_from" in (read_json(JobPaths(folder).manifest) or {})
+    return "merged_from" in read_manifest(JobPaths(folder))
 
 
 def _find_shards(folder: Path) -> list[Path]:
@@ -108,8 +109,7 @@ def _read_todo(shard: JobPaths) -> Todo:
 
 def _manifest(shard: JobPaths, todo: Todo) -> dict[str, Any]:
     """Read a shard's manifest; what the rows answer is as the last run found it."""
-    found = read_json(shard.manifest) or {}
-    return {**found, "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
+    return {**read_manifest(shard), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
 
 
 def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict[str, Any]]) -> None:
@@ -145,15 +145,14 @@ def _read_shard(paths: JobPaths, todo: Todo) -> Shard:
     offset = 0
     with _open(paths.rows) as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if todo.limit is None or row["index"] < todo.limit:
-                    keys.append((row["index"], row.get("sample", 0), offset))
-            except (ValueError, KeyError, TypeError) as error:
+            row = parse_row(line)
+            if row is None:
                 raise OutputError(
                     found=f"{paths.rows}:{number}: a damaged line",
                     fix="Run the shard again: it will be mended.",
-                ) from error
+                )
+            if todo.limit is None or row["index"] < todo.limit:
+                keys.append((row["index"], row["sample"], offset))
             offset += len(line)
     keys.sort()
     columns = zip(*keys, strict=True) if keys else ((), (), ())
@@ -177,8 +176,9 @@ def _check_rows(shard: Shard, part: int, parts: int) -> None:
             fix="Move the shard's folder away and run it again.",
         )
     done = f"{folder}: {len(shard.rows)} of {todo.total} rows done"
-    if gaps := [row for row in expected if row not in there]:
-        raise OutputError(found=f"{done}; {_ids(gaps, todo)} are missing", fix=AGAIN)
+    if gaps := todo.rows - len(there):
+        named = list(islice((row for row in expected if row not in there), NAMED))
+        raise OutputError(found=f"{done}; {_ids(named, todo, gaps)} are missing", fix=AGAIN)
     if len(shard.rows) < todo.total:
         raise OutputError(found=f"{done}; samples of some are missing", fix=AGAIN)
 
@@ -215,7 +215,7 @@ def _open(rows: Path) -> BinaryIO:
         raise OutputError(found=f"{rows}: {error.strerror}", fix="Run the shard again.") from error
 
 
-def _ids(rows: list[int], todo: Todo) -> str:
+def _ids(rows: list[int], todo: Todo, count: int | None = None) -> str:
     """Name some rows by their ids in the prompt file; by their numbers where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
     try:
@@ -225,7 +225,8 @@ def _ids(rows: list[int], todo: Todo) -> str:
     except PromptError:
         pass
     words = [f"{row} ({name})" if name else str(row) for row, name in named.items()]
-    return "rows " + ", ".join(words) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+    more = (count or len(rows)) - len(words)
+    return "rows " + ", ".join(words) + (f" and {more} more" if more > 0 else "")
 
 
 def _some(numbers: list[int]) -> str:

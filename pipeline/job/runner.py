@@ -99,5 +99,5 @@ def _stopped(config: Config, interrupt: Interrupt, where: str) -> ExitStatus:
 def _renew_manifest(results: JobFolder, todo: Todo) -> None:
     """Let manifest.json name the prompt file that the rows answer now; nothing else of it has changed."""
     manifest = read_json(results.manifest)
-    if manifest is not None and manifest.get("prompts_sha256") != todo.prompts_sha256:
+    if manifest and manifest.get("prompts_sha256") != todo.prompts_sha256:
         results.write_json(results.manifest, {**manifest, "prompts_sha256": todo.prompts_sha256})

@@ -51,6 +51,11 @@ class Todo(PromptState):
         value, types = read_json(JobPaths(folder).todo) or {}, get_type_hints(cls)
         if value.keys() != types.keys() or not all(isinstance(value[name], types[name]) for name in types):
             return None
+        if (
+            any(isinstance(part, int) and not 0 <= part < 2**62 for part in value.values())
+            or "\0" in value["prompts"]
+        ):
+            return None
         return cls(**value)
 
     @classmethod
