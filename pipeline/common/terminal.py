@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console
@@ -93,6 +93,21 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         made.add_row(*(Text(visible(str(cell))) for cell in row))
     console.print(made)
+
+
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[Any] | Text]) -> Text:
+    """Set rows in columns to the right, but for the last, which is never cut; a text is a line of its own."""
+    rows = list(rows)
+    cells = [columns, *([visible(str(cell)) for cell in row] for row in rows if not isinstance(row, Text))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[Any]) -> str:
+        *figures, last = (visible(str(cell)) for cell in row)
+        shown = [figure.rjust(width) for figure, width in zip(figures, widths, strict=False)]
+        return "  ".join([*shown, last])
+
+    lines = [row if isinstance(row, Text) else Text(line(row)) for row in rows]
+    return Text("\n").join([Text(line(columns), style="bold"), *lines])
 
 
 def facts(title: str, rows: Iterable[tuple[str, Any]]) -> None:

@@ -53,6 +53,11 @@ class Holder:
         except psutil.Error:
             return False
 
+    @property
+    def age_sec(self) -> float:
+        """Say how long it has run on this machine."""
+        return time.time() - psutil.boot_time() - self.started_sec
+
     def __str__(self) -> str:
         if not self.lives_here:
             return f"process {self.pid} on {self.host}"

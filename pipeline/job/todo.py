@@ -12,6 +12,7 @@ from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.prompts.count import prompts_sha256
 
 FORMAT = 1  # of row keys
 
@@ -85,8 +86,11 @@ class Todo(PromptState):
 
     @property
     def prompts_written_since(self) -> bool:
-        """Say whether somebody wrote the prompt file after the job read it; one that is gone asks for no more."""
-        return _looks(Path(self.prompts)) not in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns))
+        """Say whether the prompt file is another than the job read; one that is gone asks for no more."""
+        size, mtime_ns = _looks(Path(self.prompts))
+        if (size, mtime_ns) in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns)):
+            return False
+        return size != self.prompts_bytes or prompts_sha256(self.prompts) != self.prompts_sha256
 
     def covers(self, limit: int | None) -> bool:
         """Say whether the rows that a limit leaves are among these."""
