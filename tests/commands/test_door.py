@@ -1,11 +1,12 @@
 """The one door: every command is found, helps, and ends in one line and a status that says how."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from job_helper import ROOT, environment
+from job_helper import ROOT, arguments, environment, write_rows
 
 from pipeline.commands import door
 from pipeline.commands.table import COMMANDS, module_of
@@ -122,3 +123,29 @@ def test_a_mistake_of_ours_is_one_line_that_says_where(monkeypatch, capsys):
     assert f"{Path(__file__).name}:" in said
     assert "please report it" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_in_ascii(command):
+    done = shell(f"PYTHONIOENCODING=ascii {PIPELINE} {command} --help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+
+
+def test_a_job_its_status_and_its_report_are_said_in_ascii(tmp_path, tiny_dir):
+    file = write_rows(tmp_path / "학.jsonl", [{"prompt": "Hello"}])
+    words = [
+        f'prompts="{file}"' if w.startswith("prompts=") else w for w in arguments(tiny_dir, file, tmp_path)
+    ]
+    for line in (
+        [*words, "stream=true"],
+        ["status", str(tmp_path)],
+        ["report", str(tmp_path)],
+        ["plan", "model=smollm2", "quant=all", "memory=24GB"],
+        ["inspect", "view=architecture", "model=smollm2"],
+        ["nonesuch-학"],
+    ):
+        done = shell(f"PYTHONIOENCODING=ascii {PIPELINE} {shlex.join(line)}")
+        assert done.returncode == (2 if line == ["nonesuch-학"] else 0), done.stderr
+        assert (done.stdout + done.stderr).isascii()
+        assert "Traceback" not in done.stderr
