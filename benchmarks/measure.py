@@ -3,6 +3,7 @@
 This module and run.py import nothing large: a child's ru_maxrss starts at its parent's memory.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 @dataclass
@@ -31,13 +34,35 @@ class Run:
 
 
 def wait_until_idle(limit_sec: float, busy_percent: float = 10.0) -> bool:
-    """Wait for three quiet samples of two seconds; False when it never became quiet."""
+    """Wait for three quiet samples of two seconds, and say for whom; False when it never became quiet."""
     import psutil
 
-    end, quiet = time.monotonic() + limit_sec, 0
+    end, quiet, said = time.monotonic() + limit_sec, 0, False
     while quiet < 3 and time.monotonic() < end:
-        quiet = quiet + 1 if psutil.cpu_percent(interval=2) < busy_percent else 0
+        processes = list(psutil.process_iter(["name"]))
+        for process in processes:
+            busy_of(process)  # measures from here on
+        percent = psutil.cpu_percent(interval=2)
+        quiet = quiet + 1 if percent < busy_percent else 0
+        if not quiet and not said:
+            said = True
+            most = max(processes, key=busy_of)
+            print(
+                f"waiting up to {limit_sec:.0f} s for a quiet machine: {percent:.0f} % busy, most of it by "
+                f"{most.info['name']} (process {most.pid})",
+                flush=True,
+            )
     return quiet == 3
+
+
+def busy_of(process: Any) -> float:
+    """The percent of a core that a process took since it was last asked."""
+    import psutil
+
+    try:
+        return float(process.cpu_percent())
+    except psutil.Error:
+        return 0.0
 
 
 def spawn(command: list[str], env: dict[str, str], log: Path, timeout_sec: float) -> tuple[float, int]:
@@ -53,22 +78,42 @@ def spawn(command: list[str], env: dict[str, str], log: Path, timeout_sec: float
     with log.open("wb") as sink:
         started = time.time()
         child = subprocess.Popen(
-            command, cwd=root, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                break
-            if time.time() > started + timeout_sec:
-                os.killpg(child.pid, signal.SIGKILL)
-                os.wait4(child.pid, 0)
-                child.returncode = -signal.SIGKILL
-                raise RuntimeError(f"stopped after {timeout_sec:.0f} s; see {log}")
-            time.sleep(0.1)
+            command, cwd=root, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_die_with_the_parent,
+        )  # fmt: skip
+        try:
+            status, usage = _wait(child.pid, timeout_sec)
+        except BaseException as error:  # the harness is ended too
+            os.killpg(child.pid, signal.SIGKILL)
+            os.wait4(child.pid, 0)
+            child.returncode = -signal.SIGKILL
+            if isinstance(error, TimeoutError):
+                raise RuntimeError(f"stopped after {timeout_sec:.0f} s; see {log}") from None
+            raise
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         raise RuntimeError(f"ended with status {child.returncode}; see {log}")
     return started, usage.ru_maxrss * 1024
+
+
+def _wait(pid: int, timeout_sec: float) -> tuple[int, Any]:
+    """Wait for a child; return its status and what it used.
+
+    Raises:
+        TimeoutError: it ran too long.
+    """
+    end = time.monotonic() + timeout_sec
+    while time.monotonic() < end:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            return status, usage
+        time.sleep(0.1)
+    raise TimeoutError
+
+
+def _die_with_the_parent() -> None:
+    """Ask Linux to end this child when the harness is killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def measure_peer(command: list[str], env: dict[str, str], out: Path, log: Path, timeout_sec: float) -> Run:

@@ -69,8 +69,11 @@ def _line(name: str, s: dict[str, Any]) -> str:
 
 def plot(folder: Path, results: dict[str, Any]) -> None:
     """plot.png: tokens per second, and total time split in loading, generation and the rest."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed", flush=True)
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -10,6 +10,7 @@ becomes slower does so for all of them. Results: table.md, results.json and plot
 import argparse
 import hashlib
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what runs is ended too
     folder = (args.out or HERE / "results" / time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # Contenders run in the repository's root. Not resolved, as an environment's python is a link.
@@ -93,8 +95,8 @@ def main() -> None:
             workload["contenders"][contender] = report.summarize(runs, reference)
             report.write(folder, results)
     report.write(folder, results)
-    report.plot(folder, results)
     print((folder / "table.md").read_text(encoding="utf-8"))
+    report.plot(folder, results)
     print(folder)
 
 

@@ -118,7 +118,7 @@ def note_todo(
     for row, sample in places[:done]:
         ledger.mark(row, sample, failed=ledger.errors < errors)
     with JobFolder(folder) as results:
-        Todo.note(results, PromptState.look(str(prompts)), sha256, limit, ledger)
+        Todo.note(results, PromptState.look(str(prompts)), sha256, limit, ledger, submissions=0)
 
 
 def outputs(overrides: list[str]) -> list[dict[str, Any]]:

@@ -56,6 +56,13 @@ def run(
     print(json.dumps({**times, "version": release}), flush=True)
 
 
+def has_bf16() -> bool:
+    """Whether this CPU computes in bf16 itself."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text(encoding="utf-8").split()) if info.exists() else set[str]()
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
 def cut(token_ids: list[int], row: Row, eos: set[int]) -> list[int]:
     """The tokens that the row asked for: at most max_new_tokens, and those before the end of sequence."""
     token_ids = token_ids[: row["max_new_tokens"]]

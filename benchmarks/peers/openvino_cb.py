@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from common import Done, Row, cut, run
+from common import Done, Row, cut, has_bf16, run
 
 
 def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:
@@ -15,7 +15,8 @@ def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:
     scheduler.max_num_seqs = 128
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = True
-    precision = {"bf16": "bf16", "fp32": "f32", "int8": "bf16"}[args.dtype]
+    half = "bf16" if has_bf16() else "f32"  # its cache fails in bf16 where the CPU has none
+    precision = {"bf16": half, "fp32": "f32", "int8": half}[args.dtype]
     hints = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
     pipe = genai.ContinuousBatchingPipeline(str(args.converted), scheduler, "CPU", hints)
     return pipe, pipe.get_tokenizer()

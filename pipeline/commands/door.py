@@ -11,7 +11,7 @@ from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
 from pipeline.common.suggestions import did_you_mean
-from pipeline.common.terminal import say
+from pipeline.common.terminal import safe_streams, say, to_nowhere
 from pipeline.engine.before_torch import set_environment
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
     set_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback
-    with Interrupt() as interrupt:
+    with safe_streams(), Interrupt() as interrupt:
         try:
             status = _run(sys.argv[1:] if arguments is None else arguments)
             _flush()
@@ -68,7 +68,7 @@ def _tell(error: Exception) -> ExitStatus:
     if isinstance(error, PipelineError):
         text, status = str(error), error.exit_status
     elif isinstance(error, BrokenPipeError):  # `| head`: whoever reads has seen enough
-        _write_to_nowhere()
+        to_nowhere(sys.stdout)
         return status
     elif isinstance(error, OSError):
         where = error.filename or "standard output"
@@ -89,12 +89,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _write_to_nowhere()
+        to_nowhere(sys.stdout)
     except OSError:
-        _write_to_nowhere()
+        to_nowhere(sys.stdout)
         raise
-
-
-def _write_to_nowhere() -> None:
-    """Send what is left of standard output to nowhere, so that the interpreter's last flush is quiet."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

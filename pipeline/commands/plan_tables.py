@@ -1,10 +1,11 @@
 """Show memory plans as tables. MB is 10⁶ bytes, GB is 10⁹."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.common.terminal import answer
-from pipeline.common.units import in_megabytes, kilobytes, megabytes
+from pipeline.common.units import gigabytes, in_gigabytes, in_megabytes, megabytes
 from pipeline.config.quant import STORED_BITS
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
 
@@ -173,42 +174,39 @@ def _best(plan: Plan) -> str:
 
 def _print_lines(plans: list[Plan], out: Console) -> None:
     device = plans[0].device
-    table = _table(
-        f"Memory in MB, on {device.name} with {megabytes(device.free_bytes)} free",
-        *("model", "quant", "parameters", "by hand", "footprint", "state", "KV a token", "load peak"),
-        *("1 row", "32 rows", "rows", "verdict"),
-    )
-    previous = plans[0].model
+    out.print(f"Memory in GB, on {device.name} with {gigabytes(device.free_bytes)} free", highlight=False)
+    for model in dict.fromkeys(plan.model for plan in plans):
+        own = [plan for plan in plans if plan.model == model]
+        out.print(_lines_table(own))
+        if own[0].facts_differences:
+            _print_facts(own[0], out)
+        out.print(f"Best choice that fits, for {model}: {_best(own[0])}", highlight=False)
+    out.print("weights: with what quantization keeps beside them.", highlight=False)
+    out.print("at once: how many of the longest prompts fit together.", highlight=False)
+    _print_prompts(plans[0], out)
+
+
+def _lines_table(plans: list[Plan]) -> Table:
+    """Set one model's plans in lines of at most 80 columns."""
+    title = f"\n{plans[0].model}: {plans[0].parameters:,} parameters"
+    names = ("quant", "weights", "load peak", "1 row", "32 rows", "at once", "verdict")
+    table = _table(title, *names)
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     for plan in plans:
-        if plan.model != previous:
-            table.add_section()
-            previous = plan.model
         at_32 = next((need for need in plan.needs if need.rows == 32), None)
         colour = _COLOURS.get(plan.verdict.status, "red")
         table.add_row(
-            plan.model,
             plan.quant,
-            f"{plan.parameters / 1e6:,.0f} M",
-            in_megabytes(plan.simple_bytes),
-            in_megabytes(plan.footprint_bytes),
-            in_megabytes(plan.quant_state_bytes),
-            kilobytes(sum(plan.kv_bytes_per_token.values())),
-            in_megabytes(plan.load_peak.needed),
-            in_megabytes(plan.needs[0].total_bytes),
-            in_megabytes(at_32.total_bytes) if at_32 else "",
+            in_gigabytes(plan.footprint_bytes + plan.quant_state_bytes),
+            in_gigabytes(plan.load_peak.needed),
+            in_gigabytes(plan.needs[0].total_bytes),
+            in_gigabytes(at_32.total_bytes) if at_32 else "",
             _rows(plan),
             f"[{colour}]{plan.verdict.status}[/{colour}]",
         )
-    table.caption = "by hand: parameters × bits ÷ 8. rows: how many of the longest prompts fit at once."
-    table.caption_justify = "left"
-    out.print(table)
-    for plan in {plan.model: plan for plan in plans}.values():
-        if plan.facts_differences:
-            _print_facts(plan, out)
-        out.print(f"Best choice that fits, for {plan.model}: {_best(plan)}", highlight=False)
-    _print_prompts(plans[0], out)
+    return table
 
 
 def _rows(plan: Plan) -> str:
     rows = plan.verdict.rows
-    return f"{rows:,} or more" if rows == MOST_ROWS else f"{rows:,}"
+    return f"{rows:,}+" if rows == MOST_ROWS else f"{rows:,}"

@@ -46,8 +46,8 @@ def completion_rows(folder: Path, config: Config, tokenizer: Any, limit: int | N
 
 def _prompts(folder: Path, config: Config) -> dict[str, PromptRow]:
     """Read the good rows of the job's prompt file, by their key."""
-    kept = str(JobPaths(folder).prompts) if config.prompts == "-" else None
-    rows = open_prompts(replace(config, shard=None), kept)
+    kept = [path for part in (folder, *JobPaths(folder).shards) if (path := JobPaths(part).prompts).exists()]
+    rows = open_prompts(replace(config, shard=None), str(kept[0]) if kept else None)
     return {row_key(row): row for row in rows if isinstance(row, PromptRow)}
 
 

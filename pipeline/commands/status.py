@@ -3,17 +3,17 @@
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
-from pipeline.common.terminal import console, visible
+from pipeline.common.terminal import aligned, console, say, visible
 from pipeline.common.units import duration
+from pipeline.job.damage import damage
 from pipeline.job.merge import is_merged
 from pipeline.job.shards import fleet_tokens_per_sec
 from pipeline.slurm.state import JobState, find_folders, states_of
@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> ExitStatus:
         ConfigError: the command line is wrong, or the folder holds no jobs.
     """
     top, watch = _parse(arguments)
+    for place in [place for folder in find_folders(top) for place in damage(folder)]:
+        say(f"Damaged, and left out: {place}", style="yellow")
     return _watch(top) if watch else _once(top)
 
 
@@ -58,7 +60,7 @@ def _parse(arguments: list[str]) -> tuple[Path, bool]:
 
 def _once(top: Path) -> ExitStatus:
     states = _states(top)
-    console.print(_picture(top, states))
+    console.print(_picture(top, states), soft_wrap=True)
     return exit_status(states)
 
 
@@ -89,27 +91,30 @@ def _states(top: Path) -> list[JobState]:
     return list(states_of(folders))
 
 
-def _picture(top: Path, states: list[JobState]) -> Group:
-    table = Table(header_style="bold")
-    table.add_column("job", overflow="fold")
-    for name in ("rows", "errors", "tokens/s", "left"):
-        table.add_column(name, justify="right")
-    table.add_column("state", overflow="fold")
+def _picture(top: Path, states: list[JobState]) -> Text:
+    """Show a line a job under the folder that it lies in, and a second one where there is more to say of it."""
+    columns, lines, shown = ("rows", "errors", "tokens/s", "left", "state", "job"), list[Any](), Path()
     for state in states:
+        if (parent := _parent(state.folder, top)) != shown:
+            shown = parent
+            lines.append(Text(visible(str(shown)), style="bold"))
         counts = state.counts
-        table.add_row(
-            Text(visible(_name(state.folder, top))),
+        lines.append((
             counts.shown,
             f"{'' if counts.exact else '~'}{counts.errors}",
             f"{state.tokens_per_sec:,.1f}" if state.tokens_per_sec else "-",
             duration(state.left_sec),
-            Text(visible(state.text), style=STYLES.get(state.kind, "")),
-        )
-    return Group(table, Text(_summary(states)))
+            state.kind,
+            state.folder.name,
+        ))  # fmt: skip
+        if state.text != state.kind:
+            lines.append(Text(f"    {visible(state.text)}", style=STYLES.get(state.kind, "")))
+    return aligned(columns, [*lines, Text(_summary(states))])
 
 
-def _name(folder: Path, top: Path) -> str:
-    return str(folder.relative_to(top)) if folder != top else folder.name
+def _parent(folder: Path, top: Path) -> Path:
+    """Name the folder that a job lies in, from `top` on; a job that is `top` itself has none to be named."""
+    return folder.parent.relative_to(top) if folder != top else Path()
 
 
 def _summary(states: list[JobState]) -> str:

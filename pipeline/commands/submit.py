@@ -78,10 +78,10 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
     arrays = _arrays(settings, home, len(missing), cluster.max_array_size())
     home.mkdir(parents=True)
     lines = (cell_line(cell.folder, cell.overrides) for cell in missing)
-    (home / "cells.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (home / "cells.txt").write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
     for number, (part, text) in enumerate(arrays):
         script = home / f"array-{number}.sbatch"
-        script.write_text(text, encoding="utf-8")
+        script.write_bytes(os.fsencode(text))
         job = cluster.sbatch(script)
         for index, i in enumerate(part):
             cell, log = missing[i], str(home / f"{job}_{index}.log")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
+from pipeline.common.streams import is_nameless
 
 DEFAULTS = vars(GenerationParams())
 LATER = {"context", "template_date", "thinking_tags"}
@@ -38,7 +39,8 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     if quant.get("compute_dtype") == "auto":  # what it was before there was an auto, so that folders stay
         quant["compute_dtype"] = "bfloat16"
     prompts = config["prompts"]
-    path = prompts if prompts == "-" or not Path(prompts).exists() else str(Path(prompts).resolve())
+    path = str(Path(prompts).resolve()) if Path(prompts).exists() else prompts
+    path = "-" if is_nameless(prompts) else path
     parts = [model, quant, generation, config["system"], config["prompt_field"], path]
     if config.get("continue_final_message"):
         parts.append("continue_final_message")

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last two: schedulers
+# A terminal that closes sends SIGHUP, schedulers the last two.
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 RENDER_SEC = 10.0  # for one row through a chat template; real ones take milliseconds
 
@@ -31,6 +32,8 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         for number in ASKS_TO_STOP:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: it is to outlive its terminal
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -33,6 +33,11 @@ def in_megabytes(size_bytes: float, *, exact: bool = False) -> str:
     return f"{size_bytes / MB:,.{6 if exact and 0 < size_bytes < 50_000 else 1}f}"
 
 
+def in_gigabytes(size_bytes: float | None) -> str:
+    """Show bytes as 24.03, for a column headed GB, and None as a dash."""
+    return "-" if size_bytes is None else f"{size_bytes / GB:,.2f}"
+
+
 def gigabytes(size_bytes: float | None) -> str:
     """Show bytes as 24.0 GB, and None as a dash."""
     return "-" if size_bytes is None else f"{size_bytes / GB:,.1f} GB"

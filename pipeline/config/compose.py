@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.fingerprint import job_fingerprint
+from pipeline.common.streams import is_nameless
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.overrides import in_hydras_words
+from pipeline.config.own_files import find_mistake
 from pipeline.config.schema import Config, register, root
 from pipeline.config.sources import GROUPS, place, register_sources
 
@@ -70,7 +73,11 @@ def compose_config(overrides: list[str], *, with_hydra: bool = False) -> DictCon
         with initialize_config_dir(conf, version_base="1.3"):
             return compose("config", overrides=in_hydras_words(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=true
-        raise explain(error) from error
+        raise find_mistake(overrides, GROUPS) or explain(error) from error
+    except Exception as error:  # of a file that is no YAML
+        if mistake := find_mistake(overrides, GROUPS):
+            raise mistake from error
+        raise
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -100,7 +107,7 @@ def recorded_config(folder: Path) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file", "Pass the folder of a job that was run.") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         found = f"{path}: not a config of this version ({str(error).splitlines()[0]})"
         raise ConfigError(found, "Run the job again.") from error
     assert isinstance(merged, DictConfig)
@@ -163,7 +170,9 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     named = any(o.lstrip("+").startswith("model.name=") for o in _root_.hydra.overrides.task)
     model = Path(plain["model"]["name"]).name if named else choices.model
     prompts = str(plain["prompts"])
-    prompt_set = plain["prompt_set"] or ("stdin" if prompts == "-" else Path(prompts).name.split(".")[0])
+    prompt_set = plain["prompt_set"] or (
+        "stdin" if is_nameless(prompts) else Path(prompts).name.split(".")[0]
+    )
     folder = Path(prompt_set) / f"{model}-{choices.quant}-{choices.generation}-{job_fingerprint(plain)}"
     if plain["shard"]:
         folder /= "shard-{}-of-{}".format(*str(plain["shard"]).partition("/")[::2])
@@ -180,14 +189,22 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(f"{unknown[1]}: no such key", _meant_key(unknown[1]))
     if unknown := re.search(r"Key '([^']+)' (?:is )?not in[^\n]*\n\s+full_key: (\S+)", f"{text}\n{cause}"):
         where = re.search(r"In '([^']+)'", text)
-        place = f" in conf/{where[1]}.yaml" if where else ""
+        place = f" in {_file(where[1])}" if where else ""
         return ConfigError(f"{unknown[2]}: no such key{place}", _meant_key(unknown[2]))
     if isinstance(error, OverrideParseException):
         found = f"{error.override}: not KEY=VALUE as Hydra reads it"
         return ConfigError(found, "Quote values with special characters: 'KEY=\"…\"'.")
+    if wrong := re.search(r"In '([^']+)': \w+ raised while composing config:\n(.+)", text):
+        key = re.search(r"full_key: (\S+)", text)
+        return ConfigError(f"{_file(wrong[1])}: {f'{key[1]}: ' if key else ''}{wrong[2]}")
     if wrong := re.search(r"Error merging override (.+)", text):
         return ConfigError(f"{wrong[1]}: {cause.splitlines()[0]}")
     return ConfigError(" ".join(line.strip() for line in text.splitlines() if "type=" not in line))
+
+
+def _file(config: str) -> str:
+    """Name the file of GROUP/NAME."""
+    return f"{config}.yaml" if config.startswith("jobs/") else f"conf/{config}.yaml"
 
 
 def options(group: str) -> list[str]:

@@ -21,7 +21,8 @@ def launch(arguments: list[str], run: Callable[[Config, Path], ExitStatus]) -> E
 
     def task(composed: DictConfig) -> int:
         nonlocal status
-        status = run(to_config(composed), Path(os.path.relpath(HydraConfig.get().runtime.output_dir)))
+        folder = HydraConfig.get().runtime.output_dir
+        status = run(to_config(composed), Path(min(os.path.relpath(folder), folder, key=len)))
         return status
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, and the door tells them

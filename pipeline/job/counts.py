@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline.common.units import MIB
 from pipeline.job.events import read_events
-from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.paths import JobPaths
 from pipeline.job.rows import is_error
+from pipeline.job.stored import read_stats
 from pipeline.job.todo import Todo
 
 COUNTED_BYTES = 64 * MIB  # larger files are not counted but estimated, from a piece of each end
@@ -43,7 +44,7 @@ class Counts:
 def read_counts(folder: Path) -> Counts:
     """Take what todo.json says, and count the lines written since: each is a completion that was missing."""
     paths, todo = JobPaths(folder), Todo.read(folder)
-    size = paths.rows.stat().st_size if paths.rows.exists() else 0
+    size = paths.rows.stat().st_size if paths.rows.is_file() else 0
     # A file that is shorter than it was is not what was counted: no more than its lines can be told.
     whole = todo is not None and todo.rows_bytes <= size
     start, done, errors = (todo.rows_bytes, todo.done, todo.errors) if todo and whole else (0, 0, 0)
@@ -52,9 +53,9 @@ def read_counts(folder: Path) -> Counts:
         more = _count(paths.rows, start) if exact else _estimate(paths.rows, start)
         done, errors = done + more[0], errors + more[1]
     submitted, total = read_events(folder).submitted, todo.total if todo else None
-    if submitted and _is_news(submitted[-1], todo, paths):
+    if submitted and _is_news(submitted, todo):
         total, whole = int(submitted[-1]["total"]), False
-    speed = (read_json(paths.stats) or {}).get("tokens_per_sec")
+    speed = read_stats(paths).get("tokens_per_sec")
     return Counts(done, errors, total, exact, speed, todo if whole else None)
 
 
@@ -63,20 +64,19 @@ def tokens_per_row(folder: Path) -> float | None:
     try:
         with JobPaths(folder).rows.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - PIECE_BYTES))
-            counts = [int(n) for n in re.findall(rb'"completion_tokens":(\d+)', file.read())]
+            counts = [int(n) for n in re.findall(rb'"completion_tokens":(\d{1,9})', file.read())]
     except OSError:
         return None
     return sum(counts) / len(counts) if counts else None
 
 
-def _is_news(submission: dict[str, Any], todo: Todo | None, paths: JobPaths) -> bool:
-    """Say whether a submission asks for rows that the folder's note does not know of, and came after it."""
+def _is_news(submitted: list[dict[str, Any]], todo: Todo | None) -> bool:
+    """Say whether the last submission asks for rows that the folder's note does not know of, and came after it."""
     if todo is None:
         return True
-    known = submission.get("prompts_sha256", "") == todo.prompts_sha256 and todo.covers(
-        submission.get("limit")
-    )
-    return not known and float(submission["time"]) > _modified(paths.todo)
+    last = submitted[-1]
+    known = last.get("prompts_sha256", "") == todo.prompts_sha256 and todo.covers(last.get("limit"))
+    return not known and len(submitted) > todo.submissions
 
 
 def _count(rows: Path, start: int) -> tuple[int, int]:
@@ -101,12 +101,5 @@ def _estimate(rows: Path, start: int) -> tuple[int, int]:
         file.seek(start + size - PIECE_BYTES)
         piece = piece[: piece.rfind(b"\n") + 1] + file.read(PIECE_BYTES).partition(b"\n")[2]
     lines = piece.splitlines(keepends=True)
-    scale = size / len(piece)
+    scale = size / len(piece) if piece else 0  # one torn line, however long
     return round(len(lines) * scale), round(sum(map(is_error, lines)) * scale)
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0

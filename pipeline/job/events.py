@@ -4,6 +4,7 @@ The batch script writes lines of its own (pipeline/slurm/script.py).
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,13 @@ from typing import Any
 import jsonlines
 
 from pipeline.job.paths import JobPaths
+from pipeline.job.stored import is_kind
+
+NEEDED: dict[str, dict[str, Any]] = {  # of each event, what is read
+    "submitted": {"job": str, "log": str, "total": int},
+    "started": {"node": str, "rows": int, "time": int | float},
+    "ended": {"status": int},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +61,9 @@ def append_event(folder: Path, event: str, **more: Any) -> None:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read the objects of a file that several processes append to; what is damaged is skipped."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        yield from jsonlines.Reader(file).iter(type=dict, skip_invalid=True)
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                event = json.loads(line)
+                kinds = NEEDED.get(str(event.get("event"))) if isinstance(event, dict) else None
+                if kinds is not None and all(is_kind(event.get(name), kind) for name, kind in kinds.items()):
+                    yield event

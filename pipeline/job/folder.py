@@ -14,6 +14,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from pipeline.common.errors import OutputError
+from pipeline.common.units import MIB
 from pipeline.job.holder import Holder
 from pipeline.job.paths import JobPaths
 from pipeline.job.rows import encode_row, parse_row
@@ -76,7 +77,11 @@ class JobFolder(JobPaths):
         with reported(aside):
             aside.mkdir()
             for path in old:
-                path.rename(aside / path.name)
+                if path.is_symlink():  # which may be relative
+                    (aside / path.name).symlink_to(path.resolve())
+                    path.unlink()
+                else:
+                    path.rename(aside / path.name)
 
     def sift(
         self,
@@ -153,14 +158,21 @@ class JobFolder(JobPaths):
 
     def write_json(self, target: Path, value: dict[str, Any]) -> None:
         """Replace a JSON file of this folder in one move."""
-        with self._replacing(target) as fresh, fresh.open("w", encoding="utf-8", errors="replace") as file:
+        with (
+            self._replacing(target) as fresh,
+            fresh.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             json.dump(value, file, indent=2, ensure_ascii=False, default=str)
             file.write("\n")
             _sync(file)
 
     def write_stream(self, target: Path, stream: Any) -> None:
-        """Keep a stream of bytes as a file of this folder."""
+        """Keep a stream of bytes as a file of this folder; one that brings nothing leaves what was kept before."""
+        first = stream.read(MIB)
+        if not first and target.exists():
+            return
         with self._replacing(target) as fresh, fresh.open("wb") as file:
+            file.write(first)
             shutil.copyfileobj(stream, file)
             _sync(file)
 
@@ -177,16 +189,17 @@ class JobFolder(JobPaths):
     @contextlib.contextmanager
     def _replacing(self, target: Path) -> Iterator[Path]:
         """Give a new file's path, and put that file in the target's place when it is written."""
-        fresh = target.with_name(f"{target.name}.new")
         with reported(target):
+            place = Path(os.path.realpath(target))  # a link stays a link: what it names is replaced
+            fresh = place.with_name(f"{place.name}.new")
             try:
                 yield fresh
-                fresh.replace(target)
+                fresh.replace(place)
             except BaseException:
                 with contextlib.suppress(OSError):
                     fresh.unlink(missing_ok=True)
                 raise
-            _sync_folder(self.folder)
+            _sync_folder(place.parent)
 
     def remove(self, path: Path) -> None:
         """Delete a file, if it is there."""

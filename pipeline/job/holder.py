@@ -11,7 +11,7 @@ import psutil
 
 from pipeline.job.paths import read_json
 
-SAME_START_SEC = 2.0  # the system's clock is set now and then; process ids do not come round that fast
+SAME_START_SEC = 2.0  # process ids do not come round that fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +19,24 @@ class Holder:
     """The process that writes a job's folder."""
 
     pid: int
-    started: float  # tells it from a later process with the same pid
+    started_sec: (
+        float  # after the machine; tells it from a later process with the same pid, whatever clocks say
+    )
     host: str
 
     @classmethod
     def me(cls) -> Self:
         """Name this process."""
-        return cls(os.getpid(), psutil.Process().create_time(), os.uname().nodename)
+        return cls(os.getpid(), _started_sec(os.getpid()), os.uname().nodename)
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """Read what `write` wrote; None if there is none, or it is damaged."""
         match read_json(path):
-            case {"pid": int(pid), "started": int() | float() as started, "host": str(host)}:
-                return cls(pid, started, host)
+            case {"pid": int(pid), "started_sec": int() | float() as started_sec, "host": str(host)} if (
+                0 < pid < 2**31 and -(2**31) < started_sec < 2**31
+            ):
+                return cls(pid, started_sec, host)
         return None
 
     def write(self, path: Path) -> None:
@@ -45,10 +49,23 @@ class Holder:
         if self.host != os.uname().nodename:
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < SAME_START_SEC
+            return abs(_started_sec(self.pid) - self.started_sec) < SAME_START_SEC
         except psutil.Error:
             return False
 
+    @property
+    def age_sec(self) -> float:
+        """Say how long it has run on this machine."""
+        return time.time() - psutil.boot_time() - self.started_sec
+
     def __str__(self) -> str:
-        since = time.strftime("%F %T", time.localtime(self.started))
+        if not self.lives_here:
+            return f"process {self.pid} on {self.host}"
+        since = time.strftime("%F %T", time.localtime(psutil.boot_time() + self.started_sec))
         return f"process {self.pid} on {self.host} (since {since})"
+
+
+def _started_sec(pid: int) -> float:
+    # When the clock is set, the time of the start moves with it, and so does that of the process.
+    booted = psutil.boot_time()
+    return psutil.Process(pid).create_time() - booted

@@ -21,6 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.stored import read_manifest
 from pipeline.memory.capacity import context_tokens
 
 PACKAGES = (
@@ -55,7 +56,7 @@ def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
     Raises:
         JobError: the manifest of the rows that are there says another.
     """
-    before = read_json(results.manifest) or {}
+    before = read_manifest(results)
     if before.get("model_digest", facts["model_digest"]) != facts["model_digest"]:
         raise JobError(
             found=f"{results.folder}: its rows are of {before.get('model')}, revision {before.get('revision')}, "

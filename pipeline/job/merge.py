@@ -4,12 +4,12 @@ Nothing is merged unless every row is there exactly once. Memory: 24 bytes a row
 """
 
 import datetime
-import json
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
+from io import BytesIO
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +17,16 @@ from pipeline.common.errors import OutputError, PromptError
 from pipeline.common.request import GenerationParams
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
-from pipeline.job.paths import JobPaths, read_json, shard_of
+from pipeline.job.paths import JobPaths, shard_of
+from pipeline.job.rows import parse_row
 from pipeline.job.shards import combine
+from pipeline.job.stored import read_manifest, read_stats
 from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
 from pipeline.prompts.reader import read_prompts
 
-SAME = ("model", "revision", "prompts_sha256", "limit")  # what shards of one job must agree on
+SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
+SAME = ("model", "revision", *SAME_ROWS)  # and those that have rows
 AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
 NAMED = 10  # rows that an error names
 
@@ -49,11 +52,8 @@ def merge(folder: Path) -> int:
     """
     parts = [JobPaths(shard) for shard in _find_shards(folder)]
     todos = [_read_todo(part) for part in parts]
-    manifests = [
-        {**(read_json(part.manifest) or {}), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
-        for part, todo in zip(parts, todos, strict=True)
-    ]
-    _check_alike(parts, manifests)
+    manifests = [_manifest(part, todo) for part, todo in zip(parts, todos, strict=True)]
+    _check_alike(parts, todos, manifests)
     _check_prompts(todos[0])
     _check_whole(JobPaths(folder))
     shards = [_read_shard(part, todo) for part, todo in zip(parts, todos, strict=True)]
@@ -66,7 +66,7 @@ def merge(folder: Path) -> int:
         # First, so that what is merged can be told from a job's own results at any moment.
         results.write_json(results.manifest, {**manifests[0], "when": when, "merged_from": merged_from})
         lines = _write(shards, results)
-        stats = combine([read_json(part.stats) or {} for part in parts])
+        stats = combine([read_stats(shard.paths) for shard in shards if shard.todo.rows])
         stats["rows"] = {**(stats.get("rows") or {}), "total": lines, "done": lines, "errors": errors}
         results.write_json(results.stats, stats)
     return lines
@@ -74,7 +74,7 @@ def merge(folder: Path) -> int:
 
 def is_merged(folder: Path) -> bool:
     """Say whether a folder's results were merged from shards, and are no job's own."""
-    return "merged_from" in (read_json(JobPaths(folder).manifest) or {})
+    return "merged_from" in read_manifest(JobPaths(folder))
 
 
 def _find_shards(folder: Path) -> list[Path]:
@@ -107,9 +107,14 @@ def _read_todo(shard: JobPaths) -> Todo:
     return todo
 
 
-def _check_alike(shards: list[JobPaths], manifests: list[dict[str, Any]]) -> None:
-    for shard, manifest in zip(shards, manifests, strict=True):
-        for key in SAME:
+def _manifest(shard: JobPaths, todo: Todo) -> dict[str, Any]:
+    """Read a shard's manifest; what the rows answer is as the last run found it."""
+    return {**read_manifest(shard), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
+
+
+def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict[str, Any]]) -> None:
+    for shard, todo, manifest in zip(shards, todos, manifests, strict=True):
+        for key in SAME if todo.rows else SAME_ROWS:
             if manifest.get(key) != manifests[0].get(key):
                 raise OutputError(
                     found=f"{shard.folder}: its {key} is {manifest.get(key)}, and that of "
@@ -140,15 +145,14 @@ def _read_shard(paths: JobPaths, todo: Todo) -> Shard:
     offset = 0
     with _open(paths.rows) as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if todo.limit is None or row["index"] < todo.limit:
-                    keys.append((row["index"], row.get("sample", 0), offset))
-            except (ValueError, KeyError, TypeError) as error:
+            row = parse_row(line)
+            if row is None:
                 raise OutputError(
                     found=f"{paths.rows}:{number}: a damaged line",
                     fix="Run the shard again: it will be mended.",
-                ) from error
+                )
+            if todo.limit is None or row["index"] < todo.limit:
+                keys.append((row["index"], row["sample"], offset))
             offset += len(line)
     keys.sort()
     columns = zip(*keys, strict=True) if keys else ((), (), ())
@@ -172,8 +176,9 @@ def _check_rows(shard: Shard, part: int, parts: int) -> None:
             fix="Move the shard's folder away and run it again.",
         )
     done = f"{folder}: {len(shard.rows)} of {todo.total} rows done"
-    if gaps := [row for row in expected if row not in there]:
-        raise OutputError(found=f"{done}; {_ids(gaps, todo)} are missing", fix=AGAIN)
+    if gaps := todo.rows - len(there):
+        named = list(islice((row for row in expected if row not in there), NAMED))
+        raise OutputError(found=f"{done}; {_ids(named, todo, gaps)} are missing", fix=AGAIN)
     if len(shard.rows) < todo.total:
         raise OutputError(found=f"{done}; samples of some are missing", fix=AGAIN)
 
@@ -204,11 +209,13 @@ def _in_order(shards: list[Shard], files: list[BinaryIO]) -> Iterator[bytes]:
 def _open(rows: Path) -> BinaryIO:
     try:
         return rows.open("rb")
+    except FileNotFoundError:  # of a shard that got no rows; of another, all are missing
+        return BytesIO()
     except OSError as error:
         raise OutputError(found=f"{rows}: {error.strerror}", fix="Run the shard again.") from error
 
 
-def _ids(rows: list[int], todo: Todo) -> str:
+def _ids(rows: list[int], todo: Todo, count: int | None = None) -> str:
     """Name some rows by their ids in the prompt file; by their numbers where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
     try:
@@ -218,7 +225,8 @@ def _ids(rows: list[int], todo: Todo) -> str:
     except PromptError:
         pass
     words = [f"{row} ({name})" if name else str(row) for row, name in named.items()]
-    return "rows " + ", ".join(words) + (f" and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
+    more = (count or len(rows)) - len(words)
+    return "rows " + ", ".join(words) + (f" and {more} more" if more > 0 else "")
 
 
 def _some(numbers: list[int]) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from pipeline.common import terminal
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import metadata_key, row_key
 from pipeline.common.request import BadRow, PromptRow
+from pipeline.common.streams import is_stream
 from pipeline.config.schema import Config, OnError
 from pipeline.job.folder import DROP, KEEP, JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.rows import error_row
-from pipeline.job.todo import PromptState, Todo
+from pipeline.job.todo import Todo
 from pipeline.prompts.reader import find_prompts, open_prompts
 
 MAX_HELD = 100_000  # bad rows
@@ -23,15 +25,21 @@ SHOWN = 3  # of their errors, where there is nothing else
 
 
 def locate_prompts(config: Config, results: JobFolder) -> str:
-    """Find the prompt file; standard input is kept in the job's folder, for it is read twice.
+    """Find the prompt file; what can be read only once is kept in the job's folder first, for it is read again.
 
     Raises:
         PromptError: there is no such file.
     """
     path = find_prompts(config.prompts)
-    if path != "-":
+    if not is_stream(path):
         return path
-    results.write_stream(results.prompts, sys.stdin.buffer)
+    try:
+        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
+            results.write_stream(results.prompts, stream)
+    except OSError as error:
+        raise PromptError(
+            found=f"{path}: cannot be read ({error.strerror or error})", fix="Write the prompts to a file."
+        ) from error
     return str(results.prompts)
 
 
@@ -169,10 +177,12 @@ def _say_dropped(results: JobFolder, judge: _Judge) -> None:
     )
 
 
-def finished_before(config: Config, prompts: PromptState, results: JobFolder) -> Todo | None:
+def finished_before(config: Config, prompts: str, sha256: str | None, results: JobFolder) -> Todo | None:
     """Find that the job lacked nothing when that was last asked, and has not been touched since; else None."""
     todo = Todo.read(results.folder)
-    if todo is None or todo.done < todo.total or not todo.untouched(prompts, config.limit, results.folder):
+    if todo is None or todo.done < todo.total:
+        return None
+    if not todo.untouched(prompts, sha256, config.limit, results.folder):
         return None
     if todo.errors and (config.retry_errors or config.on_error is OnError.fail):
         return None

@@ -4,12 +4,12 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.common.bytes_bar import LINE_SEC
 from pipeline.common.host import resident_bytes
 from pipeline.common.terminal import console, say, visible
-from pipeline.common.units import megabytes
+from pipeline.common.units import duration, megabytes
 
 
 class JobProgress:
@@ -26,14 +26,15 @@ class JobProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rows  {task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("left  {task.fields[memory]}"),
+            TextColumn("{task.fields[left]} left  {task.fields[memory]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("Generating", total=total, completed=done, speed="", memory="")
-        self._total = total
+        self._task = self._bar.add_task(
+            "Generating", total=total, completed=done, speed="", left="-", memory=""
+        )
+        self._total, self._before = total, done
         self._started = self._said = self._drawn = time.monotonic()
         self._streaming, self._streamed = "", 0
 
@@ -54,10 +55,12 @@ class JobProgress:
         self._drawn = now
         speed = f"{tokens / (now - self._started):,.0f} tokens/s"
         memory = megabytes(resident_bytes())
-        self._bar.update(self._task, completed=done, speed=speed, memory=memory)
+        made = done - self._before  # of this run: only these say how fast it is
+        left = duration((self._total - done) * (now - self._started) / made if made else None)
+        self._bar.update(self._task, completed=done, speed=speed, left=left, memory=memory)
         if not console.is_terminal and now - self._said > LINE_SEC:
             self._said = now
-            say(f"{done} of {self._total} rows, {speed}, {memory}")
+            say(f"{done} of {self._total} rows, {speed}, {left} left, {memory}")
 
     def stream(self, request_id: str, text: str) -> None:
         """Show what is new of one row's text; the row that is shown is the first one seen."""

@@ -54,15 +54,13 @@ class Requests:
         Args:
             going_on: is told what was done last, and says whether there is to be more.
         """
+        number = -1
         for number, row in enumerate(open_prompts(self._config, self._prompts)):
             if number == self._ledger.rows:
                 return  # the file has grown since it was held against the rows: what is new is for the next run
             missing = self._ledger.missing_samples(number, row_key(row))
             if missing is None:
-                raise PromptError(
-                    found=f"{row.source}: the prompt file changed while the job was reading it",
-                    fix="Run the same command again.",
-                )
+                raise _changed(row.source)
             if not going_on(f"row {row.index} was read"):
                 return
             if not missing:
@@ -77,6 +75,8 @@ class Requests:
             assert isinstance(row, PromptRow)
             self._pending[row.id] = Pending(row, number, request.prompt_token_ids, row.params.n, missing)
             yield request
+        if number + 1 < self._ledger.rows:
+            raise _changed(self._prompts)
 
     def write(self, completion: Completion) -> None:
         """Write a completion, unless an earlier run did: the engine makes all samples of a row."""
@@ -123,3 +123,10 @@ class Requests:
             raise PromptError(found=f"{row.source}: {refusal}")
         params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
         return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)))
+
+
+def _changed(where: str) -> PromptError:
+    return PromptError(
+        found=f"{where}: the prompt file changed while the job was reading it",
+        fix="Run the same command again.",
+    )

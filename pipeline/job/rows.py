@@ -23,6 +23,13 @@ from pipeline.prompts.answer import (
 )
 
 Decode = Callable[[Sequence[int]], str]
+KINDS: dict[str, Any] = {  # of the fields of a row, where it has them
+    **dict.fromkeys(("id",), str),
+    **dict.fromkeys(("prompt", "completion", "finish_reason", "error", "thinking"), str | None),
+    **dict.fromkeys(("usage", "metadata"), dict | None),
+    "messages": list,
+    "token_ids": list,
+}
 
 
 def completion_row(
@@ -88,7 +95,9 @@ def error_row(row: PromptRow | BadRow, error: str, sample: int = 0) -> dict[str,
 
 def encode_row(row: dict[str, Any]) -> bytes:
     """Write a row as a line."""
-    return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8", "replace")
+    return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
@@ -98,18 +107,34 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         key, sample, index = row["key"], row["sample"], row["index"]
-        whole = len(key) == 16 and int(key, 16) >= 0 and sample >= 0 and index >= 0
+        whole = len(key) == 16 and int(key, 16) >= 0 and 0 <= sample < 2**32 and 0 <= index < 2**63
         whole = whole and type(sample) is type(index) is int and ("completion" in row and "error" in row)
+        whole = whole and all(isinstance(row[name], kind) for name, kind in KINDS.items() if name in row)
+        usage = row.get("usage") or {}
+        whole = whole and all(type(count) is int and 0 <= count < 2**63 for count in usage.values())
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return row if whole else None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of an outputs.jsonl; damaged lines are left out."""
-    if path.exists():
+def read_rows(path: Path, damaged: Callable[[str], object] = str) -> Iterator[dict[str, Any]]:
+    """Read the rows of an outputs.jsonl.
+
+    Args:
+        damaged: is told of each line that is left out, as outputs.jsonl:3.
+    """
+    try:
         with path.open("rb") as file:
-            yield from filter(None, map(parse_row, file))
+            for number, line in enumerate(file, 1):
+                row = parse_row(line)
+                if row is not None:
+                    yield row
+                else:
+                    damaged(f"{path}:{number}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        damaged(f"{path}: {error.strerror or error}")
 
 
 def is_error(line: bytes) -> bool:
@@ -118,7 +143,7 @@ def is_error(line: bytes) -> bool:
         return False
     try:
         return bool(json.loads(line)["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config, Resume
 from pipeline.job.folder import JobFolder
 from pipeline.job.missing import find_missing, finished_before, locate_prompts, write_bad_rows
 from pipeline.job.paths import JobPaths, read_json
-from pipeline.job.todo import PromptState, Todo
+from pipeline.job.todo import PromptState, Todo, count_submissions
 from pipeline.memory.check import check_memory
 from pipeline.prompts.count import prompts_sha256
 
@@ -52,16 +52,17 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
         results.set_aside()
     prompts = locate_prompts(config, results)
     state = PromptState.look(prompts)  # before it is read: what changes later is for the next run
-    if (finished := finished_before(config, state, results)) is not None:
-        return _nothing_to_do(finished, results)
+    submissions = count_submissions(results.folder)
     sha256 = prompts_sha256(prompts)
+    if (finished := finished_before(config, prompts, sha256, results)) is not None:
+        return _nothing_to_do(finished, results)
     ledger = find_missing(config, prompts, results)
-    todo = Todo.note(results, state, sha256, config.limit, ledger)
+    todo = Todo.note(results, state, sha256, config.limit, ledger, submissions)
     if not ledger.missing:
         _renew_manifest(results, todo)
         return _nothing_to_do(todo, results)
     if write_bad_rows(config, prompts, results, ledger):
-        Todo.note(results, state, sha256, config.limit, ledger)
+        Todo.note(results, state, sha256, config.limit, ledger, submissions)
         return ExitStatus.SOME_FAILED
     check_memory(config)
     for name, count in PRODUCTS.items():
@@ -74,7 +75,7 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     Run(config, prompts, sha256, results, ledger, interrupt).go()
     if ledger.missing:
         return _stopped(config, interrupt, f"with {ledger.done} of {ledger.total} rows done")
-    Todo.note(results, state, sha256, config.limit, ledger)
+    Todo.note(results, state, sha256, config.limit, ledger, submissions)
     if state != PromptState.look(prompts):
         terminal.say(
             f"{prompts}: has changed since it was read. The same command does what is new.", style="yellow"
@@ -93,13 +94,13 @@ def _stopped(config: Config, interrupt: Interrupt, where: str) -> ExitStatus:
     again = "The same command goes on from here."
     if config.resume is Resume.never:
         again = "The same command without resume=never goes on from here."
-    name = interrupt.signal.name if interrupt.signal else "request"
-    terminal.say(f"Stopped by {name} {where}. {again}", style="yellow")
+    assert interrupt.signal
+    terminal.say(f"Stopped by {interrupt.signal.name} {where}. {again}", style="yellow")
     return ExitStatus.RUN_AGAIN
 
 
 def _renew_manifest(results: JobFolder, todo: Todo) -> None:
     """Let manifest.json name the prompt file that the rows answer now; nothing else of it has changed."""
     manifest = read_json(results.manifest)
-    if manifest is not None and manifest.get("prompts_sha256") != todo.prompts_sha256:
+    if manifest and manifest.get("prompts_sha256") != todo.prompts_sha256:
         results.write_json(results.manifest, {**manifest, "prompts_sha256": todo.prompts_sha256})

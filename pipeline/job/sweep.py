@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt
-from pipeline.common.units import megabytes
+from pipeline.common.streams import is_stream
+from pipeline.common.units import gigabytes
 from pipeline.config.compose import compose_config, job_folder, read_config, sweep_cells, to_config
 from pipeline.job.counts import read_counts
-from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.paths import JobPaths
+from pipeline.job.stored import read_stats
 
 KILLED: dict[int, str] = {
     signal.SIGKILL: "killed (SIGKILL): out of memory?",
@@ -33,9 +37,9 @@ def run_sweep(overrides: list[str]) -> ExitStatus:
     """
     cells = sweep_cells(overrides)
     for cell in cells:
-        if to_config(compose_config(cell)).prompts == "-":
+        if is_stream(prompts := to_config(compose_config(cell)).prompts):
             raise ConfigError(
-                found="prompts=-: standard input can be read once only", fix="Write it to a file for a sweep."
+                found=f"prompts={prompts}: can be read once only", fix="Write it to a file for a sweep."
             )
     statuses: list[int] = []
     with Interrupt() as interrupt:
@@ -45,9 +49,10 @@ def run_sweep(overrides: list[str]) -> ExitStatus:
             statuses.append(_run_cell(cell, interrupt))
             if interrupt.signal or statuses[-1] == ExitStatus.RUN_AGAIN:
                 break
-    rows = [_line(cell, status) for cell, status in zip(cells, statuses, strict=False)]
-    columns = ("job", "state", "rows", "errors", "tokens/s", "load", "weights", "peak")
-    terminal.table("\nAll cells", columns, rows)
+    terminal.say("\nAll cells", style="bold")
+    lines = [line for cell, status in zip(cells, statuses, strict=False) for line in _lines(cell, status)]
+    columns = ("rows", "errors", "tokens/s", "load", "weights", "peak", "job")
+    terminal.console.print(terminal.aligned(columns, lines), soft_wrap=True)
     _report([job_folder(cell) for cell in cells[: len(statuses)]], write=read_config(cells[0]).report)
     worst = next((status for status in statuses if status), ExitStatus.DONE)
     return ExitStatus(worst) if worst in set(ExitStatus) else ExitStatus.FAILED
@@ -74,23 +79,21 @@ def _report(folders: list[Path], write: bool) -> None:
         terminal.say(f"See them side by side: {shlex.join(command)}")
 
 
-def _line(cell: list[str], status: int) -> tuple[Any, ...]:
-    """Make a cell's line in the table at the end, from its own result files."""
+def _lines(cell: list[str], status: int) -> list[tuple[Any, ...] | Text]:
+    """Make a cell's lines in the table at the end, from its own result files: figures, and how it ended."""
     folder = job_folder(cell)
-    stats: dict[str, Any] = read_json(JobPaths(folder).stats) or {}
-    counts, memory, state = read_counts(folder), stats.get("memory", {}), _meaning(status)
-    if not stats:
-        return (folder.name, state, counts.shown, *["-"] * 5)
-    return (
-        folder.name,
-        state,
+    stats, counts = read_stats(JobPaths(folder)), read_counts(folder)
+    memory, speed, load_sec = stats.get("memory") or {}, stats.get("tokens_per_sec"), stats.get("load_sec")
+    figures = (
         counts.shown,
         counts.errors,
-        f"{stats['tokens_per_sec']:,.1f}",
-        f"{stats['load_sec']:.1f} s",
-        megabytes(memory["footprint_bytes"]),
-        megabytes(memory["run_peak"]["host_bytes"]),
+        "-" if speed is None else f"{speed:,.1f}",
+        "-" if load_sec is None else f"{load_sec:.1f} s",
+        gigabytes(memory.get("footprint_bytes")),
+        gigabytes((memory.get("run_peak") or {}).get("host_bytes")),
+        folder.name,
     )
+    return [figures, Text(f"    {terminal.visible(_meaning(status))}", style="" if status == 0 else "yellow")]
 
 
 def _meaning(status: int) -> str:

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, get_type_hints
 
+from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.prompts.count import prompts_sha256
 
 FORMAT = 1  # of row keys
 
@@ -42,6 +44,7 @@ class Todo(PromptState):
     errors: int
     rows_bytes: int  # of outputs.jsonl, when `done` was counted: each whole line after it is one more
     rows_mtime_ns: int
+    submissions: int  # of the job to Slurm, before the prompt file was read
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -49,34 +52,54 @@ class Todo(PromptState):
         value, types = read_json(JobPaths(folder).todo) or {}, get_type_hints(cls)
         if value.keys() != types.keys() or not all(isinstance(value[name], types[name]) for name in types):
             return None
+        if (
+            any(isinstance(part, int) and not 0 <= part < 2**62 for part in value.values())
+            or "\0" in value["prompts"]
+        ):
+            return None
         return cls(**value)
 
     @classmethod
     def note(
-        cls, results: JobFolder, state: PromptState, sha256: str | None, limit: int | None, ledger: Ledger
+        cls,
+        results: JobFolder,
+        state: PromptState,
+        sha256: str | None,
+        limit: int | None,
+        ledger: Ledger,
+        submissions: int,
     ) -> Self:
         """Write down how far the job is, now that every line of outputs.jsonl is in the ledger."""
         todo = cls(
             state.prompts, state.prompts_bytes, state.prompts_mtime_ns, sha256, FORMAT, limit,
-            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows),
+            ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows), submissions,
         )  # fmt: skip
         results.write_json(results.todo, asdict(todo))
         return todo
 
-    def untouched(self, prompts: PromptState, limit: int | None, folder: Path) -> bool:
-        """Say whether prompt file, rows and limit look as they did: then nothing needs to be read again."""
-        own = self.prompts, self.prompts_bytes, self.prompts_mtime_ns, self.format, self.limit
-        now = prompts.prompts, prompts.prompts_bytes, prompts.prompts_mtime_ns, FORMAT, limit
-        return own == now and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
+    def untouched(self, prompts: str, sha256: str | None, limit: int | None, folder: Path) -> bool:
+        """Say whether prompts and limit are what they were, and the rows look it: then no row needs to be read."""
+        own = self.prompts, self.prompts_sha256, self.format, self.limit
+        now = str(Path(prompts).absolute()), sha256, FORMAT, limit
+        same = sha256 is not None and own == now
+        return same and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
 
     @property
     def prompts_written_since(self) -> bool:
-        """Say whether somebody wrote the prompt file after the job read it; one that is gone asks for no more."""
-        return _looks(Path(self.prompts)) not in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns))
+        """Say whether the prompt file is another than the job read; one that is gone asks for no more."""
+        size, mtime_ns = _looks(Path(self.prompts))
+        if (size, mtime_ns) in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns)):
+            return False
+        return size != self.prompts_bytes or prompts_sha256(self.prompts) != self.prompts_sha256
 
     def covers(self, limit: int | None) -> bool:
         """Say whether the rows that a limit leaves are among these."""
         return self.limit is None or (limit is not None and limit <= self.limit)
+
+
+def count_submissions(folder: Path) -> int:
+    """Count how often the job was submitted to Slurm until now."""
+    return len(read_events(folder).submitted)
 
 
 def _looks(path: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.common.errors import LoadError
@@ -27,9 +28,18 @@ def convert(gguf: Path, folder: Path, dtype: str) -> bool:
     if (folder / "config.json").is_file():
         return False
     _check(gguf, folder)
-    half_made = folder.with_name(f".{folder.name}.part")
+    half_made, lock = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "lock"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # a second import waits, and finds the model there
+        try:
+            return not (folder / "config.json").is_file() and _convert(gguf, folder, half_made, dtype)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _convert(gguf: Path, folder: Path, half_made: Path, dtype: str) -> bool:
     shutil.rmtree(half_made, ignore_errors=True)  # of a run that was killed
-    half_made.mkdir(parents=True)
+    half_made.mkdir()
     try:
         _save(gguf, half_made, dtype)
         if folder.is_dir():  # empty, or _check had refused it

@@ -6,13 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.common.errors import OutputError
+from pipeline.common.terminal import visible
 from pipeline.config import quant as quants
-from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.damage import damage
+from pipeline.job.paths import JobPaths
 from pipeline.job.rows import read_rows
 from pipeline.job.shards import combine
+from pipeline.job.stored import (
+    CONFIG,
+    HYDRA,
+    SCORES,
+    read_fitting,
+    read_manifest,
+    read_stats,
+    read_yaml,
+)
 from pipeline.models.stored_format import is_label, label_bits
 
 LOG_TAIL_BYTES = 1 << 16
@@ -36,6 +45,7 @@ class ReportedJob:
     problem: str | None  # the last error in its log
     label: str = ""  # unique in a report, short
     shards: list[Path] = field(default_factory=list)  # whose rows are the job's
+    damaged: list[str] = field(default_factory=list)  # what of its files cannot be read
 
     @property
     def key(self) -> str:
@@ -45,7 +55,11 @@ class ReportedJob:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Read the lines of outputs.jsonl, in the order in which they were written."""
         for folder in self.shards or [self.folder]:
-            yield from read_rows(JobPaths(folder).rows)
+            yield from read_rows(JobPaths(folder).rows, self._note)
+
+    def _note(self, damaged: str) -> None:
+        if damaged not in self.damaged:
+            self.damaged.append(damaged)
 
 
 def find_jobs(folders: Iterable[Path]) -> list[ReportedJob]:
@@ -89,30 +103,31 @@ def read_job(folder: Path) -> ReportedJob:
     shards = [JobPaths(shard) for shard in whole.shards]
     read = shards if shards and not whole.rows.exists() else [whole]
     settings = next((paths for paths in (whole, *shards) if paths.hydra.is_dir()), whole)
-    config, hydra = _yaml(settings.config), _yaml(settings.hydra_config)
+    config, hydra = read_yaml(settings.config, CONFIG), read_yaml(settings.hydra_config, HYDRA)
     choices = _choices(hydra) or _choices_of_name(folder.name)
-    overrides = hydra.get("hydra", {}).get("overrides", {}).get("task", [])
-    manifest = read_json(read[0].manifest) or {}
+    overrides = _overrides(hydra)
+    manifest = read_manifest(read[0])
     stored = str(manifest.get("quantization", ""))
     return ReportedJob(
         folder=folder,
         model=choices["model"],
         quant=stored if is_label(stored) else choices["quant"],
         generation=choices["generation"],
-        prompt_set=str(config.get("prompt_set") or folder.resolve().parent.name),
+        prompt_set=visible(config.get("prompt_set") or folder.resolve().parent.name),
         config=config,
-        overrides=[str(o) for o in overrides],
+        overrides=overrides,
         stats=_stats(read),
         manifest=manifest,
-        scores=read_json(whole.scores) or {},
+        scores=read_fitting(whole.scores, SCORES),
         problem=_problem(read[0].log),
         shards=[paths.folder for paths in read if paths is not whole],
+        damaged=[place for paths in (whole, *shards) for place in damage(paths.folder)],
     )
 
 
 def _stats(read: list[JobPaths]) -> dict[str, Any]:
     """Read a job's stats.json, or those of its shards as one."""
-    found = [stats for paths in read if (stats := read_json(paths.stats))]
+    found = [stats for paths in read if (stats := read_stats(paths))]
     if len(read) == 1:
         return found[0] if found else {}
     return combine(found) if found else {}
@@ -126,13 +141,15 @@ def precision(job: ReportedJob) -> float:
 
 
 def _choices(hydra: dict[str, Any]) -> dict[str, str] | None:
-    chosen = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
+    chosen = ((hydra.get("hydra") or {}).get("runtime") or {}).get("choices") or {}
     if not {"model", "quant", "generation"} <= chosen.keys():
         return None
-    named = [
-        o.partition("=")[2] for o in hydra["hydra"].get("overrides", {}).get("task", []) if "model.name=" in o
-    ]
+    named = [override.partition("=")[2] for override in _overrides(hydra) if "model.name=" in override]
     return {**{k: str(v) for k, v in chosen.items()}, **({"model": Path(named[-1]).name} if named else {})}
+
+
+def _overrides(hydra: dict[str, Any]) -> list[str]:
+    return ((hydra.get("hydra") or {}).get("overrides") or {}).get("task") or []
 
 
 def _choices_of_name(name: str) -> dict[str, str]:
@@ -148,22 +165,14 @@ def _label(jobs: list[ReportedJob]) -> None:
     fields = ("model", "quant", "generation", "prompt_set")
     differ = [f for f in fields if len({getattr(job, f) for job in jobs}) > 1] or ["quant"]
     for job in jobs:
-        job.label = " · ".join(getattr(job, f) for f in differ)
+        job.label = visible(" · ".join(getattr(job, f) for f in differ))
     labels = [job.label for job in jobs]
     for job in jobs:
         if labels.count(job.label) > 1:
-            job.label += f" · {job.folder.name.rsplit('-', 1)[-1]}"
+            job.label += visible(f" · {job.folder.name.rsplit('-', 1)[-1]}")
     if len({job.label for job in jobs}) < len(jobs):
         for number, job in enumerate(jobs, 1):
             job.label += f" · {number}"
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _problem(log: Path) -> str | None:

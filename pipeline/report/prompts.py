@@ -68,13 +68,19 @@ def _prompt(row: dict[str, Any], asked: Any, prompt_set: str, jobs: int) -> Prom
 
 def _answer(row: dict[str, Any]) -> Answer:
     usage = row.get("usage") or {}
-    ids = row.get("token_ids")
     return Answer(
         completion=str(row.get("completion") or ""),
         error=str(row["error"]) if row.get("error") else None,
         finish_reason=row.get("finish_reason"),
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         completion_tokens=int(usage.get("completion_tokens") or 0),
-        token_ids=array("I", ids) if isinstance(ids, list) else None,
+        token_ids=_token_ids(row.get("token_ids")),
         thinking=row.get("thinking"),
     )
+
+
+def _token_ids(ids: Any) -> "array[int] | None":
+    try:
+        return array("I", ids) if isinstance(ids, list) else None
+    except (TypeError, OverflowError):  # not as we wrote them: then words are compared
+        return None

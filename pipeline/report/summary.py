@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.terminal import visible
 from pipeline.job.energy import merge_energy
 from pipeline.report.jobs import ReportedJob
 from pipeline.report.prompts import Prompt
@@ -90,7 +91,8 @@ def memory(stats: dict[str, Any]) -> Record:
     peak = measured.get("run_peak") or {}
     gpus = peak.get("devices") or []
     allocated = sum(gpu.get("peak_allocated_bytes") or 0 for gpu in gpus)
-    parts = {part: sum(sizes.values()) for part, sizes in (measured.get("weight_bytes") or {}).items()}
+    weights = measured.get("weight_bytes") or {}
+    parts = {part: sum(filter(None, sizes.values())) for part, sizes in weights.items() if sizes}
     parts["quantization state"] = measured.get("quantization_state_bytes") or 0
     parts["KV cache"] = (stats.get("engine") or {}).get("peak_kv_cache_bytes") or 0
     peak_bytes = allocated or peak.get("host_bytes")
@@ -121,7 +123,7 @@ def _completions(own: Sequence[Prompt], number: int) -> Record:
     answers = [answer for p in own if (answer := p.answers[number])]
     ends: dict[str, int] = {}
     for answer in answers:
-        end = "error" if answer.error else str(answer.finish_reason)
+        end = "error" if answer.error else visible(str(answer.finish_reason))
         ends[end] = ends.get(end, 0) + 1
     lengths = [answer.completion_tokens for answer in answers if not answer.error]
     return {"lengths": lengths, "finish_reasons": ends}

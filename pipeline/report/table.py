@@ -125,7 +125,7 @@ def _cell(column: Column, values: dict[str, Any], record: Record, best: dict[str
     interval = _interval(column.name, record)
     if predicted is not None:
         cell.small = f"predicted {column.show(predicted)}"
-    elif interval and interval["low"] is not None:
+    elif interval and None not in (interval["low"], interval["high"]):
         low, high = column.show(interval["low"]), column.show(interval["high"])
         cell.small = f"{low.removesuffix(' %')}–{high}"
     return cell

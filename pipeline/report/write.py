@@ -36,6 +36,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: Pat
         out = Path(os.path.commonpath([job.folder.resolve().parent for job in jobs])) / "report"
     prompts = align(jobs)
     records = summarize(jobs, prompts, baseline)
+    for place in [place for job in jobs for place in job.damaged]:
+        terminal.say(f"Damaged, and left out: {place}", style="yellow")
     title = ", ".join(sorted({job.prompt_set for job in jobs}))
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     try:
@@ -44,7 +46,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: Pat
         write_page(out / "report.html", title, made, records, prompts, drawn, missing)
         whole = {"title": title, "made": made, "prompts": len(prompts), "jobs": records}
         (out / "report.json").write_text(
-            json.dumps(whole, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8"
+            json.dumps(whole, indent=1, ensure_ascii=False, default=str, skipkeys=True) + "\n",
+            "utf-8",
+            "backslashreplace",
         )
         (out / "report.md").write_text("\n".join(_markdown(title, records, drawn)) + "\n", "utf-8", "replace")
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.common.request import GenerationParams
+from pipeline.common.streams import is_stream
 from pipeline.common.terminal import say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
 from pipeline.config.schema import Config, Resume, SubmitConfig
@@ -153,9 +154,10 @@ def _number_of(shards: Iterable[str | None]) -> int:
 
 
 def _checked(config: Config) -> Config:
-    if config.prompts == "-":
+    if is_stream(config.prompts):
         raise ConfigError(
-            found="prompts=-: a cluster's node cannot read this terminal", fix="Write the prompts to a file."
+            found=f"prompts={config.prompts}: a cluster's node cannot read what comes here and only once",
+            fix="Write the prompts to a file.",
         )
     if config.resume is Resume.never:
         raise ConfigError(

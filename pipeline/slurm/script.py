@@ -6,10 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
+from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
 from pipeline.job.paths import JobPaths
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 KILLED_BY = 128  # a shell's exit status of a process that a signal killed: this and the signal's number
 BODY = r"""
 # Each line of cells.txt is a cell: its folder, then its overrides. This task's is number {offset} + its index.
@@ -71,6 +73,9 @@ def batch_script(
         offset: of the array's first cell in cells.txt.
         count: cells of this array.
         width: how many of them may run at once.
+
+    Raises:
+        ConfigError: a value that would not reach sbatch or the shell as it is.
     """
     array = f"0-{count - 1}" + (f"%{width}" if width else "")
     head = [
@@ -109,19 +114,40 @@ def _options(config: SubmitConfig, folder: Path, working_folder: Path, array: st
         "mem": config.memory,
         "gres": gpu if config.gpus else None,
         "signal": f"B:USR1@{config.signal_sec}",
-        "chdir": _header_value(working_folder),
-        "output": _header_value(folder / "%A_%a.log"),
+        "chdir": working_folder,
+        "output": f"{str(folder).replace('%', '%%')}/%A_%a.log",
         "open-mode": "append",
     }
-    return [*(f"--{k}={v}" for k, v in named.items() if v is not None), "--requeue", *config.options]
+    for option in config.options:
+        if _CONTROL.search(option):
+            raise ConfigError(
+                found=f"submit.options: {option!r}: is more than a line", fix="Give each its own."
+            )
+    given = [f"--{name}={_header_value(name, value)}" for name, value in named.items() if value is not None]
+    return [*given, "--requeue", *config.options]
 
 
-def _header_value(path: Path) -> str:
-    """Quote a path for sbatch, which reads its header with quotes, but without any escape."""
-    return f'"{path}"' if re.search(r"\s", str(path)) else str(path)
+def _header_value(name: str, value: object) -> str:
+    """Quote a value for sbatch, which reads its header with quotes, but without any escape.
+
+    Raises:
+        ConfigError: it holds what no quotes protect.
+    """
+    text = str(value)
+    if _CONTROL.search(text) or '"' in text or "\\" in text:
+        raise ConfigError(
+            found=f"--{name}={text!r}: sbatch takes no quotes, backslashes or new lines in this",
+            fix="Choose another value, or submit from a folder without them.",
+        )
+    return text if re.fullmatch(r"[\w@%+=:,./~^-]+", text) else f'"{text}"'
 
 
 def _setup(config: SubmitConfig) -> list[str]:
+    for name in config.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ConfigError(
+                found=f"submit.environment: {name!r}: no name of a variable", fix="Use letters, digits and _."
+            )
     lines = [f"export {name}={_bash_word(value)}" for name, value in config.environment.items()]
     if config.offline:
         lines.append("export HF_HUB_OFFLINE=1 # everything was fetched when this was submitted")

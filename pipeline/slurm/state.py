@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.common.errors import JobError
 from pipeline.common.exit_status import ExitStatus
@@ -205,10 +204,15 @@ def _resumed(events: Events, record: EndedTask | None) -> str:
 
 def _speed(folder: Path, counts: Counts, events: Events) -> tuple[float | None, float | None]:
     """Measure tokens per second and seconds left, by the rows since the last start; loading counts too."""
-    if not events.started or counts.total is None:
+    holder = _holder(folder)
+    if counts.total is None:
         return None, None
-    start: dict[str, Any] = events.started[-1]
-    rows, elapsed = counts.done - start["rows"], time.time() - start["time"]
+    if holder is not None and counts.todo is not None:  # which it wrote when it had started
+        rows, elapsed = counts.done - counts.todo.done, holder.age_sec
+    elif events.started:
+        rows, elapsed = counts.done - events.started[-1]["rows"], time.time() - events.started[-1]["time"]
+    else:
+        return None, None
     if rows <= 0 or elapsed <= 0:
         return None, None
     per_row = tokens_per_row(folder)

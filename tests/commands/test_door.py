@@ -1,11 +1,12 @@
 """The one door: every command is found, helps, and ends in one line and a status that says how."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from job_helper import ROOT, environment
+from job_helper import ROOT, arguments, environment, write_rows
 
 from pipeline.commands import door
 from pipeline.commands.table import COMMANDS, module_of
@@ -147,8 +148,8 @@ def test_a_token_in_an_address_is_refused_and_written_nowhere(address, line, tmp
 
 
 def test_an_address_in_a_file_is_refused_without_being_shown(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text(
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/mine.yaml").write_text(
         "defaults: [schema, _self_]\nname: https://user:TOKEN@hub.example/org/name\n"
     )
     done = subprocess.run(
@@ -159,3 +160,29 @@ def test_an_address_in_a_file_is_refused_without_being_shown(tmp_path):
     assert "model.name: is an address" in done.stderr
     assert "TOKEN" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_in_ascii(command):
+    done = shell(f"PYTHONIOENCODING=ascii {PIPELINE} {command} --help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+
+
+def test_a_job_its_status_and_its_report_are_said_in_ascii(tmp_path, tiny_dir):
+    file = write_rows(tmp_path / "학.jsonl", [{"prompt": "Hello"}])
+    words = [
+        f'prompts="{file}"' if w.startswith("prompts=") else w for w in arguments(tiny_dir, file, tmp_path)
+    ]
+    for line in (
+        [*words, "stream=true"],
+        ["status", str(tmp_path)],
+        ["report", str(tmp_path)],
+        ["plan", "model=smollm2", "quant=all", "memory=24GB"],
+        ["inspect", "view=architecture", "model=smollm2"],
+        ["nonesuch-학"],
+    ):
+        done = shell(f"PYTHONIOENCODING=ascii {PIPELINE} {shlex.join(line)}")
+        assert done.returncode == (2 if line == ["nonesuch-학"] else 0), done.stderr
+        assert (done.stdout + done.stderr).isascii()
+        assert "Traceback" not in done.stderr

@@ -135,6 +135,19 @@ def test_a_second_run_changes_nothing(tiny_gguf, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").iterdir()} == before
 
 
+def test_two_imports_at_once_make_one_folder(tiny_gguf, tmp_path):
+    folder = tmp_path / "tiny"
+    command = [sys.executable, "-m", "pipeline", "import-gguf", str(tiny_gguf), f"to={folder}"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("there already" in out for out, _ in said) == [False, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_a_run_that_is_killed_leaves_no_folder_and_the_next_one_cleans_up(tiny_gguf, tmp_path):
     folder, half_made = tmp_path / "models" / "tiny", tmp_path / "models" / ".tiny.part"
     command = [sys.executable, "-m", "pipeline", "import-gguf", str(tiny_gguf), f"to={folder}"]

@@ -31,7 +31,7 @@ def row(index: int, sample: int = 0) -> dict[str, Any]:
         "sample": sample,
         "completion": f"c{index}.{sample}",
         "error": None,
-        "key": "k",
+        "key": f"{index:016x}",
     }
 
 

@@ -1,5 +1,6 @@
 """python -m pipeline plan: its figures, its verdicts, its errors and its time."""
 
+import io
 import json
 import os
 import resource
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 from machines import H100
+from rich.console import Console
 
 from pipeline.commands.door import main
+from pipeline.commands.plan import parse, plans
+from pipeline.commands.plan_tables import print_plans
 from pipeline.common.errors import ConfigError
 from pipeline.common.units import parse_bytes
 from pipeline.config.compose import options, read_config
@@ -258,3 +262,15 @@ def test_sizes_are_read_as_they_are_written() -> None:
     ]
     with pytest.raises(ConfigError, match="24GB or 24GiB"):
         given_device("24 apples")
+
+
+def test_every_quantization_fits_80_columns_and_nothing_is_cut() -> None:
+    file = io.StringIO()
+    out = Console(width=80, file=file, force_terminal=False)
+    print_plans(plans(parse(["model=llama,smollm2", "quant=all", "memory=24GB"])), out)
+    text = file.getvalue()
+    lines = [line for line in text.splitlines() if line.split()[:1] and line.split()[0] in QUANTS]
+    assert len(lines) == 2 * len(QUANTS)
+    assert all(line.rstrip().endswith(("fits", "fits with offload", "does not fit")) for line in lines)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

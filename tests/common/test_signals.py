@@ -1,9 +1,14 @@
 """What asks a job to stop, or stops it: signals, a full disk, no progress, a killed cell of a sweep."""
 
+import fcntl
 import os
+import select
+import shlex
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 
 import psutil
@@ -198,3 +203,75 @@ def test_a_sweep_hands_a_signal_on_and_stops(job):
 
 def pid_of_child(parent):
     return psutil.Process(parent).children()[0].pid
+
+
+def test_a_hang_up_stops_a_job_unless_it_is_ignored(server, job):
+    pid = server.start(job())
+    wait_for(has_rows(job()))
+    os.kill(pid, signal.SIGHUP)
+    assert server.wait() == ExitStatus.RUN_AGAIN
+    assert 0 < len(texts(job())) < 120
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *job("kept")], stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    wait_for(has_rows(job("kept")))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert len(texts(job("kept"))) == 120
+
+
+def test_a_terminal_that_closes_stops_a_sweep_and_its_cell(job):
+    """A real terminal: when its other end is closed, the system sends SIGHUP, and every write to it is an error."""
+    cells = job("sweep", "generation.seed=1,2")
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "-m", *cells],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), cwd=ROOT, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    first = job("sweep", "generation.seed=1")
+    drain = threading.Thread(target=read_all, args=(ours, stop := threading.Event()))
+    drain.start()
+    wait_for(has_rows(first))
+    cell = psutil.Process(pid_of_child(process.pid))
+    stop.set()
+    drain.join()
+    os.close(ours)
+    assert process.wait(60) == ExitStatus.RUN_AGAIN
+    wait_for(lambda: not cell.is_running() or cell.status() == psutil.STATUS_ZOMBIE, 20)
+    assert 0 < len(texts(first)) < 120
+    assert not JobPaths(job_folder(job("sweep", "generation.seed=2"))).rows.exists()
+
+
+def test_a_terminal_that_closes_is_nothing_to_a_job_that_ignores_it(job):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *job()],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), cwd=ROOT, start_new_session=True,
+        preexec_fn=lambda: (signal.signal(signal.SIGHUP, signal.SIG_IGN), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )  # fmt: skip
+    os.close(theirs)
+    drain = threading.Thread(target=read_all, args=(ours, stop := threading.Event()))
+    drain.start()
+    wait_for(has_rows(job()))
+    stop.set()
+    drain.join()
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert len(texts(job())) == 120
+
+
+@pytest.mark.parametrize("streams", ["2>&1 | head -1", ">&- 2>&-", "<&- 2>/dev/full", "2>&1 | true"])
+def test_streams_that_cannot_be_written_are_nothing_to_a_job(job, streams):
+    line = shlex.join([sys.executable, "-m", "pipeline", *job()])
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{line} {streams}"], env=environment(), cwd=ROOT)
+    assert done.returncode == 0
+    assert len(texts(job())) == 120
+
+
+def read_all(terminal, stop):
+    while not stop.is_set():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)

@@ -223,3 +223,16 @@ def test_a_removed_row_leaves_the_job_complete(job: Line, write: Any) -> None:
     status, said = tool("status", job_folder(job()))
     assert (status, "3/3" in said, "written since" in said) == (0, True, False), said
     assert in_submit(job())
+
+
+def test_a_shard_without_rows_is_complete_and_is_merged(job: Line, write: Any) -> None:
+    write(numbered(2))
+    for part in range(4):
+        assert run_job(job(f"shard={part}/4")) == 0
+    whole = job_folder(job())
+    assert tool("status", whole)[0] == 0
+    status, said = tool("merge", whole)
+    assert (status, "2 lines" in said) == (0, True), said
+    stats = json.loads((whole / "stats.json").read_text())
+    assert stats["rows"]["total"] == 2
+    assert stats["run_sec"] > 0

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 from job_helper import environment
 
 from pipeline.common.errors import OutputError
 from pipeline.job.folder import DROP, KEEP, JobFolder
+from pipeline.job.holder import Holder
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.rows import parse_row, read_rows
 
@@ -221,3 +223,36 @@ def test_set_aside_deletes_nothing(tmp_path):
     assert [r["index"] for r in read_rows(JobPaths(tmp_path / "run-1").rows)] == [0]
     assert [r["index"] for r in read_rows(JobPaths(tmp_path / "run-2").rows)] == [1]
     assert read_json(tmp_path / "run-2" / "stats.json") == {"run": 1}
+
+
+def test_results_that_are_a_link_stay_one(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "job" / "outputs.jsonl"
+    link.symlink_to("../large/results.jsonl")
+    with JobFolder(tmp_path / "job") as folder:
+        for i in range(3):
+            folder.append(row(i))
+        folder.sift(lambda line, number: DROP if number == 2 else KEEP)
+    assert link.is_symlink()
+    assert [r["index"] for r in read_rows(tmp_path / "large" / "results.jsonl")] == [0, 2]
+    with JobFolder(tmp_path / "job") as folder:
+        folder.set_aside()
+    assert [r["index"] for r in read_rows(tmp_path / "job" / "run-1" / "outputs.jsonl")] == [0, 2]
+
+
+def test_the_holder_is_known_though_the_clock_is_set(tmp_path, monkeypatch):
+    with JobFolder(tmp_path) as folder:
+        assert Holder.read(folder.holder).lives_here
+        booted, created = psutil.boot_time(), psutil.Process.create_time
+        monkeypatch.setattr(psutil, "boot_time", lambda: booted - 86400)  # as /proc/stat says it afterwards
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) - 86400)
+        assert Holder.read(folder.holder).lives_here
+
+
+@pytest.mark.parametrize("damaged", [{"pid": -1}, {"pid": 2**70}, {"started_sec": 1e300}, {"host": 5}])
+def test_a_damaged_holder_is_nobody(tmp_path, damaged):
+    with JobFolder(tmp_path) as folder:
+        whole = json.loads(folder.holder.read_text())
+        folder.holder.write_text(json.dumps({**whole, **damaged}))
+        assert Holder.read(folder.holder) is None

@@ -1,14 +1,18 @@
 """The same command again does only what is missing, keyed by what each row asks for."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 import time
 
 import pytest
-from job_helper import arguments, command, outputs, run_job, texts, write_rows
+from job_helper import ROOT, arguments, command, environment, outputs, run_job, texts, write_rows
 
 from pipeline.common.errors import JobError, PromptError
 from pipeline.config.compose import job_folder
+from pipeline.job import requests
 
 
 @pytest.fixture
@@ -263,3 +267,82 @@ def test_two_jobs_on_one_folder_do_not_mix(job, prompts):
     assert second.returncode == 3
     assert "is writing this job" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize(
+    "prompts", ["<(cat {file})", "/dev/stdin < <(cat {file})", "/dev/fd/7 7< <(cat {file})", "{pipe}"]
+)
+def test_what_can_be_read_only_once_is_kept_and_gone_on_with(job, tmp_path, prompts):
+    lines = [json.dumps(row) for row in numbered(3)]
+    file, pipe = tmp_path / "prompts.jsonl", tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def run(rows, *more):
+        file.write_text("".join(f"{line}\n" for line in rows))
+        words = [
+            word for word in job("generation.max_new_tokens=2", *more) if not word.startswith("prompts=")
+        ]
+        line = f"{shlex.join([sys.executable, '-m', 'pipeline', *words])} prompts="
+        line += prompts.format(file=file, pipe=pipe)
+        if prompts == "{pipe}":
+            line = f"cat {file} > {pipe} & {line}"
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, env=environment(), cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    run(lines[:2])
+    assert "Going on: 2 of 3 rows" in run(lines)
+    assert "Nothing to do: all 3 rows" in run(lines)
+    assert "Nothing to do: all 3 rows" in run([]), "the copy that was kept"
+    (kept,) = (tmp_path / "outputs").glob("*/*/prompts.jsonl")
+    assert kept.read_text() == "".join(f"{line}\n" for line in lines)
+    assert len((kept.parent / "outputs.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_prompt_file_that_is_cut_while_it_is_read_is_said(job, prompts, tmp_path, monkeypatch):
+    prompts(numbered(5))
+    open_again = requests.open_prompts
+
+    def cut(*arguments):
+        prompts(numbered(3))
+        return open_again(*arguments)
+
+    monkeypatch.setattr(requests, "open_prompts", cut)
+    with pytest.raises(PromptError, match="the prompt file changed while the job was reading it"):
+        run_job(job())
+    monkeypatch.undo()
+    assert run_job(job()) == 0
+    assert len(outputs(job())) == 3
+
+
+def test_an_edit_that_no_time_tells_is_seen(job, prompts):
+    rows = numbered(3)
+    path = prompts(rows)
+    assert run_job(job()) == 0
+    before = path.stat()
+    rows[1]["prompt"] = "Tell joke number 9."
+    prompts(rows)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run_job(job()) == 0
+    assert [row["prompt"] for row in sorted(outputs(job()), key=lambda row: row["index"])] == [
+        row["prompt"] for row in rows
+    ]
+
+
+def test_names_that_are_not_utf8_are_prompts_and_folders(job, tmp_path):
+    file = tmp_path / "odd\udcff.jsonl"
+    write_rows(file, numbered(2))
+    words = [word for word in job() if not word.startswith(("prompts=", "outputs_dir="))]
+    line = [*words, f'prompts="{file}"', f'outputs_dir="{tmp_path}/out\udcfe"']
+    for said in ("2 of 2", "Nothing to do"):
+        done = command(line)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
+    (rows,) = (tmp_path / "out\udcfe").glob("*/*/outputs.jsonl")
+    for name in ("status", "report"):
+        done = command([name, str(tmp_path / "out\udcfe")])
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out\udcfe" / "odd\udcff" / "report" / "report.html").exists()
+    assert json.loads((rows.parent / "todo.json").read_text())["prompts"] == str(file)

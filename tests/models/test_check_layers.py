@@ -43,8 +43,8 @@ def refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadError:
     ("keys", "reason"),
     [
         ({"model_type": None}, r"config.json: no model_type, so that nothing says which architecture"),
-        ({"num_hidden_layers": -1}, r"config.json says that it has -1 layers"),
-        ({"num_hidden_layers": 0}, r"config.json says that it has 0 layers"),
+        ({"num_hidden_layers": -1}, r"num_hidden_layers=-1: a model's config needs"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers=0: a model's config needs"),
         ({"layer_types": ["full_attention"]}, r"layer|config.json"),
         ({"model_type": "bert"}, r"an encoder, which sees the tokens to come \(is_decoder is false"),
         ({"model_type": "mamba"}, r"recurrent or hybrid: some of its layers keep other state"),

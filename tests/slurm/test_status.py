@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from job_helper import environment, note_todo
 
@@ -18,6 +20,7 @@ from pipeline.job.counts import read_counts
 from pipeline.job.events import append_event, read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths
+from pipeline.prompts.count import prompts_sha256
 from pipeline.report.jobs import find_jobs
 from pipeline.slurm.client import expand, read_records
 from pipeline.slurm.state import find_folders, state_of, states_of
@@ -31,7 +34,7 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
 
-def write_job(folder: Path, rows: list[dict[str, Any]], total: int | None = None, **noted: int) -> Path:
+def write_job(folder: Path, rows: list[dict[str, Any]], total: int | None = None, **noted: Any) -> Path:
     """A folder with rows, and where a total is given the note of a job that wrote `done` of them, or all."""
     done = noted.pop("done", len(rows)) if total is not None else 0
     with JobFolder(folder) as job:
@@ -94,7 +97,6 @@ def test_a_large_file_is_estimated_and_never_called_complete(
 
 def test_the_last_submission_says_how_many_rows_there_are(tmp_path: Path) -> None:
     job = write_job(tmp_path / "a", [GOOD], 1)
-    os.utime(job / "todo.json", (1, 1))
     append_event(job, "submitted", job="1_0", total=5, log="none")
     assert not read_counts(job).complete
 
@@ -214,3 +216,39 @@ def test_a_folder_that_is_not_there_is_an_error_without_a_traceback(tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no such folder" in " ".join(done.stderr.split())
+
+
+def test_status_fits_80_columns_and_breaks_no_name(tmp_path: Path) -> None:
+    name = "llama-nf4_single-greedy-1a2b3c4d"
+    for part in range(2):
+        write_job(tmp_path / "questions" / name / f"shard-{part}-of-12", [GOOD] * 3, 4000)
+    with JobFolder(tmp_path / "questions" / name / "shard-0-of-12"):
+        command = [sys.executable, "-m", "pipeline", "status", str(tmp_path)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**environment(), "COLUMNS": "80"}
+        )
+    lines = done.stderr.splitlines()
+    assert lines[1] == f"questions/{name}"
+    assert lines[2].split()[0] == "3/4000"
+    assert lines[2].endswith("running   shard-0-of-12") or lines[2].endswith("running  shard-0-of-12")
+    assert lines[3].startswith("    running (process ")
+    assert lines[-1] == "1 running, 1 stopped; 6 of 8000 rows."
+    assert max(map(len, [lines[0], *lines[1:3], *lines[4:]])) <= 80
+
+
+def test_the_time_left_of_a_job_on_this_machine_is_shown(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "a", [GOOD] * 30, 40, done=10)
+    with JobFolder(job):
+        left = state_of(job).left_sec
+    assert left is not None
+    assert left == pytest.approx(10 * (time.time() - psutil.Process().create_time()) / 20, rel=0.2)
+
+
+def test_a_prompt_file_that_was_only_touched_is_not_written_since(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("x\n")
+    job = write_job(tmp_path / "a", [GOOD], 1, prompts=prompts, sha256=prompts_sha256(str(prompts)))
+    os.utime(prompts, (1, 1))
+    assert state(job) == ("complete", "complete")
+    prompts.write_text("y\n")
+    assert state(job)[1] == "complete; the prompt file was written since"

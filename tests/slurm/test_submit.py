@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -189,3 +192,83 @@ def test_an_empty_prompt_file_is_an_error(tmp_path: Path) -> None:
         count_prompts(
             str(tmp_path / "p.jsonl"), GenerationParams(), prompt_field="prompt", limit=None, shards=1
         )
+
+
+HOSTILE = [
+    "a b",
+    "it's",
+    'so "quoted"',
+    "$(touch gone)",
+    "`touch gone`",
+    "a\nb",
+    "a\\",
+    "*;&|",
+    "학",
+    "%j",
+    "odd\udcff",
+]
+
+
+@pytest.mark.parametrize("odd", HOSTILE)
+def test_whatever_is_in_paths_setup_and_environment_reaches_the_job_and_nothing_else_runs(
+    place: Path, odd: str
+) -> None:
+    home, work = place / odd / "submission", place / "work"
+    home.mkdir(parents=True)
+    work.mkdir()
+    python = place / odd / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$VALUE" "$SAID" "$@" >"$RESULT"\nexit 0\n')
+    python.chmod(0o755)
+    config = SubmitConfig(
+        setup=[f"SAID={shlex.quote(odd)}", "export SAID"], environment={"VALUE": odd}, python=str(python)
+    )
+    cell = [f"system={odd}", "prompts=p"]
+    (home / "cells.txt").write_bytes(os.fsencode(cell_line(place / odd / "job", cell) + "\n"))
+    try:
+        script = batch_script(config, home, work, offset=0, count=1, width=None)
+    except ConfigError:
+        assert re.search(r'["\\\n]', odd), "sbatch's header can hold it"
+        return
+    assert not re.search(r'["\\\n]', odd)
+    environment = {
+        "PATH": "/usr/bin:/bin", "RESULT": str(place / "result"), "SLURM_CPUS_ON_NODE": "1",
+        "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0",
+    }  # fmt: skip
+    subprocess.run(["bash", "-n"], input=os.fsencode(script), check=True, env=environment)
+    subprocess.run(["/bin/bash"], input=os.fsencode(script), check=True, env=environment, cwd=work)
+    said = os.fsdecode((place / "result").read_bytes()).split("\0")[:-1]
+    assert said == [str(work), odd, odd, "-m", "pipeline", *cell]
+    events = (place / odd / "job" / "slurm.jsonl").read_bytes().splitlines()
+    assert [json.loads(event)["event"] for event in events] == ["started", "ended"]
+    assert not list(place.rglob("gone"))
+
+
+@pytest.mark.parametrize("name", ["partition", "account", "qos", "gpu_type"])
+@pytest.mark.parametrize("odd", HOSTILE)
+def test_an_option_is_one_word_of_the_header_or_refused(place: Path, name: str, odd: str) -> None:
+    config = SubmitConfig(**{name: odd})
+    try:
+        script = batch_script(config, place, place, offset=0, count=1, width=None)
+    except ConfigError:
+        assert re.search(r'["\\\n]', odd)
+        return
+    head, _, body = script.partition("\n\n")
+    assert all(line.startswith(("#SBATCH --", "#!")) for line in head.splitlines())
+    assert sum(odd in line for line in head.splitlines()) == 1
+    assert odd not in body or odd in ("a b", "%j")
+
+
+def test_more_options_and_names_of_variables_are_checked(place: Path) -> None:
+    for config in (
+        SubmitConfig(options=["--hold\ntouch gone"]),
+        SubmitConfig(environment={"A; touch gone": "1"}),
+    ):
+        with pytest.raises(ConfigError, match="gone"):
+            batch_script(config, place, place, offset=0, count=1, width=None)
+
+
+@pytest.mark.parametrize("prompts", ["/dev/stdin", "/dev/fd/0", "pipe"])
+def test_prompts_that_come_once_are_no_clusters(place: Path, prompts: str) -> None:
+    os.mkfifo(place / "pipe")
+    with pytest.raises(ConfigError, match=f"prompts={prompts}: a cluster's node cannot read"):
+        find_cells([f"prompts={prompts}" if word.startswith("prompts=") else word for word in JOB])

@@ -1,0 +1,62 @@
+"""The harness that measures our job beside its peers: what it starts dies with it, and its table is not lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SPAWN = """
+import os, sys
+from pathlib import Path
+from measure import spawn
+spawn(["sleep", "60"], dict(os.environ), Path(sys.argv[1]), 50)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_peer_dies_with_the_harness(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SPAWN, str(tmp_path / "log")]
+    with subprocess.Popen(command, cwd=BENCHMARKS, stderr=subprocess.DEVNULL) as harness:
+        children: list[psutil.Process] = []
+        while not any(child.name() == "sleep" for child in children):
+            children = psutil.Process(harness.pid).children()
+            time.sleep(0.02)
+        os.kill(harness.pid, number)
+    gone, alive = psutil.wait_procs(children, 10)
+    assert gone
+    assert not alive
+
+
+def test_without_matplotlib_the_table_is_there(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import json, report; from pathlib import Path; from measure import Run\n"
+        "made = report.summarize([Run(1.0, 2.0, 3.0, 4, 5, {}, 'x')], None)\n"
+        "results = {'machine': 'm', 'dtype': 'bf16', 'model': 'm', 'workloads': {'W': {'description': 'd', "
+        "'contenders': {'ours': made}, 'left_out': {}}}}\n"
+        "report.write(Path(sys.argv[1]), results); report.plot(Path(sys.argv[1]), results)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=BENCHMARKS
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no plot: matplotlib is not installed" in done.stdout
+    assert "| ours |" in (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["machine"] == "m"
+
+
+def test_a_busy_machine_is_named_while_it_is_waited_for() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        code = "from measure import wait_until_idle; print(wait_until_idle(1, busy_percent=0.1))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)
+        busy.kill()
+    assert "waiting up to 1 s for a quiet machine: " in done.stdout
+    assert "(process " in done.stdout
+    assert done.stdout.endswith("False\n")
