@@ -25,7 +25,7 @@ class Way:
 
 def choose_way(ready: Ready, config: Config) -> Way:
     """Choose the fastest exact way through the model, and say so where it is not the fastest of all."""
-    longest = context_tokens(ready.model.config)
+    longest = context_tokens(ready.model.config, config.model.context)
     forward, report = choose_forward(ready.model, config.engine.attention.value, longest)
     if report["why"]:
         terminal.say(f"Attention: {report['path']}, and no faster: {report['why']}.", style="yellow")
