@@ -17,11 +17,6 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
-def vocabulary_rows(model: Any) -> int:
-    """Count the token ids that the input embedding has a row for; a tokenizer may have more."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """Read each layer's sliding window in tokens, itself included; None is full attention.
 
