@@ -314,7 +314,7 @@ def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
     for linear, weight in zip(linears, (gate, up), strict=True):
         linear.weight.data = weight
     block = torch.nn.ModuleDict({"gate_proj": linears[0], "up_proj": linears[1]})
-    block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1)
+    block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1, dtype=torch.bfloat16)
     assert pack_weights(block) == 2
     found = block["gate_proj"].packed.gated(states)
     assert_close(found, F.silu(F.linear(states, gate)) * F.linear(states, up), ulps=3)
