@@ -1,9 +1,11 @@
-"""Turn weights in 4 bits to bf16, a few blocks at a time, on vectors.
+"""Turn weights in 4 bits to bf16 on vectors: for a few rows in the registers, else a few blocks at a time.
 
 A code's value times its scale is rounded to bf16 as bitsandbytes does, so that the products are those of the
 weight that it dequantizes. numba's cache of the products does not see a change in this file: touch linear_*.py.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +16,7 @@ from numba.extending import intrinsic
 from pipeline.engine.cpu.kernels.blocks import (
     BLOCK_BYTES,
     CODE_BYTES,
-    SCALE_BYTES,
+    CODED_BYTES,
     TILE_BYTES,
     TILE_ROWS,
 )
@@ -24,22 +26,31 @@ from pipeline.engine.cpu.kernels.vectors import (
     LANES,
     PAIRS,
     VECTOR,
+    broadcast_pair,
     compiles_for,
+    dot_pairs,
+    for_each_count,
     load,
     load_floats,
+    prefetch_line,
     shuffle,
+    store,
     times,
 )
 
+_HAS_AVX512 = compiles_for("avx512f")
+FEW_ROWS = 4 if _HAS_AVX512 else 2  # whose products leave room for the rest in the registers
+AHEAD = 8  # times two blocks: so far ahead codes are asked for
+
 _NUMBER, _WORD = ir.IntType(64), ir.IntType(32)
 _LINE = ir.VectorType(ir.IntType(16), PAIRS)
-_HAS_AVX512 = compiles_for("avx512f")
-INTERLEAVED = [place + LANES * second for place in range(LANES) for second in (0, 1)]
+_INTERLEAVED = [place + LANES * second for place in range(LANES) for second in (0, 1)]
+_EIGHTS = [list(range(first, first + 8)) for first in (0, 8)]
 
 
 @intrinsic
 def unpack(context: Any, packed: Any, values: Any, blocks: Any, output: Any) -> Any:
-    """Write an even number of `blocks` in bf16, 2 KiB each, as the products of bf16 read them.
+    """Write an even number of blocks in bf16, 2 KiB each, as the products in bf16 read them.
 
     Args:
         packed: address of codes and scales, as Blocks has them.
@@ -48,52 +59,105 @@ def unpack(context: Any, packed: Any, values: Any, blocks: Any, output: Any) -> 
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, values, blocks, output = arguments
-        table = load_floats(builder, values, _NUMBER(0))
-        with cgutils.for_range(builder, builder.lshr(blocks, _NUMBER(1)), intp=_NUMBER) as group:
-            codes = builder.add(packed, builder.mul(group.index, _NUMBER(CODE_BYTES + SCALE_BYTES)))
-            scales = [load_floats(builder, codes, _NUMBER(CODE_BYTES // 4 + tile * LANES)) for tile in (0, 1)]
-            with cgutils.for_range(builder, _NUMBER(2), intp=_NUMBER) as half:
-                here = builder.add(codes, builder.mul(half.index, _NUMBER(CODE_BYTES // 2)))
-                block = builder.add(builder.shl(group.index, _NUMBER(1)), half.index)
-                there = builder.add(output, builder.mul(block, _NUMBER(BLOCK_BYTES)))
-                for tile, scale in enumerate(scales):
-                    _unpack_tile(builder, table, scale, here, there, tile)
+
+        def keep(line: Any, block: Any, tile: int, pair: int) -> None:
+            there = builder.add(output, builder.mul(block, _NUMBER(BLOCK_BYTES)))
+            place = builder.add(there, _NUMBER((tile * TILE_ROWS + pair) * TILE_BYTES))
+            builder.store(line, builder.inttoptr(place, line.type.as_pointer()), align=4)
+
+        _each_line(builder, packed, values, blocks, keep)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
 
 
-def _unpack_tile(builder: Any, table: Any, scale: Any, here: Any, there: Any, tile: int) -> None:
-    """Write one tile: 16 outputs and 32 inputs, eight of them from each vector of codes."""
+@intrinsic
+def multiply_few(
+    context: Any, rows: Any, input: Any, stride: Any, packed: Any, values: Any, blocks: Any, sums: Any
+) -> Any:
+    """Multiply rows at `input`, 1 to FEW_ROWS and `stride` bytes apart, to sums [rows, 32] in float32.
+
+    Args:
+        packed, values, blocks: as for `unpack`.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, *rest = arguments
+        for_each_count(builder, rows, FEW_ROWS, lambda count: _multiply(builder, count, *rest))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+def _multiply(
+    builder: Any, rows: int, input: Any, stride: Any, packed: Any, values: Any, blocks: Any, sums: Any
+) -> None:
+    """Write the product of some rows. Each row has two vectors of sums, one for each tile."""
+    zero = ir.Constant(VECTOR, [0.0] * LANES)
+    places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(rows)]
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in (0, 1)] for _ in places]
+
+    def add(line: Any, block: Any, tile: int, pair: int) -> None:
+        weights = builder.bitcast(line, LANE_NUMBERS)
+        for place, own in zip(places, totals, strict=True):
+            numbers = builder.add(place, builder.mul(block, _NUMBER(TILE_BYTES)))
+            spread = broadcast_pair(builder, numbers, 2 * pair)
+            builder.store(dot_pairs(builder, builder.load(own[tile]), spread, weights), own[tile])
+
+    _each_line(builder, packed, values, blocks, add)
+    for row, own in enumerate(totals):
+        for tile, total in enumerate(own):
+            store(builder, builder.load(total), sums, _NUMBER((2 * row + tile) * LANES))
+
+
+def _each_line(
+    builder: Any, packed: Any, values: Any, blocks: Any, use: Callable[[Any, Any, int, int], None]
+) -> None:
+    """Write a loop over blocks: use(line, block, tile, pair) gets two inputs of a tile's outputs in bf16."""
+    table = load_floats(builder, values, _NUMBER(0))
+    size = _NUMBER(2 * CODED_BYTES)
+    with cgutils.for_range(builder, builder.lshr(blocks, _NUMBER(1)), intp=_NUMBER) as both:
+        here = builder.add(packed, builder.mul(both.index, size))
+        for line in range(2 * CODED_BYTES // 64):
+            prefetch_line(builder, builder.add(here, _NUMBER(2 * CODED_BYTES * AHEAD + 64 * line)), cache=1)
+        scales = [load_floats(builder, here, _NUMBER(CODE_BYTES // 4 + tile * LANES)) for tile in (0, 1)]
+        with cgutils.for_range(builder, _NUMBER(2), intp=_NUMBER) as half:
+            codes = builder.add(here, builder.mul(half.index, _NUMBER(CODE_BYTES // 2)))
+            block = builder.add(builder.shl(both.index, _NUMBER(1)), half.index)
+            for tile, scale in enumerate(scales):
+                _each_line_of_tile(builder, table, scale, codes, tile, partial(use, block=block, tile=tile))
+
+
+def _each_line_of_tile(builder: Any, table: Any, scale: Any, codes: Any, tile: int, use: Any) -> None:
+    """Use 16 outputs and 32 inputs, of which each vector of codes has eight."""
     for eight in range(4):
-        codes = load(builder, here, _NUMBER((tile * 4 + eight) * LANES), _WORD, LANES, 4)
+        words = load(builder, codes, _NUMBER((tile * 4 + eight) * LANES), _WORD, LANES, 4)
         for pair in range(4):
-            looked = [_look_up(builder, table, codes, 8 * pair + shift) for shift in (4, 0)]
-            line = _pair(builder, *(times(builder, number, scale) for number in looked))
-            place = (tile * TILE_ROWS + eight * 4 + pair) * TILE_BYTES
-            pointer = builder.inttoptr(builder.add(there, _NUMBER(place)), line.type.as_pointer())
-            builder.store(line, pointer, align=4)
+            numbers = [
+                times(builder, _look_up(builder, table, words, 8 * pair + shift), scale) for shift in (4, 0)
+            ]
+            use(_pair(builder, *numbers), pair=4 * eight + pair)
 
 
-def _look_up(builder: Any, table: Any, codes: Any, shift: int) -> Any:
+def _look_up(builder: Any, table: Any, words: Any, shift: int) -> Any:
     """Return the values of the codes at a place in each lane."""
-    moved = builder.lshr(codes, _all(shift)) if shift else codes
+    moved = builder.lshr(words, _all(shift)) if shift else words
     if _HAS_AVX512:  # only the lower four bits of a lane choose
-        return _permute(builder, "avx512.permvar.sf.512", table, moved)
-    upper = builder.icmp_signed("<", builder.shl(codes, _all(28 - shift)), _all(0))
-    both = []
-    for half in (0, 1):
-        own = shuffle(builder, table, table, list(range(half * 8, half * 8 + 8)))
-        quarters = [shuffle(builder, moved, moved, list(range(q * 8, q * 8 + 8))) for q in (0, 1)]
-        found = [_permute(builder, "avx2.permps", own, quarter) for quarter in quarters]
-        both.append(shuffle(builder, found[0], found[1], list(range(LANES))))
-    return builder.select(upper, both[1], both[0])
+        return _call(builder, "avx512.permvar.sf.512", VECTOR, table, moved)
+    upper = builder.bitcast(builder.shl(words, _all(28 - shift)) if shift < 28 else words, VECTOR)
+    parts = []
+    for eight in _EIGHTS:
+        places, signs = shuffle(builder, moved, moved, eight), shuffle(builder, upper, upper, eight)
+        halves = [shuffle(builder, table, table, half) for half in _EIGHTS]
+        kind = halves[0].type
+        found = [_call(builder, "avx2.permps", kind, half, places) for half in halves]
+        parts.append(_call(builder, "avx.blendv.ps.256", kind, *found, signs))
+    return shuffle(builder, parts[0], parts[1], list(range(LANES)))
 
 
-def _permute(builder: Any, name: str, table: Any, places: Any) -> Any:
-    kind = ir.FunctionType(table.type, [table.type, places.type])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
-    return builder.call(function, [table, places])
+def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
+    kind = ir.FunctionType(result, [vector.type for vector in vectors])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), vectors)
 
 
 def _pair(builder: Any, first: Any, second: Any) -> Any:
@@ -102,7 +166,7 @@ def _pair(builder: Any, first: Any, second: Any) -> Any:
         kind = ir.FunctionType(_LINE, [VECTOR, VECTOR])
         text = "vcvtne2ps2bf16 $2, $1, $0"
         both = builder.asm(kind, text, "=v,v,v", [second, first], side_effect=False)
-        return shuffle(builder, both, both, INTERLEAVED)
+        return shuffle(builder, both, both, _INTERLEAVED)
     bits = [builder.bitcast(x, LANE_NUMBERS) for x in (first, second)]
     odd = [builder.and_(builder.lshr(x, _all(16)), _all(1)) for x in bits]
     lower, upper = (builder.add(builder.add(x, _all(0x7FFF)), bit) for x, bit in zip(bits, odd, strict=True))

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.epilogue import store
-from pipeline.engine.cpu.kernels.four_bits import unpack
+from pipeline.engine.cpu.kernels.four_bits import FEW_ROWS, multiply_few, unpack
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
@@ -153,7 +153,11 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
     weights = p.weights + strip * blocks * size
     soon = weights + p.threads * blocks * size * (1 + gated)
     sums[:] = 0
-    for first in range(0, blocks, part):
+    few = p.values and end - start <= FEW_ROWS
+    if few:
+        first_input = p.inputs + start * p.stride * 2
+        multiply_few(end - start, first_input, p.stride * 2, weights, p.values, blocks, sums.ctypes.data)
+    for first in range(0, 0 if few else blocks, part):
         count = min(part, blocks - first)
         here = weights + first * size
         if p.values:
