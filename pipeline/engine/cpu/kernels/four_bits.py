@@ -110,10 +110,8 @@ def _multiply(
             store(builder, builder.load(total), sums, _NUMBER((2 * row + tile) * LANES))
 
 
-def _each_line(
-    builder: Any, packed: Any, values: Any, blocks: Any, use: Callable[[Any, Any, int, int], None]
-) -> None:
-    """Write a loop over blocks: use(line, block, tile, pair) gets two inputs of a tile's outputs in bf16."""
+def _each_line(builder: Any, packed: Any, values: Any, blocks: Any, use: Callable[..., None]) -> None:
+    """Write a loop over blocks: use(line, block=…, tile=…, pair=…) gets two inputs of a tile's outputs in bf16."""
     table = load_floats(builder, values, _NUMBER(0))
     size = _NUMBER(2 * CODED_BYTES)
     with cgutils.for_range(builder, builder.lshr(blocks, _NUMBER(1)), intp=_NUMBER) as both:
