@@ -1,7 +1,8 @@
 """Reorder the weights of linear layers on a CPU in bf16 once, instead of at every call.
 
-A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), but for layers
-that do not fill whole blocks. There oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
+A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), in bf16 and in
+bitsandbytes' 4 bits, but for layers that do not fill whole blocks. Those in 4 bits stay bitsandbytes' own. For
+those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
 weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a
 weight once are those which torch's inductor uses when it freezes a model; they are private, so they are used
 here alone, and only after they gave the very bits of `F.linear` on the weight at hand.
@@ -11,6 +12,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 class PackedWeight:
     """Hold one weight, or those of siblings one below the other, in an order for products."""
 
-    weight: Tensor  # [M/32, K/32, 2, 16, 16, 2] for our own, else in oneDNN's own order
+    weight: Any  # kernels' Blocks, else a tensor in oneDNN's own order
     bias: Tensor | None  # [M]
     kernels: ModuleType | None  # cpu.kernels.operators, where they multiply
     interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
@@ -109,7 +111,7 @@ class PackedSibling(nn.Module):
 
 
 def pack_weights(model: Any) -> int:
-    """Replace the model's plain bf16 linear layers on the CPU by packed ones.
+    """Replace the model's linear layers on the CPU, plain in bf16 or bitsandbytes' in 4 bits, by packed ones.
 
     The unpacked weights are freed as it goes, but not one that the embedding shares.
 
@@ -118,19 +120,21 @@ def pack_weights(model: Any) -> int:
     """
     shared = model.get_input_embeddings().weight
     count = 0
+    if shared.dtype != torch.bfloat16:  # what a layer in 4 bits is given
+        return count
     for module in list(model.modules()):
         for names in _families(module):
             linears = [getattr(module, name) for name in names]
             packed = _pack(linears)
             if packed is None:
-                return count
+                continue
             siblings = _Siblings(packed, linears)
             for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
                 alone = len(linears) == 1
                 new = PackedLinear(packed, linear) if alone else PackedSibling(siblings, index, linear)
                 setattr(module, name, new)
                 if linear.weight is not shared:
-                    linear.weight.data = linear.weight.new_empty(0)
+                    _free(linear)
                 count += 1
     return count
 
@@ -147,39 +151,94 @@ def _families(module: nn.Module) -> list[list[str]]:
 
 
 def _alike(module: nn.Module, names: Sequence[str]) -> bool:
-    """Say whether all have a bias, or none."""
-    return len({getattr(module, name).bias is None for name in names}) == 1
+    """Say whether all hold their weights alike, and all have a bias or none has."""
+    linears = [getattr(module, name) for name in names]
+    return len({(linear.bias is None, _codes_of(linear)) for linear in linears}) == 1
 
 
 def _can_pack(module: nn.Module) -> bool:
+    if type(module).__name__ == "Linear4bit":
+        return _can_pack_four_bits(module)
     plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook")
     return plain and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
 
 
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Join their weights, one below the other, and their biases."""
-    if len(linears) == 1:
-        return linears[0].weight.detach(), linears[0].bias
-    weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
-    return torch.cat(weights).detach(), None if biases[0] is None else torch.cat(biases).detach()
+def _can_pack_four_bits(linear: Any) -> bool:
+    """Say whether a layer of bitsandbytes fills whole blocks, multiplies in bf16, and is still as it was loaded."""
+    state = linear.weight.quant_state
+    if (
+        not _multiplies()
+        or hasattr(linear, "_hf_hook")
+        or linear.weight.device.type != "cpu"
+        or state is None
+    ):
+        return False
+    in_bf16 = linear.compute_dtype == torch.bfloat16 and (
+        linear.bias is None or linear.bias.dtype == torch.bfloat16
+    )
+    whole = linear.out_features % 32 == 0 and linear.in_features % 64 == 0 and state.blocksize == 64
+    return in_bf16 and whole and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _codes_of(linear: Any) -> str | None:
+    """Name the type of a layer's 4-bit codes; None where its weight is plain."""
+    return getattr(linear.weight, "quant_type", None)
+
+
+def _multiplies() -> bool:
+    """Say whether the kernels multiply on this CPU."""
+    kernels = load_kernels()
+    return kernels is not None and kernels.products is not None
+
+
+def _free(linear: Any) -> None:
+    """Give a weight's memory back. bitsandbytes' layer and weight refer to each other, and would wait for it."""
+    linear.weight.data = linear.weight.new_empty(0)
+    if _codes_of(linear):
+        linear.weight.quant_state = linear.quant_state = None
 
 
 def _pack(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     """Pack their weights together; None where packing is not to be had."""
-    weight, bias = _joined(linears)
-    kernels = load_kernels()
-    if kernels is not None and kernels.products is not None and all(size % 32 == 0 for size in weight.shape):
-        return _pack_blocks(weight, bias, kernels, [linear.out_features for linear in linears])
-    return _pack_onednn(linears, weight, bias)
+    sizes = linears[0].in_features, sum(linear.out_features for linear in linears)
+    whole = all(size % 32 == 0 for size in sizes)
+    return _pack_blocks(linears) if _multiplies() and whole else _pack_onednn(linears)
 
 
-def _pack_blocks(weight: Tensor, bias: Tensor | None, kernels: ModuleType, sizes: list[int]) -> PackedWeight:
+def _pack_blocks(linears: Sequence[nn.Linear]) -> PackedWeight:
     """Pack for the kernels. Two siblings of one size, gate and up, take turns, to lie side by side."""
-    interleaved = len(sizes) == 2 and sizes[0] == sizes[1]
-    if interleaved:
-        weight = weight.view(2, -1, 16, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
-        bias = bias if bias is None else bias.view(2, -1, 16).transpose(0, 1).flatten()
-    return PackedWeight(kernels.pack_blocks(weight), bias, kernels, interleaved)
+    kernels = load_kernels()
+    assert kernels is not None
+    interleaved = len(linears) == 2 and linears[0].out_features == linears[1].out_features
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        whole = _one_below_the_other(parts)
+        if not interleaved:
+            return whole
+        return whole.view(2, -1, 16, *whole.shape[1:]).transpose(0, 1).reshape(whole.shape)
+
+    if _codes_of(linears[0]):
+        codes, scales = zip(*(_four_bits(linear) for linear in linears), strict=True)
+        state: Any = linears[0].weight.quant_state  # type: ignore[attr-defined]
+        weight = kernels.pack_codes(joined(codes), joined(scales), state.code)
+    else:
+        weight = kernels.pack_blocks(joined([linear.weight for linear in linears]))
+    bias = None if linears[0].bias is None else joined([linear.bias for linear in linears])
+    return PackedWeight(weight, bias, kernels, interleaved)
+
+
+def _one_below_the_other(parts: Sequence[Tensor]) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts))).detach()
+
+
+def _four_bits(linear: Any) -> tuple[Tensor, Tensor]:
+    """Return a layer's codes, [M, K/2] bytes, and scales, [M, K/64] float32, where these are quantized, too."""
+    state, rows = linear.weight.quant_state, linear.out_features
+    scales = state.absmax
+    if state.nested:
+        functions = import_module("bitsandbytes.functional")
+        scales = functions.dequantize_blockwise(scales, state.state2) + state.offset
+    return linear.weight.data.view(torch.uint8).reshape(rows, -1), scales.float().view(rows, -1)
 
 
 def onednn_packs() -> bool:
@@ -188,10 +247,13 @@ def onednn_packs() -> bool:
     return x86 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _pack_onednn(linears: Sequence[nn.Linear], weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+def _pack_onednn(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     """Pack for oneDNN; None where torch or this CPU cannot, or where that changes a bit of the result."""
     if not onednn_packs():
         return None
+    weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+    weight = _one_below_the_other(weights)
+    bias = None if biases[0] is None else _one_below_the_other(biases)
     try:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias, None)
         trial = weight[: min(4, len(weight))].contiguous()  # [4, in]: any rows of the right width

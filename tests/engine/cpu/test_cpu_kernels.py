@@ -1,13 +1,11 @@
 """The CPU's kernels say what torch's own operators say, and a fused layer what the layer says."""
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
-import importlib
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ kernels = load_kernels()
 if kernels is None:
     pytest.skip("the kernels need numba, and a torch that is linked with libgomp", allow_module_level=True)
 
-from llvmlite.binding import get_host_cpu_features
+from cpu_products import OLDER, PRODUCTS, linear_tiles, older_cpu
 
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.cpu.kernels import linear_vectors
@@ -34,15 +32,6 @@ from pipeline.engine.rectangles.passes import RectangleDecode
 from pipeline.engine.rectangles.rectangle import allocate, regroup, write
 from pipeline.engine.scheduler import Sample
 
-
-def linear_tiles() -> ModuleType:
-    """The module of that name, on this CPU's matrix tiles or, where it has none, on software's."""
-    if has_tiles():
-        return importlib.import_module("pipeline.engine.cpu.kernels.linear_tiles")
-    return importlib.import_module("software_tiles").linear_tiles()
-
-
-PRODUCTS = {"linear_tiles": linear_tiles, "linear_vectors": lambda: linear_vectors}
 ULP = 2.0**-7  # the spacing of bf16 just above 1, as a share
 
 
@@ -214,15 +203,12 @@ def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int) -
     assert torch.equal(stores[1], stores[3])
 
 
-@pytest.mark.parametrize("newer", [("amx", "avx10", "avx512bf16", "avx512fp16"), ("amx", "avx10", "avx512")])
+@pytest.mark.parametrize("newer", OLDER)
 def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
     """One without instructions for bf16, and one without AVX-512; an older CPU yet is tested as itself."""
-    features = {k: has and not k.startswith(newer) for k, has in get_host_cpu_features().items()}
-    flags = ",".join(("+" if has else "-") + name for name, has in sorted(features.items()))
     names = "test_attention_over_rectangles or linear_vectors"
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names]
-    env = {**os.environ, "NUMBA_CPU_FEATURES": flags}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "34 passed" in done.stdout
 
@@ -314,7 +300,7 @@ def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
     for linear, weight in zip(linears, (gate, up), strict=True):
         linear.weight.data = weight
     block = torch.nn.ModuleDict({"gate_proj": linears[0], "up_proj": linears[1]})
-    block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1)
+    block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1, dtype=torch.bfloat16)
     assert pack_weights(block) == 2
     found = block["gate_proj"].packed.gated(states)
     assert_close(found, F.silu(F.linear(states, gate)) * F.linear(states, up), ulps=3)

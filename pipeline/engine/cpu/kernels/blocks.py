@@ -1,11 +1,40 @@
 """Order a weight for products of our own: in blocks of 32 outputs and 32 inputs."""
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, int32
 
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
 BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
+SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
+CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
+CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Hold a weight [M, K] in the order in which `linear` reads it.
+
+    One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
+    16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits it has eight, first input first
+    but for the two in a byte, as bitsandbytes has them; after every two blocks come the scales of their outputs.
+    """
+
+    numbers: (
+        Tensor  # bf16 [M/32, K/32, 2, 16, 16, 2], or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 codes, 32 scales
+    )
+    values: Tensor | None = None  # [16] float32: what a code of 4 bits is
+
+    @property
+    def outputs(self) -> int:
+        return len(self.numbers) * BLOCK
+
+    @property
+    def inputs(self) -> int:
+        return self.numbers.shape[1] * (BLOCK if self.values is None else SCALED)
 
 
 def chunk_rows(inputs: int, together: int) -> int:
@@ -13,14 +42,29 @@ def chunk_rows(inputs: int, together: int) -> int:
     return max(together, CHUNK_BYTES // (inputs * 2) // together * together)
 
 
-def pack_blocks(weight: Tensor) -> Tensor:
-    """Reorder a weight as `linear` reads it. [M, K] in bf16, multiples of 32 → [M/32, K/32, 2, 16, 16, 2].
-
-    One block of 32 outputs after the other; in it one of 32 inputs after the other; in that two tiles of 16
-    outputs, each with two neighbouring inputs in a lane.
-    """
-    outputs, inputs = weight.shape
+def pack_blocks(weight: Tensor) -> Blocks:
+    """Reorder a weight. [M, K] in bf16, multiples of 32."""
     pairs = weight.contiguous().view(int32)  # in one piece they move faster
-    blocks = pairs.view(outputs // BLOCK, 2, TILE_ROWS, inputs // BLOCK, TILE_ROWS)
-    packed = blocks.permute(0, 3, 1, 4, 2).contiguous().view(weight.dtype)
-    return packed.view(outputs // BLOCK, inputs // BLOCK, 2, TILE_ROWS, TILE_ROWS, 2)
+    packed = _in_blocks(pairs, TILE_ROWS).view(weight.dtype)
+    return Blocks(packed.view(*packed.shape[:-1], TILE_ROWS, 2))
+
+
+def pack_codes(codes: Tensor, scales: Tensor, values: Tensor) -> Blocks:
+    """Reorder a weight in 4 bits, M a multiple of 32 and K of 64.
+
+    Args:
+        codes: [M, K/2] bytes, the first of two inputs in the upper half.
+        scales: [M, K/64] float32.
+        values: [16] float32.
+    """
+    strips, groups = len(codes) // BLOCK, scales.shape[1]
+    words = (codes.contiguous().view(int32), 4), (scales.contiguous().view(int32), 1)
+    parts = [_in_blocks(part, width).view(strips, groups, -1) for part, width in words]
+    return Blocks(torch.cat(parts, -1), values.float())
+
+
+def _in_blocks(words: Tensor, width: int) -> Tensor:
+    """Reorder 32 bits at a time, `width` of an output in a block. [M, W] → [M/32, W/width, 2, width, 16]."""
+    outputs, count = words.shape
+    blocks = words.view(outputs // BLOCK, 2, TILE_ROWS, count // width, width)
+    return blocks.permute(0, 3, 1, 4, 2).contiguous()

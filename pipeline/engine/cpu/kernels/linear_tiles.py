@@ -7,8 +7,9 @@ numba's cache of this file does not see a change in those that it imports: touch
 
 from typing import Any
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, TILE_BYTES, TILE_ROWS
 from pipeline.engine.cpu.kernels.epilogue import store
+from pipeline.engine.cpu.kernels.four_bits import unpack
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
@@ -17,9 +18,10 @@ from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
 FEWEST_ROWS = TILE_ROWS  # that a product takes
 ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
+UNPACKED = 8  # the same, of weights in 4 bits: an even number, and their codes are in the cache too
 # The same as in linear_vectors.py; but numba's cache would not see a list of both change.
 Linear = slots(
-    "inputs weights bias outputs configuration",
+    "inputs weights values bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
 )
 
@@ -43,18 +45,23 @@ def _store(p: Any, strip: int, row: int, sums: Any) -> None:
 
 
 @inner
-def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
+def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
     """Multiply the rows [start, end) by one strip."""
     rows, inputs, stride, threads = p.rows, p.width_in, p.stride * 2, p.threads
     blocks = inputs // BLOCK
     parts = -(-blocks // PART)
-    part = -(-blocks // parts)
-    weights = p.weights + strip * blocks * BLOCK_BYTES
-    next_weights = weights + threads * blocks * BLOCK_BYTES * (1 + p.gated)
+    part = UNPACKED if p.values else -(-blocks // parts)
+    size = CODED_BYTES if p.values else BLOCK_BYTES
+    weights = p.weights + strip * blocks * size
+    next_weights = weights + threads * blocks * size * (1 + p.gated)
     # Each group of rows asks for its share of the next strip.
-    lines = BLOCK * BLOCK // (end - start + BLOCK - 1) + 1
+    lines = size // 2 // (end - start + BLOCK - 1) + 1
     for block in range(0, blocks, part):
         count = min(part, blocks - block)
+        here = weights + block * size
+        if p.values:
+            unpack(here, p.values, count, unpacked)
+            here = unpacked
         for index in range((end - start + BLOCK - 1) // BLOCK):
             row = start + index * BLOCK
             first, second = _halves_of_block(row, rows)
@@ -62,11 +69,11 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any) -> None:
                 p.inputs + first * stride + block * TILE_BYTES,
                 p.inputs + second * stride + block * TILE_BYTES,
                 stride,
-                weights + block * BLOCK_BYTES,
+                here,
                 count,
                 sums[index].ctypes.data,
                 block,
-                next_weights + block * BLOCK_BYTES + index * count * lines * 64,
+                next_weights + block * size + index * count * lines * 64,
                 lines,
             )
             # The sums before these are stored while the tiles are at work.
@@ -82,6 +89,7 @@ def linear(pointer: Any) -> None:
     p = read(pointer, Linear)
     rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
     sums = aligned((chunk // BLOCK + 1) * BLOCK * BLOCK).reshape((-1, BLOCK, BLOCK))
+    unpacked = aligned(UNPACKED * BLOCK_BYTES // 4)
     per_chunk = -(-strips // together)
     configure(p.configuration)
     while True:
@@ -90,5 +98,5 @@ def linear(pointer: Any) -> None:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(p, strip, start, min(start + chunk, rows), sums)
+            _strip(p, strip, start, min(start + chunk, rows), sums, unpacked.ctypes.data)
     release()

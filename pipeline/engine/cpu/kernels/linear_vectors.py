@@ -14,8 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.epilogue import store
+from pipeline.engine.cpu.kernels.four_bits import FEW_ROWS, multiply_few, unpack
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
@@ -25,7 +26,6 @@ from pipeline.engine.cpu.kernels.vectors import (
     VECTOR,
     broadcast_pair,
     compiles_for,
-    constant,
     dot_pairs,
     for_each_count,
     load_pairs,
@@ -37,11 +37,12 @@ ROWS = 12 if compiles_for("avx512f") else 2  # whose sums are in registers at on
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
+UNPACKED = 8  # blocks of 4-bit weights that are turned to bf16 at once: they stay in the L1 cache
 
 _NUMBER = ir.IntType(64)
 # The same as in linear_tiles.py; but numba's cache would not see a list of both change.
 Linear = slots(
-    "inputs weights bias outputs configuration",
+    "inputs weights values bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
 )
 
@@ -58,7 +59,7 @@ def _multiply_rows(
     soon: Any,
     step: Any,
 ) -> Any:
-    """Multiply rows at `input`, `stride` bytes apart, by packed weights to sums [rows, 32] in float32.
+    """Multiply rows at `input`, `stride` bytes apart, by packed weights, and add to sums [rows, 32] in float32.
 
     Args:
         rows: 1 to ROWS.
@@ -82,7 +83,11 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
     """
     input, stride, weights, blocks, sums, soon, step = arguments
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]
-    totals = [cgutils.alloca_once_value(builder, constant(0.0)) for _ in range(2 * rows)]
+    ends = [
+        builder.inttoptr(builder.add(sums, _NUMBER(index * LANES * 4)), VECTOR.as_pointer())
+        for index in range(2 * rows)
+    ]
+    totals = [cgutils.alloca_once_value(builder, builder.load(end, align=4)) for end in ends]
     with (
         cgutils.for_range(builder, blocks, intp=_NUMBER) as block,
         cgutils.for_range(builder, _NUMBER(PARTS), intp=_NUMBER) as part,
@@ -98,9 +103,8 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
         part_of_block = _part if HAS_BF16 else _part_in_float32
         for total, new in zip(totals, part_of_block(builder, totals, addresses), strict=True):
             builder.store(new, total)
-    for index, total in enumerate(totals):
-        place = builder.inttoptr(builder.add(sums, _NUMBER(index * LANES * 4)), VECTOR.as_pointer())
-        builder.store(builder.load(total), place, align=4)
+    for total, end in zip(totals, ends, strict=True):
+        builder.store(builder.load(total), end, align=4)
 
 
 def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
@@ -141,22 +145,54 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 
 @inner
-def _strip(p: Any, strip: int, start: int, end: int, sums: int) -> None:
+def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
     """Multiply the rows [start, end) by one strip, in groups of nearly one size."""
-    blocks, stride, gated, threads = p.width_in // BLOCK, p.stride * 2, p.gated, p.threads
-    weights = p.weights + strip * blocks * BLOCK_BYTES
-    soon = weights + threads * blocks * BLOCK_BYTES * (1 + gated)
-    bias = p.bias + strip * BLOCK * 2 if p.bias else 0
+    blocks, gated = p.width_in // BLOCK, p.gated
+    size = CODED_BYTES if p.values else BLOCK_BYTES
+    part = UNPACKED if p.values else blocks
+    weights = p.weights + strip * blocks * size
+    soon = weights + p.threads * blocks * size * (1 + gated)
+    sums[:] = 0
+    few = p.values and end - start <= FEW_ROWS
+    if few:
+        first_input = p.inputs + start * p.stride * 2
+        multiply_few(end - start, first_input, p.stride * 2, weights, p.values, blocks, sums.ctypes.data)
+    for first in range(0, 0 if few else blocks, part):
+        count = min(part, blocks - first)
+        here = weights + first * size
+        if p.values:
+            unpack(here, p.values, count, unpacked)
+            here = unpacked
+        _part_of_strip(p, start, end, first, count, here, soon + first * size, size, sums)
     width = p.width_out * 2 // (1 + gated)
-    output = p.outputs + strip * BLOCK * 2 // (1 + gated)
+    bias = p.bias + strip * BLOCK * 2 if p.bias else 0
+    output = p.outputs + start * width + strip * BLOCK * 2 // (1 + gated)
+    store(sums.ctypes.data, end - start, bias, output, width, gated)
+
+
+@inner
+def _part_of_strip(
+    p: Any, start: int, end: int, first: int, count: int, weights: int, soon: int, size: int, sums: Any
+) -> None:
+    """Add the products of some blocks of inputs, for all rows."""
     # A small last group would load all weights anew for a few rows.
     groups = (end - start + ROWS - 1) // ROWS
-    step = (TILE_BYTES + groups - 1) // groups  # together the groups ask for all lines of a strip
+    step = (
+        size // (PARTS * LINES) + groups - 1
+    ) // groups  # together the groups ask for all of the next strip
+    stride = p.stride * 2
     for group in range(groups):
-        row, after = start + (end - start) * group // groups, start + (end - start) * (group + 1) // groups
-        ahead = soon + group * blocks * PARTS * LINES * step
-        _multiply_rows(after - row, p.inputs + row * stride, stride, weights, blocks, sums, ahead, step)
-        store(sums, after - row, bias, output + row * width, width, gated)
+        row, after = (end - start) * group // groups, (end - start) * (group + 1) // groups
+        _multiply_rows(
+            after - row,
+            p.inputs + (start + row) * stride + first * TILE_BYTES,
+            stride,
+            weights,
+            count,
+            sums[row * BLOCK :].ctypes.data,
+            soon + group * count * PARTS * LINES * step,
+            step,
+        )
 
 
 @threaded
@@ -164,12 +200,14 @@ def linear(pointer: Any) -> None:
     """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
     p = read(pointer, Linear)
     rows, strips, together, chunk = p.rows, p.width_out // BLOCK, 1 + p.gated, p.chunk
-    sums = aligned(ROWS * BLOCK)
+    most = min(rows, chunk)
+    sums, unpacked = aligned(most * BLOCK), aligned(UNPACKED * BLOCK_BYTES // 4)
     per_chunk = -(-strips // together)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
+        end = min(start + chunk, rows)
         for strip in range(first, min(first + together, strips)):
-            _strip(p, strip, start, min(start + chunk, rows), sums.ctypes.data)
+            _strip(p, strip, start, end, sums[: (end - start) * BLOCK], unpacked.ctypes.data)

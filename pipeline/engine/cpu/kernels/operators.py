@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
 from pipeline.engine.cpu.kernels import loops as loops
-from pipeline.engine.cpu.kernels.blocks import BLOCK, chunk_rows
+from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
+from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
 from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call, bits, prepare
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
@@ -60,26 +61,25 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor:
+def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = False) -> Tensor:
     """Multiply by a packed weight. [.., K] → [.., M], or where gated [.., M/2].
 
     Args:
-        weight: from `pack_blocks`, [M/32, K/32, 2, 16, 16, 2]. Gated, 16 gates and 16 ups take turns, and the
-            output is silu(gate) · up.
+        weight: [M, K], from `pack_blocks` or `pack_codes`. Gated, 16 gates and 16 ups take turns, and the output
+            is silu(gate) · up.
         bias: [M].
 
     Raises:
         TypeError: the input is not in bf16.
     """
-    if input.dtype != weight.dtype:
-        raise TypeError(f"a weight in {weight.dtype} and an input in {input.dtype}")
-    inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
-    states = input.reshape(-1, inputs)
+    if input.dtype != torch.bfloat16:
+        raise TypeError(f"an input in {input.dtype}")
+    states = input.reshape(-1, weight.inputs)
     states = states if states.stride(1) == 1 else states.contiguous()
     count = len(states)
     if count < products.FEWEST_ROWS:
         states = F.pad(states, (0, 0, 0, products.FEWEST_ROWS - count))
-    width = outputs // 2 if gated else outputs
+    width = weight.outputs // 2 if gated else weight.outputs
     output = states.new_empty(len(states), width)
     _run(linear_call(states, weight, bias, output, gated))
     return output[:count].view(*input.shape[:-1], width)
@@ -263,10 +263,10 @@ def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: floa
 
 
 def linear_call(
-    states: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, gated: bool = False
+    states: Tensor, weight: Blocks, bias: Tensor | None, output: Tensor, gated: bool = False
 ) -> Call:
     """Prepare `linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
-    inputs, outputs = weight.shape[1] * BLOCK, weight.shape[0] * BLOCK
+    inputs, outputs = weight.inputs, weight.outputs
     chunk = chunk_rows(inputs, products.ROWS)
     # For each chunk of rows, as many tasks as a row of the output has cache lines.
     tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
@@ -275,7 +275,8 @@ def linear_call(
         products.Linear,
         tasks,
         inputs=states,
-        weights=weight,
+        weights=weight.numbers,
+        values=0 if weight.values is None else weight.values,
         bias=0 if bias is None else bias,
         outputs=output,
         configuration=CONFIGURATION.ctypes.data,

@@ -1,0 +1,30 @@
+"""Each way in which the CPU's kernels multiply, and older CPUs than the one at hand."""
+
+import importlib
+import os
+from types import ModuleType
+
+from llvmlite.binding import get_host_cpu_features
+
+from pipeline.engine.cpu.kernels import linear_vectors
+from pipeline.engine.cpu.kernels.tiles import has_tiles
+
+# What one has not: instructions for bf16; AVX-512.
+OLDER = [("amx", "avx10", "avx512bf16", "avx512fp16"), ("amx", "avx10", "avx512")]
+
+
+def linear_tiles() -> ModuleType:
+    """The module of that name, on this CPU's matrix tiles or, where it has none, on software's."""
+    if has_tiles():
+        return importlib.import_module("pipeline.engine.cpu.kernels.linear_tiles")
+    return importlib.import_module("software_tiles").linear_tiles()
+
+
+PRODUCTS = {"linear_tiles": linear_tiles, "linear_vectors": lambda: linear_vectors}
+
+
+def older_cpu(newer: tuple[str, ...]) -> dict[str, str]:
+    """An environment in which numba compiles for a CPU without the features that begin so."""
+    features = {k: has and not k.startswith(newer) for k, has in get_host_cpu_features().items()}
+    flags = ",".join(("+" if has else "-") + name for name, has in sorted(features.items()))
+    return {**os.environ, "NUMBA_CPU_FEATURES": flags}
