@@ -3,6 +3,7 @@
 Exact are the parts that plan.py knows; activations, logits, scratch and the context are estimates.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,13 +121,17 @@ def largest_quantizable(arch: Architecture) -> int:
 
 
 def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
-    """Predict what packing the bf16 linear layers on a CPU holds twice: a head that is also the embedding.
+    """Predict what packing the linear layers on a CPU adds: a head that is also the embedding is held twice.
 
-    The other layers' unpacked weights are freed as they are packed.
+    The other layers' unpacked weights are freed as they are packed; scales that were quantized too are float32 then.
     """
-    if plain_dtype(arch, quant) != BF16 or not arch.tie_word_embeddings:
+    if plain_dtype(arch, quant) != BF16:
         return 0
-    return ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size
+    head = ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings else 0
+    if not quant.four_bit:
+        return head
+    scales = sum(4 * math.ceil(w.count / BLOCK) for w in weights(arch) if w.quantizable)
+    return head + max(0, scales - quant_state_bytes(arch, quant))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,7 @@ class RunPeak:
 
     footprint: int
     quant_state: int
-    packed: int  # a tied head, held a second time in a better order
+    packed: int  # what packed weights take more: a tied head a second time, scales in float32
     kv_cache: int
     activations: int
     logits: int
