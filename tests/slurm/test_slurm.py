@@ -89,15 +89,16 @@ class Place:
         return self.python("pipeline", "submit", *arguments).strip()
 
     def status(self) -> str:
-        """The table, in which a cell is one line."""
+        """The table: a line a cell, and a second one where there is more to say of it."""
         return self.try_run(sys.executable, "-m", "pipeline", "status").stderr
 
     def state(self, folder: Path) -> str:
         """What the table says of one cell."""
-        name = str(folder.relative_to(self.folder / "outputs"))
-        lines = [line for line in self.status().splitlines() if name in line]
-        assert len(lines) == 1, self.status()
-        return lines[0].split("│")[-2].strip()
+        lines = self.status().splitlines()
+        heading = lines.index(str(folder.parent.relative_to(self.folder / "outputs")))
+        at = next(i for i in range(heading + 1, len(lines)) if lines[i].split()[-1] == folder.name)
+        more = lines[at + 1]
+        return more.strip() if more.startswith("    ") else lines[at].split()[-2]
 
     def wait_until_idle(self) -> None:
         until(lambda: not self.run("squeue", "--noheader").strip(), "the queue to be empty")
