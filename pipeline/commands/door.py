@@ -71,6 +71,8 @@ def _tell(error: Exception) -> ExitStatus:
         to_nowhere(sys.stdout)
         return status
     elif isinstance(error, OSError):
+        if error.filename is None:
+            to_nowhere(sys.stdout)
         where = error.filename or "standard output"
         text = f"{where}: {error.strerror or error}. Make room or mend it, and run again."
     else:
