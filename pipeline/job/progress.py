@@ -1,18 +1,16 @@
 """Show a job's progress on standard error: a bar for people, now and then a line for logs."""
 
 import time
-from types import TracebackType
-from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from pipeline.common.bytes_bar import LINE_SEC
+from pipeline.common.bars import Bar
 from pipeline.common.host import resident_bytes
-from pipeline.common.terminal import console, say, visible
+from pipeline.common.terminal import console, visible
 from pipeline.common.units import duration, megabytes
 
 
-class JobProgress:
+class JobProgress(Bar):
     """Show rows done, tokens per second, time left, memory.
 
     Args:
@@ -21,31 +19,19 @@ class JobProgress:
     """
 
     def __init__(self, total: int, done: int) -> None:
-        self._bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rows  {task.fields[speed]}"),
             TextColumn("{task.fields[left]} left  {task.fields[memory]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
         )
         self._task = self._bar.add_task(
             "Generating", total=total, completed=done, speed="", left="-", memory=""
         )
         self._total, self._before = total, done
-        self._started = self._said = self._drawn = time.monotonic()
+        self._started = self._drawn = time.monotonic()
         self._streaming, self._streamed = "", 0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def update(self, done: int, tokens: int) -> None:
         """Show where the job stands: rows done, and tokens made by this run."""
@@ -58,9 +44,7 @@ class JobProgress:
         made = done - self._before  # of this run: only these say how fast it is
         left = duration((self._total - done) * (now - self._started) / made if made else None)
         self._bar.update(self._task, completed=done, speed=speed, left=left, memory=memory)
-        if not console.is_terminal and now - self._said > LINE_SEC:
-            self._said = now
-            say(f"{done} of {self._total} rows, {speed}, {left} left, {memory}")
+        self._say_if_due(f"{done} of {self._total} rows, {speed}, {left} left, {memory}")
 
     def stream(self, request_id: str, text: str) -> None:
         """Show what is new of one row's text; the row that is shown is the first one seen."""

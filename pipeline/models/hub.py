@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from pipeline.common.bytes_bar import BytesBar
+from pipeline.common.bars import BytesBar
 from pipeline.common.errors import LoadError
 from pipeline.config.schema import ModelConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import logging as transformers_logging
 
-from pipeline.common.bytes_bar import BytesBar
+from pipeline.common.bars import BytesBar
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import transformers
@@ -16,20 +17,7 @@ from pipeline.engine.probe import choose_forward
 from pipeline.engine.rectangles import forward as rectangles_forward
 from pipeline.engine.thresholds import LOW, lowered
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SMALL = {**conftest.SMALL, "head_dim": 16}
 
 
 def build(config: str, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ import transformers
 from conftest import SMALL, tiny_tokenizer
 from job_helper import ROOT, arguments, environment, write_rows
 
-from pipeline.common import bytes_bar
+from pipeline.common import bars
 from pipeline.config.quant import QUANTS
 from pipeline.config.schema import ModelConfig
 from pipeline.models import load_progress
@@ -24,13 +24,13 @@ from pipeline.models.loading import load_model
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the bar is told, in bytes."""
     told: list[float] = []
-    update = bytes_bar.BytesBar.update
+    update = bars.BytesBar.update
 
     def keep(self: Any, done_bytes: float, total_bytes: float | None = None) -> None:
         told.append(done_bytes)
         update(self, done_bytes, total_bytes)
 
-    monkeypatch.setattr(bytes_bar.BytesBar, "update", keep)
+    monkeypatch.setattr(bars.BytesBar, "update", keep)
     return told
 
 
@@ -55,7 +55,7 @@ def test_weights_made_of_several_tensors_count_too(shown, tmp_path):
 def test_where_no_terminal_watches_a_line_is_written_now_and_then(tiny_dir, monkeypatch, capsys):
     load_model(ModelConfig(str(tiny_dir)), QUANTS["none"], "none")
     assert "Loading weights" not in capsys.readouterr().err
-    monkeypatch.setattr(bytes_bar, "LINE_SEC", 0.0)
+    monkeypatch.setattr(bars, "LINE_SEC", 0.0)
     load_model(ModelConfig(str(tiny_dir)), QUANTS["none"], "none")
     assert "Loading weights: 0.0 GB of 0.0 GB" in capsys.readouterr().err
 
