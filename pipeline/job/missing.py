@@ -57,9 +57,8 @@ def find_missing(config: Config, prompts: str, results: JobFolder) -> Ledger:
     def metadata() -> dict[int, dict[str, Any]]:  # read when every line is judged, and only if one asks
         return _metadata(config, prompts, judge.stale)
 
-    results.remove(
-        results.todo
-    )  # from here on the lines are those of the new prompt file, and the note of the old
+    # From here on the lines are those of the new prompt file, and the note of the old.
+    results.remove(results.todo)
     dropped = results.sift(judge, lambda index: metadata().get(index, {}))
     if judge.stale:
         terminal.say(
