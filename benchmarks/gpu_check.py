@@ -288,9 +288,41 @@ def stage_kernels(check: Check) -> dict[str, Any]:
             call, wanted = attention(check, dtype, heads, key_heads, size, window)
             label = f"attend {heads}/{key_heads}x{size}{f' window {window}' if window else ''} {name}"
             found[label] = [off(call(), wanted), check.replay_us(call, 5)]
+    for rows in (64, 16):
+        found[f"nf4 14336x4096 {rows} rows"] = four_bits(check, rows, 14336, 4096)
     if check.arguments.tune:
         found["tuned"] = tune(check)
     return found
+
+
+def four_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float]:
+    """[relative error, µs, bitsandbytes' µs] of a product by weights in nf4, a fresh one at each call."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    from pipeline.engine.paged import triton_four_bits as kernels
+
+    made = [
+        functional.quantize_4bit(
+            torch.randn(outputs, inputs, device=check.device, dtype=torch.bfloat16), blocksize=64,
+            quant_type="nf4", compress_statistics=True,
+        )
+        for _ in range(4)  # so that a replay does not find its weights in the cache
+    ]  # fmt: skip
+    weights = [kernels.FourBitWeight(packed, state, outputs) for packed, state in made]
+    input = torch.randn(rows, inputs, device=check.device, dtype=torch.bfloat16)
+    wanted = input.float() @ functional.dequantize_4bit(*made[0]).float().T
+    error = off(kernels.product(input, weights[0]), wanted)
+
+    def own() -> None:
+        for weight in weights:
+            kernels.product(input, weight)
+
+    def theirs() -> None:
+        for packed, state in made:
+            bitsandbytes.matmul_4bit(input, packed.t(), state)
+
+    return [error, check.replay_us(own, 5) / 4, check.replay_us(theirs, 5) / 4]
 
 
 def attention(
@@ -336,7 +368,7 @@ def tune(check: Check) -> dict[str, float]:
     times: dict[tuple[int, tuple[int, int, int]], float] = {}
     call, _ = attention(check, torch.bfloat16, 32, 8, 128, None)
     for split in (256, 512):
-        for config in ((64, 4, 2), (64, 4, 3), (64, 2, 3), (128, 4, 2), (32, 2, 3)):
+        for config in ((16, 1, 3), (16, 1, 4), (16, 2, 4), (32, 1, 3), (32, 4, 3)):
             kernels.SPLIT, kernels.HALF = split, config
             try:
                 times[split, config] = check.replay_us(call)
@@ -452,6 +484,18 @@ def stage_profile(check: Check) -> dict[str, Any]:
     if check.cuda:
         found["waits"] = waits(lambda: next(steps))
     steps.close()
+    if check.cuda:
+        params = GenerationParams(max_new_tokens=80, temperature=1.0, top_p=0.9, ignore_eos=True)
+        drawn = [
+            Request(r.id, r.prompt_token_ids, params)
+            for r in requests(8, check.prompt_tokens, 80, model.config.vocab_size)
+        ]
+        engine = Engine(forward, frozenset(), max_rows=rows)
+        steps = engine.steps(drawn)
+        while engine.stats.steps < 5:
+            next(steps)
+        found["waits of draws"] = waits(lambda: next(steps))
+        steps.close()
     model.set_attn_implementation(own)
     return found
 
@@ -500,18 +544,33 @@ def stage_speed(check: Check) -> dict[str, Any]:
                 max_new_tokens=check.new_tokens, ignore_eos=True, temperature=1.0, top_p=0.9
             )
             drawn = [Request(r.id, r.prompt_token_ids, params) for r in mixed[: check.rows[0]]]
+            speed(check, found, f"{way} top_p {check.rows[0]}, flat", forward, drawn, check.rows[0])
+            # A trained model is sure of most tokens: as random weights are with a larger head.
+            model.lm_head.weight.data *= 8
             speed(check, found, f"{way} top_p {check.rows[0]}", forward, drawn, check.rows[0])
+            model.lm_head.weight.data /= 8
+            for rows in check.rows:
+                longer = requests(rows, check.prompt_tokens, 4 * check.new_tokens, vocabulary)
+                speed(check, found, f"{way} {rows}, {4 * check.new_tokens} new", forward, longer, rows)
         model.set_attn_implementation(own)
         check.free()
+    new = check.new_tokens
     for rows in check.rows:
-        wanted = requests(rows, check.prompt_tokens, check.new_tokens, vocabulary)
-        for name, call in (("generate", generate), ("generate_batch", generate_batch)):
+        wanted = requests(rows, check.prompt_tokens, new, vocabulary)
+        for name, call in (
+            (f"generate {rows}", lambda wanted=wanted: generate(check, model, wanted, new)),
+            (
+                f"generate {rows}, {4 * new} new",
+                lambda wanted=wanted: generate(check, model, wanted, 4 * new),
+            ),
+            (f"generate_batch {rows}", lambda wanted=wanted: generate_batch(check, model, wanted)),
+        ):
             if check.arguments.peers:
                 try:
-                    found[f"{name} {rows}"] = call(check, model, wanted)
+                    found[name] = call()
                 except Exception as error:  # noqa: BLE001  a peer that fails is a finding
-                    found[f"{name} {rows}"] = f"{type(error).__name__}: {error}"[:300]
-                check.say(f"{name} {rows}: {json.dumps(found[f'{name} {rows}'])}")
+                    found[name] = f"{type(error).__name__}: {error}"[:300]
+                check.say(f"{name}: {json.dumps(found[name])}")
                 model.set_attn_implementation(own)
                 check.free()
     if check.cuda:
@@ -538,9 +597,9 @@ def speed(
     check.say(f"{name}: {json.dumps(found[name])}")
 
 
-def generate(check: Check, model: Any, wanted: list[Request]) -> dict[str, float]:
+def generate(check: Check, model: Any, wanted: list[Request], new: int) -> dict[str, float]:
     """`model.generate` on one left-padded batch."""
-    longest, new = max(len(r.prompt_token_ids) for r in wanted), check.new_tokens
+    longest = max(len(r.prompt_token_ids) for r in wanted)
     ids = torch.tensor([[0] * (longest - len(r.prompt_token_ids)) + [*r.prompt_token_ids] for r in wanted])
     mask = torch.tensor(
         [[0] * (longest - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in wanted]
@@ -627,7 +686,7 @@ def stage_jobs(check: Check) -> dict[str, Any]:
             text = " ".join(draw.choices(words, k=draw.randint(20, 300 if check.cuda else 30)))
             print(json.dumps({"id": f"p{i}", "prompt": text}), file=lines)
     found: dict[str, Any] = {}
-    for quant in PREDICTED_MB:
+    for quant in check.arguments.quants:
         if check.seconds > check.arguments.budget:
             found[quant] = "no time left"
             continue
@@ -702,6 +761,9 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=400, help="no stage begins after so many seconds")
     parser.add_argument("--stages", nargs="*", default=[])
     parser.add_argument("--architectures", nargs="*", choices=list(tiny_configs()), help="of the stage exact")
+    parser.add_argument(
+        "--quants", nargs="*", choices=list(PREDICTED_MB), default=list(PREDICTED_MB), help="of jobs"
+    )
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--tune", action="store_true", help="try other shapes of the attention kernel first")
     parser.add_argument(

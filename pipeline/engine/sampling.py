@@ -10,8 +10,11 @@ from torch import Tensor
 from pipeline.common.request import TokenLogprob
 from pipeline.engine.cpu import load_kernels
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.upload import upload
 
-NONE = -1  # the token of a row whose logits are not finite: said with the tokens, so that nobody waits for it
+# Said with the tokens, so that nobody waits for it:
+NONE = -1  # the token of a row whose logits are not finite
+AGAIN = -2  # of a row whose filters reach beyond the HEAD: it is to be chosen again, from all
 HEAD = 1024  # the most probable tokens, sorted first: nearly always all that the filters keep
 
 
@@ -41,23 +44,30 @@ def next_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
 
 
 def choose(
-    logits: Tensor, samples: Sequence[Sample], steps: Sequence[int], seen: Tensor | None = None
+    logits: Tensor,
+    samples: Sequence[Sample],
+    steps: Sequence[int],
+    seen: Tensor | None = None,
+    *,
+    waits: bool = True,
 ) -> Tensor:
     """Choose the next token of each row, on the logits' device; NONE where they are not finite. [B, V] → [B] int64.
 
     Args:
         steps: how many tokens each row has made before.
         seen: [B, V] bool, the tokens of prompt and completion, where `penalises` says so.
+        waits: for the device, to see whether the HEAD is enough. Else AGAIN stands where it was not.
     """
     params = [s.request.params for s in samples]
     scores = logits if seen is None else _penalise(logits, [p.repetition_penalty for p in params], seen)
     sampled = [r for r, p in enumerate(params) if not p.greedy]
     if len(sampled) == len(params):
-        return _draw(scores.float(), samples, steps)
+        return _draw(scores.float(), samples, steps, waits)
     tokens = argmax(scores)
     if sampled:
-        draws = _draw(scores[sampled].float(), [samples[r] for r in sampled], [steps[r] for r in sampled])
-        tokens[sampled] = draws
+        index = upload(sampled, logits.device)
+        drawn = [samples[r] for r in sampled]
+        tokens[index] = _draw(scores[index].float(), drawn, [steps[r] for r in sampled], waits)
     return tokens
 
 
@@ -106,7 +116,7 @@ def seen_tokens(samples: Sequence[Sample], like: Tensor) -> Tensor:
     longest = max(s.length for s in samples)
     ids = [(*s.all_token_ids, *[s.request.prompt_token_ids[0]] * (longest - s.length)) for s in samples]
     seen = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
-    return seen.scatter_(1, torch.tensor(ids, device=like.device), True)
+    return seen.scatter_(1, upload(ids, like.device), True)
 
 
 def _penalise(logits: Tensor, penalties: list[float], seen: Tensor) -> Tensor:
@@ -115,11 +125,12 @@ def _penalise(logits: Tensor, penalties: list[float], seen: Tensor) -> Tensor:
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _draw(logits: Tensor, samples: Sequence[Sample], steps: Sequence[int]) -> Tensor:
+def _draw(logits: Tensor, samples: Sequence[Sample], steps: Sequence[int], waits: bool) -> Tensor:
     """Draw a token for each row by inverting its cumulative distribution.
 
     Args:
         logits: [B, V] float32.
+        waits: as for `choose`.
 
     Returns:
         tokens: [B] int64.
@@ -137,21 +148,31 @@ def _draw(logits: Tensor, samples: Sequence[Sample], steps: Sequence[int]) -> Te
         )
         for p, s, step in zip(params, samples, steps, strict=True)
     ]
-    temperatures, draws, *filters = torch.tensor(columns, device=logits.device).T[:, :, None]
+    temperatures, draws, *filters = upload(columns, logits.device, torch.float32).T[:, :, None]
     highest = logits.amax(-1, True)
     logits = (logits - highest) / temperatures
     rest = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    filtered = [samples[r] for r in rest]
     if len(rest) == len(params):
-        return _finite(_draw_filtered(logits, draws, filters), highest[:, 0])
+        return _finite(_draw_filtered(logits, draws, filters, filtered, waits), highest[:, 0])
     tokens = _invert(torch.softmax(logits, -1), draws)
     if rest:
-        tokens[rest] = _draw_filtered(logits[rest], draws[rest], [f[rest] for f in filters])
+        i = upload(rest, logits.device)
+        tokens[i] = _draw_filtered(logits[i], draws[i], [f[i] for f in filters], filtered, waits)
     return _finite(tokens, highest[:, 0])
 
 
-def _draw_filtered(logits: Tensor, draws: Tensor, filters: list[Tensor]) -> Tensor:
-    probabilities, ids = filtered_probabilities(logits, *filters)
-    return ids.gather(1, _invert(probabilities, draws)[:, None])[:, 0]
+def _draw_filtered(
+    logits: Tensor, draws: Tensor, filters: list[Tensor], samples: Sequence[Sample], waits: bool
+) -> Tensor:
+    if waits:
+        probabilities, ids = filtered_probabilities(logits, *filters)
+        return ids.gather(1, _invert(probabilities, draws)[:, None])[:, 0]
+    widest = max(s.request.params.top_k for s in samples)
+    size = logits.shape[-1] if any(s.reaches for s in samples) else max(HEAD, widest)
+    probabilities, ids, reaches = _filter_head(logits, size, *filters)
+    tokens = ids.gather(1, _invert(probabilities, draws)[:, None])[:, 0]
+    return tokens.masked_fill(reaches, AGAIN)
 
 
 def filtered_probabilities(
@@ -169,22 +190,27 @@ def filtered_probabilities(
         probabilities: [B, K], falling; 0 where filtered out; not normalised.
         ids: [B, K] int64, the tokens they belong to.
     """
-    vocabulary = logits.shape[-1]
-    size = min(vocabulary, max(HEAD, int(top_k.max())))
-    while True:
-        values, ids = logits.topk(size)
-        rank = torch.arange(size, device=logits.device)
-        values = values.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
-        total = torch.where(top_k > 0, values.logsumexp(-1, True), logits.logsumexp(-1, True))
-        p = torch.exp(values - total)
-        below = p.cumsum(-1) - p  # the mass of the more probable tokens
-        reaches = (top_k == 0) & (below[:, -1:] + p[:, -1:] < top_p) & (p[:, -1:] >= min_p * p[:, :1])
-        if size == vocabulary or not bool(reaches.any()):
-            break
-        size = vocabulary
+    probabilities, ids, reaches = _filter_head(logits, max(HEAD, int(top_k.max())), top_k, top_p, min_p)
+    if bool(reaches.any()):
+        probabilities, ids, _ = _filter_head(logits, logits.shape[-1], top_k, top_p, min_p)
+    return probabilities, ids
+
+
+def _filter_head(
+    logits: Tensor, size: int, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Filter the `size` most probable tokens, K in all; say, [B] bool, whose filters reach further."""
+    size = min(logits.shape[-1], size)
+    values, ids = logits.topk(size)
+    rank = torch.arange(size, device=logits.device)
+    values = values.masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
+    total = torch.where(top_k > 0, values.logsumexp(-1, True), logits.logsumexp(-1, True))
+    p = torch.exp(values - total)
+    below = p.cumsum(-1) - p  # the mass of the more probable tokens
+    reaches = (top_k == 0) & (below[:, -1:] + p[:, -1:] < top_p) & (p[:, -1:] >= min_p * p[:, :1])
     keep = (below < top_p) & (p >= min_p * p[:, :1])
     keep[:, 0] = True
-    return p * keep, ids
+    return p * keep, ids, reaches[:, 0] & (size < logits.shape[-1])
 
 
 def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
@@ -197,7 +223,7 @@ def _invert(probabilities: Tensor, draws: Tensor) -> Tensor:
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
     """Bring one number a row to a device. → [B, 1] float32."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return upload(values, like.device, torch.float32)[:, None]
 
 
 def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report | None:
@@ -209,16 +235,23 @@ def report(logits: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> Report 
     rows = [r for r, s in enumerate(samples) if s.request.params.logprobs is not None]
     if not rows:
         return None
-    logprobs = torch.log_softmax(logits[rows].float(), -1)
+    index = upload(rows, logits.device)
+    logprobs = torch.log_softmax(logits[index].float(), -1)
     most = max(samples[r].request.params.logprobs or 0 for r in rows)
     values, ids = logprobs.topk(min(most, logits.shape[-1]))
-    return Report(rows, logprobs.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0], values, ids)
+    return Report(rows, logprobs.gather(1, tokens[index].clamp(min=0)[:, None])[:, 0], values, ids)
 
 
-def record(reported: Report, chosen: Sequence[int], samples: Sequence[Sample]) -> None:
-    """Append a report to the samples: the batch's chosen tokens and samples, in its order."""
+def record(reported: Report, chosen: Sequence[int], samples: Sequence[Sample | None]) -> None:
+    """Append a report to the samples: the batch's chosen tokens and samples, in its order.
+
+    Nothing where a token is to be chosen again, or where there is no sample any more.
+    """
     lists = (t.tolist() for t in (reported.own, reported.values, reported.ids))
     for row, own, values, ids in zip(reported.rows, *lists, strict=True):
-        count = samples[row].request.params.logprobs
+        sample = samples[row]
+        if sample is None or chosen[row] == AGAIN:
+            continue
+        count = sample.request.params.logprobs
         top = tuple(zip(ids[:count], values[:count], strict=True))
-        samples[row].logprobs.append(TokenLogprob(chosen[row], own, top))
+        sample.logprobs.append(TokenLogprob(chosen[row], own, top))

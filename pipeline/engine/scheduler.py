@@ -17,6 +17,7 @@ class Sample:
     token_ids: list[int] = field(default_factory=list)  # generated so far
     logprobs: list[TokenLogprob] = field(default_factory=list)
     duplicates: list[Request] = field(default_factory=list)  # identical greedy requests that get its tokens
+    reaches: bool = False  # its filters have reached beyond sampling's HEAD
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:

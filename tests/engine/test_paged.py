@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.common.request import GenerationParams, Request
+from pipeline.engine import sampling
 from pipeline.engine.engine import Engine
 from pipeline.engine.limits import PAGE
+from pipeline.engine.paged import batch as batch_module
 from pipeline.engine.paged import forward as forward_module
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import Pages, pages_for, places
 from pipeline.engine.paged.passes import Segment
+from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.scheduler import Sample
 
 
@@ -130,6 +133,49 @@ def test_a_decode_step_is_one_upload_and_one_download(name):
             traffic.count.clear()
             next(steps)
             assert dict(traffic.count) == {"up": 1, "down": 1}
+
+
+def test_a_step_with_filtered_draws_waits_for_nothing_else():
+    params = GenerationParams(
+        max_new_tokens=50, temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=2
+    )
+    requests = [Request(f"{n}", tuple(range(n)), params) for n in (5, 9, 40)]
+    requests.append(
+        Request("top_k", (1, 2, 3), GenerationParams(max_new_tokens=50, temperature=1.0, top_k=7))
+    )
+    requests.append(Request("plain", (1, 2, 4), GenerationParams(max_new_tokens=50, temperature=1.0)))
+    with fake_gpus() as traffic:
+        engine = Engine(PagedForward(fake_model("llama", {"": 0})), frozenset(), share_prefix=False)
+        steps = engine.steps(requests)
+        while engine.stats.steps < 2:
+            next(steps)
+        traffic.count.clear()
+        next(steps)
+        assert traffic.count["down"] == 1 + 3, "the tokens; and the three parts of a report"
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+def test_a_filter_that_reaches_beyond_the_head_is_the_one_of_rectangles(tiny_model, monkeypatch, top_p):
+    monkeypatch.setattr(sampling, "HEAD", 4)
+    again: list[int] = []
+
+    def choose(*args: Any, **settings: Any) -> Tensor:
+        tokens = sampling.choose(*args, **settings)
+        again.append(int((tokens == sampling.AGAIN).sum()))
+        return tokens
+
+    monkeypatch.setattr(batch_module, "choose", choose)
+    params = GenerationParams(max_new_tokens=12, temperature=1.0, top_p=top_p, n=3, logprobs=2)
+    requests = [Request(r.id, r.prompt_token_ids, params) for r in mixed_requests()[:6]]
+    peaked = GenerationParams(max_new_tokens=12, temperature=0.01, top_p=top_p)
+    requests += [Request(f"{r.id} peaked", r.prompt_token_ids, peaked) for r in mixed_requests()[:4]]
+    expected = run(FlatForward(copy.deepcopy(tiny_model("llama"))), requests)
+    done = run(PagedForward(copy.deepcopy(tiny_model("llama"))), requests)
+    assert 0 < sum(again) <= 2 * len(done), "once at most, and in the step that was launched meanwhile"
+    assert tokens(done) == tokens(expected)
+    for key, completion in done.items():
+        ids = [[p.token_id for p in c.logprobs or ()] for c in (completion, expected[key])]
+        assert ids[0] == ids[1], key
 
 
 def test_a_prefill_goes_up_once_whatever_the_number_of_layers():

@@ -17,11 +17,12 @@ from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import pages_for
-from pipeline.engine.paged.passes import Segment, upload
+from pipeline.engine.paged.passes import Segment
 from pipeline.engine.paged.rows import Launch, Row
-from pipeline.engine.sampling import NONE, choose, penalises, record, report, seen_tokens
+from pipeline.engine.sampling import AGAIN, NONE, choose, penalises, record, report, seen_tokens
 from pipeline.engine.scheduler import Sample, Scheduler, shared_prefix
 from pipeline.engine.stats import EngineStats
+from pipeline.engine.upload import upload
 
 
 class PagedBatch:
@@ -50,6 +51,7 @@ class PagedBatch:
         self._switch = rope_switch(forward.config) or 1 << 62
         self._rows: list[Row] = []
         self._admitted: list[Sample] = []  # those without pages yet
+        self._again: list[Sample] = []  # those whose next token is to be chosen from all
         self._queue: deque[Row] = deque()  # those not yet prefilled to their end, without copies
         self._launches: deque[Launch] = deque()
         self._slots: list[int] = []  # free
@@ -58,7 +60,7 @@ class PagedBatch:
 
     @property
     def live(self) -> list[Sample]:
-        return [row.sample for row in self._rows] + self._admitted
+        return [row.sample for row in self._rows] + self._admitted + self._again
 
     def tokens_of(self, sample: Sample) -> int:
         """Count the columns of the pages that it takes at its longest; its last token is never fed."""
@@ -79,6 +81,9 @@ class PagedBatch:
         """Give the device its next work, then read what it had done before."""
         started = time.perf_counter()
         if not self._queue:
+            if self._again:
+                scheduler.put_back(self._again)
+                self._again = []
             self._put_back_crossing(scheduler)
             self._admit(scheduler)
         prefills = bool(self._queue)
@@ -94,7 +99,7 @@ class PagedBatch:
         """Read what is under way, then give all memory back; return what was in flight, with its tokens."""
         self._read(ahead=0)
         rows = self.live
-        self._rows, self._admitted, self._seen, self._prefix = [], [], None, ((), [])
+        self._rows, self._admitted, self._again, self._seen, self._prefix = [], [], [], None, ((), [])
         self._queue.clear()
         self._forward.close()
         return rows
@@ -222,10 +227,10 @@ class PagedBatch:
         if tokens is None or not all(_is_plain(s) for s in samples):
             seen = self._seen_by(rows, logits)
             slots = upload([row.slot for row in rows], self._forward.device)
-            tokens = choose(logits, samples, [row.made for row in rows], seen)
+            tokens = choose(logits, samples, [row.made for row in rows], seen, waits=likeliest is None)
             self._forward.tokens[slots] = tokens
             if seen is not None and self._seen is not None:
-                self._seen[slots, tokens] = True
+                self._seen[slots, tokens.clamp(min=0)] = True
         reported = report(logits, tokens, samples)
         held = [] if likeliest is None else [row.held for row in rows]
         self._launches.append(Launch.of(rows, held, tokens, reported))
@@ -242,7 +247,8 @@ class PagedBatch:
         slots = upload([row.slot for row in rows], self._forward.device)
         fresh = [i for i, row in enumerate(rows) if row.made == len(row.sample.token_ids)]
         if fresh:  # their tokens are all on the host
-            self._seen[slots[fresh]] = seen_tokens([samples[i] for i in fresh], logits[fresh])
+            index = upload(fresh, self._forward.device)
+            self._seen[slots[index]] = seen_tokens([samples[i] for i in fresh], logits[: len(fresh)])
         return self._seen[slots]
 
     def _read(self, ahead: int) -> None:
@@ -251,12 +257,16 @@ class PagedBatch:
             launch = self._launches.popleft()
             chosen = launch.read()
             if launch.report is not None:
-                record(launch.report, chosen, [row.sample for row in launch.rows])
+                record(launch.report, chosen, [None if row.done else row.sample for row in launch.rows])
             if launch.held:
                 live = zip(launch.held, launch.rows, strict=True)
                 self._stats.count_launch([held for held, row in live if not row.done])
             for row, token in zip(launch.rows, chosen, strict=True):
-                if not row.done and self._accept(row.sample, token):
+                if token == AGAIN and not row.done:
+                    row.sample.reaches = True
+                    self._retire(row)
+                    self._again.append(row.sample)
+                elif not row.done and self._accept(row.sample, token):
                     if token == NONE:
                         self._forward.pages.clear(row.pages)
                     self._retire(row)

@@ -17,13 +17,15 @@ from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope
 from pipeline.engine.paged.pages import Pages, pages_for
-from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment, upload
+from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment
 from pipeline.engine.sampling import argmax
 from pipeline.engine.thresholds import is_dynamic
+from pipeline.engine.upload import upload
 
 log = logging.getLogger(__name__)
 
 AMPERE = (8, 0)  # compute capability from which Triton and FlashAttention-2 run
+HOPPER = 9  # major compute capability of the cards on which triton_four_bits.py was measured
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
 
@@ -45,6 +47,10 @@ class PagedForward:
             torch.cuda.set_device(self.device)  # where Triton launches, and graphs are recorded
         _check_rotary(self.config)
         kernels, flash = _gpu_kernels(self.device)
+        if kernels is not None and torch.cuda.get_device_capability(self.device)[0] == HOPPER:
+            from pipeline.engine.paged.triton_four_bits import replace_linears
+
+            log.info("%d layers in 4 bits multiply by the kernel", replace_linears(model))
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None

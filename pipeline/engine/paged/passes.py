@@ -7,7 +7,6 @@ pass down to attention as the keyword argument `batch`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.pages import Pages, places
+from pipeline.engine.upload import upload
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -206,10 +206,3 @@ class PassModel:
         half = query.dtype in (torch.float16, torch.bfloat16)
         size = query.shape[-1]
         return self.flash and half and size == value.shape[-1] and size % 8 == 0 and size <= 256
-
-
-def upload(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Bring a list or array of numbers to the device; from pinned memory, so that nobody waits."""
-    made = torch.as_tensor(numbers, dtype=dtype)
-    pinned = device.type == "cuda" and torch.cuda.is_available()
-    return made.pin_memory().to(device, non_blocking=True) if pinned else made.to(device)

@@ -15,7 +15,8 @@ from torch import Tensor
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
 SPLIT = 256  # columns that one program attends to; the same whatever the batch, and so a row's bits
-HALF, FLOAT32 = (64, 4, 2), (32, 4, 1)  # columns in one product, warps and stages of Triton
+# Columns in one product, warps (for 128 numbers a head) and stages of Triton: what an H200 does best.
+HALF, FLOAT32 = (16, 1, 4), (32, 4, 1)
 TILE = 8192  # numbers of keys in one product: more of 256 a head than this is too much for smaller cards
 
 
@@ -161,9 +162,9 @@ def attend(
 
 
 def tiling(dtype: torch.dtype, padded: int) -> tuple[int, int, int]:
-    """Choose columns in one product (no less than 16), warps and stages, for heads of this size."""
+    """Choose columns in one product (16 to a page), warps and stages, for heads of this size."""
     block, warps, stages = FLOAT32 if dtype == torch.float32 else HALF
-    return max(16, min(block, TILE // padded)), warps, stages
+    return max(16, min(block, TILE // padded)), warps * triton.cdiv(padded, 128), stages
 
 
 @triton.jit
@@ -191,16 +192,17 @@ def _attend_kernel(
     else:
         new_at = (row * KV_HEADS + kv_head) * size
         q = _loaded(query, head[:, None] * size, place[None, :], both, size, cos, sin, row, ROTATES)
-        k_new = _loaded(key, new_at, place, inside, size, cos, sin, row, ROTATES)
-        v_new = tl.load(value + new_at + place, mask=inside, other=0.0)
         pages = table + slot * table_stride
         if last == held + 1:  # this program has the new column
+            k_new = _loaded(key, new_at, place, inside, size, cos, sin, row, ROTATES)
+            v_new = tl.load(value + new_at + place, mask=inside, other=0.0)
             page = tl.load(pages + held // PAGE).to(tl.int64)
             cell = ((page * PAGE + held % PAGE) * KV_HEADS + kv_head) * size + place
             tl.store(keys + cell, k_new, mask=inside)
             tl.store(values + cell, v_new, mask=inside)
+            tl.debug_barrier()  # its other threads read it like any column
         result, log = _attend_columns(
-            q, k_new, v_new, keys + kv_head * size, values + kv_head * size, pages, first, last, held, seen,
+            q, keys + kv_head * size, values + kv_head * size, pages, first, last, seen,
             scaling, size, place, KV_HEADS, GROUP_PADDED, PADDED, PAGE, BLOCK,
         )  # fmt: skip
         part = head * splits + split  # with one split, the output itself
@@ -211,38 +213,40 @@ def _attend_kernel(
 
 @triton.jit
 def _attend_columns(
-    q, k_new, v_new, keys, values, pages, first, last, held, seen, scaling, size, place,
+    q, keys, values, pages, first, last, seen, scaling, size, place,
     KV_HEADS: tl.constexpr, GROUP_PADDED: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attend to columns [first, last), block by block (Milakov and Gimelshein 2018); column `held` is new.
+    """Attend to columns [first, last), block by block (Milakov and Gimelshein 2018), each a part of one page.
 
+    Those before `seen` are outside of the window, but not all.
     Return the weighted values, and the logarithm of the weights' sum.
     """
     top = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
     result = tl.zeros([GROUP_PADDED, PADDED], tl.float32)
-    for block in range(first, last, BLOCK):
-        column = block + tl.arange(0, BLOCK)
-        stored = (column >= seen) & (column < tl.minimum(last, held))
-        page = tl.load(pages + column // PAGE, mask=stored, other=0).to(tl.int64)
-        cell = (page * PAGE + column % PAGE) * KV_HEADS * size
+    inner = tl.arange(0, BLOCK)
+    cells = inner[:, None] * (KV_HEADS * size) + place[None, :]
+    begin = tl.maximum(first, seen // BLOCK * BLOCK)
+    page = tl.load(pages + begin // PAGE).to(tl.int64)
+    for block in range(begin, last, BLOCK):
+        # Read ahead of its use: keys and values wait for their address otherwise.
+        following = tl.load(pages + (block + BLOCK) // PAGE, mask=block + BLOCK < last, other=0).to(tl.int64)
+        column = block + inner
+        stored = (column >= seen) & (column < last)
         there = stored[:, None] & (place < size)[None, :]
-        new = (column == held)[:, None]
-        k = tl.load(keys + cell[:, None] + place[None, :], mask=there, other=0.0)
-        k = tl.where(new, k_new[None, :], k)
+        start = (page * PAGE + block % PAGE) * KV_HEADS * size
+        k = tl.load(keys + start + cells, mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        scores = tl.where((stored | (column == held))[None, :], scores, float("-inf"))
+        scores = tl.where(stored[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        # Before the window's first column all scores are −inf: 0 there keeps exp from −inf − −inf.
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(top - safe)
-        v = tl.load(values + cell[:, None] + place[None, :], mask=there, other=0.0)
-        v = tl.where(new, v_new[None, :], v)
+        weights = tl.exp(scores - higher[:, None])
+        shrink = tl.exp(top - higher)
+        v = tl.load(values + start + cells, mask=there, other=0.0)
         total = total * shrink + tl.sum(weights, 1)
         result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
+        page = following
     return result / total[:, None], top + tl.log(total)
 
 

@@ -22,9 +22,10 @@ from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import Limits, limits
 from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
-from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer, upload
+from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer
 from pipeline.engine.scheduler import Sample
 from pipeline.engine.thresholds import forget_lengths
+from pipeline.engine.upload import upload
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.engine.rectangles.rectangle import Rectangle, aligned, by_products, new_layer, upload, write
+from pipeline.engine.rectangles.rectangle import Rectangle, aligned, by_products, new_layer, write
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.upload import upload
 
 SEEN = 64  # columns: what lies beyond the head is not read, in steps that leave masks aligned
 

@@ -11,7 +11,6 @@ merging and splitting are one verb, `regroup`: it copies rows into new rectangle
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from pipeline.engine.host_memory import return_heap
 from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.upload import upload
 
 # Layers copied before the holes that they leave in the heap go back to the system: larger blocks do not fit in.
 LAYERS = 4
@@ -104,11 +104,6 @@ class Rectangle:
             seen &= columns > self.head - window
         bias = keys.new_zeros(len(self.rows), heads, width)
         return bias.masked_fill_(seen.logical_not()[:, None], -torch.inf)
-
-
-def upload(numbers: Any, device: torch.device) -> Tensor:
-    """Bring whole numbers to a device; the host does not wait for it."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def by_products(states: Tensor) -> bool:

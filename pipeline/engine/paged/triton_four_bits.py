@@ -1,0 +1,211 @@
+"""Multiply by bitsandbytes' 4-bit weights as they lie in memory, on GPUs where that is faster than their own way.
+
+On Hopper, bitsandbytes writes out the whole weight in bfloat16 at every product of 5 rows or more, and reads it
+again. Here codes become numbers in registers: the same float32 product of code and scale, rounded once to the
+dtype of the input, then tensor cores with float32 sums. On an H200, 64 rows by Llama-3.1-8B's layers take half
+the time.
+
+A code is looked up by permuting bytes: any load from a table would wait for its address.
+TRITON_INTERPRET=1 runs the kernels on a CPU, with such loads. Importing this module raises ImportError without
+Triton.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+BLOCK = 64  # weights that share a scale
+LEAST_ROWS, MOST_ROWS = 5, 128  # bitsandbytes has a kernel for fewer; for more, its way is faster
+OUTPUTS = 64  # of one program: the least that Hopper's tensor cores take
+PROGRAMS = 512  # inputs are split until there are so many: four on each of a card's 132 processors
+
+
+class FourBitLinear(nn.Module):
+    """Stand in for a Linear4bit: for a decode step's rows, multiply by the kernel. [.., in] → [.., out]."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.linear = linear
+        state = linear.weight.quant_state
+        self._weight = FourBitWeight(linear.weight.data, state, linear.out_features)
+        self._dtype = linear.compute_dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // input.shape[-1]
+        if not LEAST_ROWS <= rows <= MOST_ROWS or input.dtype != self._dtype:
+            output: Tensor = self.linear(input)
+            return output
+        return product(input, self._weight, self.linear.bias)
+
+
+class FourBitWeight:
+    """Hold what the kernel reads of a weight; nothing is copied.
+
+    Args:
+        packed: bitsandbytes' bytes, two codes in each, the first in the high bits.
+        state: its QuantState, with quantized scales or without.
+    """
+
+    def __init__(self, packed: Tensor, state: Any, outputs: int) -> None:
+        self.words = packed.view(-1).view(torch.int16).view(outputs, -1)  # [N, K/4]
+        self.scales: Tensor = state.absmax  # [N · K/64], float32 or codes of 8 bits
+        self.codes: Tensor = state.code  # [16] float32
+        self.nested: bool = state.nested
+        self.scale_codes: Tensor = state.state2.code if state.nested else self.codes  # [256] float32
+        self.scale_scales: Tensor = state.state2.absmax if state.nested else self.codes  # one for 256 scales
+        self.offset: Tensor = state.offset if state.nested else self.codes  # scalar
+        self.permutations = None if _interprets() else permutations(tuple(self.codes.tolist()))
+
+
+def replace_linears(model: nn.Module) -> int:
+    """Replace the layers that the kernel can stand in for; return how many."""
+    count = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if _can_replace(child) and not isinstance(module, FourBitLinear):
+                setattr(module, name, FourBitLinear(child))
+                count += 1
+    return count
+
+
+def _can_replace(module: Any) -> bool:
+    """Say whether a layer of bitsandbytes' fills whole blocks and multiplies in half precision."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if type(module).__name__ != "Linear4bit" or state is None:
+        return False
+    whole = (
+        module.out_features % OUTPUTS == 0 and module.in_features % BLOCK == 0 and state.blocksize == BLOCK
+    )
+    nested = not state.nested or state.state2.blocksize == 256
+    half = module.compute_dtype in (torch.bfloat16, torch.float16)
+    return whole and nested and half and (module.bias is None or module.bias.dtype == module.compute_dtype)
+
+
+def product(input: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """Multiply, as F.linear does by the dequantized weight. [.., K] → [.., N]."""
+    states = input.reshape(-1, input.shape[-1]).contiguous()
+    (rows, inputs), outputs = states.shape, len(weight.words)
+    splits = min(16, triton.next_power_of_2(triton.cdiv(PROGRAMS * OUTPUTS, outputs)))
+    tile = max(16, min(128, triton.next_power_of_2(rows)))
+    parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
+    _product_kernel[(outputs // OUTPUTS, triton.cdiv(rows, tile), splits)](
+        states, weight.words, weight.scales, weight.scale_codes, weight.scale_scales, weight.offset, weight.codes,
+        parts, rows, outputs, inputs, splits, NESTED=weight.nested, PERMUTATIONS=weight.permutations,
+        OUTPUTS=OUTPUTS, ROWS=tile, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    output = states.new_empty(rows, outputs)
+    _sum_kernel[(rows, triton.cdiv(outputs, 1024))](
+        parts, states if bias is None else bias, output, rows * outputs, outputs, splits,
+        BIASED=bias is not None, SIZE=1024,
+    )  # fmt: skip
+    return output.view(*input.shape[:-1], outputs)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _product_kernel(
+    states, words, scales, scale_codes, scale_scales, offset, codes, parts, rows, outputs, inputs, splits,
+    NESTED: tl.constexpr, PERMUTATIONS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Multiply some rows by some outputs' weights, over one split of the inputs. → parts [splits, rows, outputs]."""
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(2)
+    there = (m < rows)[None, :]
+    kind = states.dtype.element_ty
+    blocks = inputs // 64
+    each = tl.cdiv(blocks, splits)
+    first = split * each
+    first_word = words + (n.to(tl.int64) * (inputs // 4))[:, None] + tl.arange(0, 16)[None, :]
+    first_scale = n.to(tl.int64) * blocks
+    column = tl.arange(0, 64)[:, None]
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for block in range(first, tl.minimum(first + each, blocks)):
+        at = first_scale + block
+        scale = tl.load(scales + at)
+        if NESTED:
+            nested = tl.load(scale_codes + scale.to(tl.int32)) * tl.load(scale_scales + at // 256)
+            scale = nested + tl.load(offset)
+        s = scale[:, None]
+        b, a, d, c = _codes(tl.load(first_word + block * 16), codes, PERMUTATIONS)
+        even = tl.join((a * s).to(kind), (c * s).to(kind))
+        odd = tl.join((b * s).to(kind), (d * s).to(kind))
+        weights = tl.join(even, odd).reshape(OUTPUTS, 64)
+        x = tl.load(states + m[None, :] * inputs + (block * 64 + column), mask=there, other=0.0)
+        total = tl.dot(weights, x, total)
+    tl.store(parts + (split * rows + m[None, :]).to(tl.int64) * outputs + n[:, None], total, mask=there)
+
+
+@triton.jit
+def _codes(word, codes, PERMUTATIONS: tl.constexpr):
+    """Turn words of four codes into four tensors of float32, the lowest bits' first."""
+    if PERMUTATIONS is None:
+        wide = word.to(tl.int32)
+        return (
+            tl.load(codes + (wide & 15)), tl.load(codes + ((wide >> 4) & 15)),
+            tl.load(codes + ((wide >> 8) & 15)), tl.load(codes + ((wide >> 12) & 15)),
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        PERMUTATIONS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [word],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _sum_kernel(parts, bias, output, count, outputs, splits, BIASED: tl.constexpr, SIZE: tl.constexpr):
+    """Add up what the splits have found, in their order, for one row."""
+    n = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = n < outputs
+    at = tl.program_id(0).to(tl.int64) * outputs + n
+    total = tl.zeros([SIZE], tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + split * count + at, mask=inside, other=0.0)
+    if BIASED:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
+
+
+def _interprets() -> bool:
+    return type(_product_kernel).__name__ == "InterpretedFunction"
+
+
+@functools.cache
+def permutations(codes: Sequence[float]) -> str:
+    """Write PTX that turns two words of four codes, in $8, into eight float32: code i of word w is $(2 i + w).
+
+    `prmt` picks four bytes of eight by selectors of three bits, which four codes without their highest bits are.
+    For each byte of the float32 numbers: one from the table's lower half, one from its upper half, and of the two
+    the one that the highest bit says. What is left is to put each number's four bytes together.
+    """
+    table = struct.pack("<16f", *codes)
+    lines = [".reg .b32 word, low, high, side, lower, upper, pair, other, byte0, byte1, byte2, byte3;"]
+    for word in range(2):
+        lines += [
+            f"shr.u32 word, $8, {16 * word};",
+            "and.b32 low, word, 0x7777;",
+            "and.b32 high, word, 0x8888;",
+            "shr.u32 side, high, 1;",
+            "or.b32 side, side, 0x3210;",
+        ]
+        for byte in range(4):
+            t = [
+                f"0x{int.from_bytes(table[16 * q + byte : 16 * q + 16 : 4], 'little'):08x}" for q in range(4)
+            ]
+            lines += [
+                f"{{ .reg .b32 t0, t1, t2, t3; mov.b32 t0, {t[0]}; mov.b32 t1, {t[1]}; mov.b32 t2, {t[2]}; "
+                f"mov.b32 t3, {t[3]}; prmt.b32 lower, t0, t1, low; prmt.b32 upper, t2, t3, low; }}",
+                f"prmt.b32 byte{byte}, lower, upper, side;",
+            ]
+        for first, picked in ((0, "0x5140"), (2, "0x7362")):
+            lines += [
+                f"prmt.b32 pair, byte0, byte1, {picked};",
+                f"prmt.b32 other, byte2, byte3, {picked};",
+                f"prmt.b32 ${2 * first + word}, pair, other, 0x5410;",
+                f"prmt.b32 ${2 * first + 2 + word}, pair, other, 0x7632;",
+            ]
+    return "{ " + " ".join(lines) + " }"
