@@ -12,10 +12,10 @@ from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.models.checkpoint import CONFIG, Checkpoint
+from pipeline.config.stored_format import checkpoint_format, label
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.layer_checks import check_layers
 from pipeline.models.quantized_share import quantized_share
-from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
 _HARMLESS = re.compile(r"(inv_freq|masked_bias|\battn\.bias|attention\.bias|position_ids|[kv]_scale)$")
@@ -106,7 +106,7 @@ def check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
         raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model", "Choose another model")
     if kind is None:
         raise LoadError(
-            f"{checkpoint.folder / CONFIG}: no model_type, so that nothing says which architecture this is",
+            f"{checkpoint.config_path}: no model_type, so that nothing says which architecture this is",
             checkpoint.again,
         )
     raise LoadError(

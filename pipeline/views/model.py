@@ -16,8 +16,9 @@ from huggingface_hub.errors import (
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.request import GenerationParams, PromptRow
+from pipeline.config.model_files import local_folder, staged_folder
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
+from pipeline.models.checkpoint import Checkpoint, find_checkpoint, locate
 from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
 from pipeline.prompts.chat import eos_token_ids, prepare_chat
