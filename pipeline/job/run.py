@@ -10,7 +10,7 @@ from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
-from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts, with_day
+from pipeline.job.manifest import check_same_model, day_facts, gpu_uuids, manifest, model_facts, with_day
 from pipeline.job.stats import Taken, job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
@@ -54,10 +54,8 @@ class Run:
         if self.done_before:
             check_same_model(self.results, facts)
         way = choose_way(ready, self.config)
-        day = {"template_date": self.config.model.template_date}
-        written = manifest(
-            self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=way.report
-        )
+        facts |= day_facts(ready, self.config)
+        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=way.report)
         self.results.write_json(self.results.manifest, written)
         return way
 
