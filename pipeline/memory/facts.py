@@ -13,7 +13,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import checkpoint_format, label
 from pipeline.memory.architecture import MEASURE, Architecture, differences, in_context
 from pipeline.models.checkpoint import Checkpoint, fetch_config, find_checkpoint
-from pipeline.models.config_checks import check_adapter
+from pipeline.models.config_checks import check_adapter, check_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ def _read(checkpoint: Checkpoint, context: int | None) -> Architecture:
     with _as_config_error():
         config = checkpoint.read_config()
         checkpoint.read_generation()
+        check_context(config, context, str(path))
     try:
         found = Architecture.read(in_context(config, context))
     except ConfigError as error:
