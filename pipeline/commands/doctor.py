@@ -53,6 +53,7 @@ def diagnose(config: Config) -> list[Any]:
     return [
         *health.check_versions(),
         *health.check_devices(),
+        *health.check_load(),
         *health.check_kernels(),
         *(check for device in health.devices() for check in health.check_bitsandbytes(device)),
         *model_health.check_login(),

@@ -1,25 +1,21 @@
 """Say whether a job fits in memory, before a weight is downloaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.commands.arguments import take_own, write_json
-from pipeline.common.errors import PromptError
 from pipeline.common.exit_status import ExitStatus
+from pipeline.common.streams import kept
 from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
 from pipeline.config.schema import Config
 from pipeline.memory.devices import Device, find_device, given_device
-from pipeline.memory.facts import Facts, find_facts
+from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
 from pipeline.models.at_hand import expect_generation, tokenizer_folder
-from pipeline.prompts.lengths import (
-    PromptLengths,
-    assumed_lengths,
-    measure_prompts,
-)
+from pipeline.prompts.lengths import expect_lengths
 
 EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
 HELP = """\
@@ -83,22 +79,26 @@ def plans(arguments: Arguments) -> list[Plan]:
     models = dict(zip(arguments.models, configs, strict=False))
     device = _device(arguments, next(iter(models.values())))
     quants = dict(zip(arguments.quants, (config.quant for config in configs), strict=False))
-    workloads = [_workload(config, name, device, arguments) for name, config in models.items()]
+    with kept(configs[0].prompts) as prompts:
 
-    @cache
-    def others() -> list[Workload]:
-        known = {workload.model: workload for workload in workloads}
+        def workload(config: Config, name: str | None) -> Workload:
+            return _workload(replace(config, prompts=prompts), name, device, arguments)
+
+        workloads = [workload(config, name) for name, config in models.items()]
+
+        @cache
+        def others() -> list[Workload]:
+            known = {each.model: each for each in workloads}
+            return [
+                known.get(name) or workload(_config(arguments, name, None), name) for name in options("model")
+            ]
+
         return [
-            known.get(name) or _workload(_config(arguments, name, None), name, device, arguments)
-            for name in options("model")
+            make_plan(each, name or quant_name(quant), quant, choice)
+            for each in workloads
+            for choice in [best_choice(each, SUGGESTED, others)]
+            for name, quant in quants.items()
         ]
-
-    return [
-        make_plan(workload, name or quant_name(quant), quant, choice)
-        for workload in workloads
-        for choice in [best_choice(workload, SUGGESTED, others)]
-        for name, quant in quants.items()
-    ]
 
 
 def _config(arguments: Arguments, model: str | None, quant: str | None) -> Config:
@@ -121,19 +121,13 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
         max_tokens_in_flight=config.engine.max_tokens_in_flight,
         pack_weights=config.engine.pack_weights,
     )
-    lengths = _lengths(config, facts, given=any(o.startswith("prompts=") for o in arguments.overrides))
+    lengths = expect_lengths(
+        config,
+        tokenizer_folder(config),
+        facts.architecture.max_position_embeddings,
+        given=any(override.startswith("prompts=") for override in arguments.overrides),
+    )
     return Workload(name or Path(config.model.name).name, facts, lengths, device, settings)
-
-
-def _lengths(config: Config, facts: Facts, given: bool) -> PromptLengths:
-    """Measure the prompt file; assume lengths where none was named and the default is not there."""
-    context = facts.architecture.max_position_embeddings
-    try:
-        return measure_prompts(config, tokenizer_folder(config), context)
-    except PromptError:
-        if given:
-            raise
-        return assumed_lengths(config.generation.max_new_tokens, context, not config.generation.greedy)
 
 
 def main(arguments: list[str]) -> ExitStatus:

@@ -20,7 +20,10 @@ def main(arguments: list[str]) -> ExitStatus:
         return launch(arguments, _run_job)
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     if len(overrides) == len(arguments):
-        read_config(overrides)  # so that an error comes before anything is written
+        config = read_config(overrides)  # so that an error comes before anything is written
+        from pipeline.models.checkpoint import fetch_config
+
+        fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
         return launch(arguments, _run_job)
     if any(override.startswith("hydra/launcher=") for override in overrides):
         return launch(arguments, _run_job)

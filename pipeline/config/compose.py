@@ -1,5 +1,6 @@
 """Turn a command line into a Config, with errors that name the nearest word that is right."""
 
+import glob
 import itertools
 import re
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from pipeline.common.streams import is_nameless
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.overrides import in_hydras_words
 from pipeline.config.own_files import find_mistake
+from pipeline.config.quant import QuantMethod
 from pipeline.config.schema import Config, register, root
 from pipeline.config.sources import GROUPS, place, register_sources
+from pipeline.config.stored_format import format_on_disk, label
 
 SYNONYMS = {  # other tools' words, which no spelling finds
     "quantization": "quant",
@@ -173,10 +176,29 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     prompt_set = plain["prompt_set"] or (
         "stdin" if is_nameless(prompts) else Path(prompts).name.split(".")[0]
     )
-    folder = Path(prompt_set) / f"{model}-{choices.quant}-{choices.generation}-{job_fingerprint(plain)}"
+    tail = f"{choices.generation}-{job_fingerprint(plain)}"
+    folder = Path(prompt_set) / (
+        _there(Path(plain["outputs_dir"]) / prompt_set, model, tail)
+        or f"{model}-{_weights_format(plain) or choices.quant}-{tail}"
+    )
     if plain["shard"]:
         folder /= "shard-{}-of-{}".format(*str(plain["shard"]).partition("/")[::2])
     return str(folder if where == "inside" else Path(plain["outputs_dir"]) / folder)
+
+
+def _there(folder: Path, model: str, tail: str) -> str | None:
+    """Find a job's folder that is there already, whatever format its name says: the fingerprint tells it."""
+    found = sorted(folder.glob(f"{glob.escape(model)}-*-{glob.escape(tail)}"))
+    return found[0].name if found else None
+
+
+def _weights_format(config: dict[str, Any]) -> str | None:
+    """Name the format that a checkpoint came in, as a part of a folder's name; None where it is a job's to say."""
+    if config["quant"]["method"] != QuantMethod.none.name:
+        return None
+    model = config["model"]
+    found = format_on_disk(model["name"], model["revision"], config["models_dir"])
+    return found and re.sub(r"\W+", "_", label(found)).strip("_")
 
 
 def explain(error: Exception) -> ConfigError:

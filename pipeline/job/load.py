@@ -9,6 +9,7 @@ from pipeline.common import terminal
 from pipeline.common.gpu import Gpu
 from pipeline.config.quant import QuantConfig
 from pipeline.config.schema import Config
+from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
@@ -21,7 +22,6 @@ from pipeline.memory.measured import (
 )
 from pipeline.models.dtypes import computed_in
 from pipeline.models.loading import Loaded, load_model, release
-from pipeline.models.stored_format import label
 from pipeline.prompts.answer import decode
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.stored import read_manifest
 from pipeline.memory.capacity import context_tokens
+from pipeline.prompts.template import examine, find_template
 
 PACKAGES = (
     "transformers", "torch", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "safetensors",
@@ -84,6 +85,15 @@ def with_day(config: Config, results: JobPaths, *, goes_on: bool) -> Config:
         with suppress(TypeError, ValueError):  # damaged, or of a version that noted none
             return replace(config, model=replace(config.model, template_date=noted))
     return replace(config, model=replace(config.model, template_date=datetime.date.today().isoformat()))
+
+
+def day_facts(ready: Ready, config: Config) -> dict[str, Any]:
+    """Say which day the job has for today, and whether its prompts say it."""
+    model = config.model
+    day = datetime.datetime.fromisoformat(str(model.template_date))
+    template = find_template(ready.loaded.tokenizer, model.chat_template, model.chat_template_kwargs, day)
+    written = template is not None and examine(template).writes_date
+    return {"template_date": model.template_date, "prompts_have_date": written}
 
 
 def manifest(prompts: str, prompts_sha256: str | None, gpus: Iterable[Gpu], **facts: Any) -> dict[str, Any]:

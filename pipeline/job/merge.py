@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from pipeline.common.errors import OutputError, PromptError
 from pipeline.common.request import GenerationParams
+from pipeline.common.terminal import say
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
@@ -62,9 +63,9 @@ def merge(folder: Path) -> int:
     errors = sum(read_counts(part.folder).errors for part in parts)
     with JobFolder(folder) as results:
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        merged_from = [part.folder.name for part in parts]
+        facts = {"when": when, **_day(manifests), "merged_from": [part.folder.name for part in parts]}
         # First, so that what is merged can be told from a job's own results at any moment.
-        results.write_json(results.manifest, {**manifests[0], "when": when, "merged_from": merged_from})
+        results.write_json(results.manifest, {**manifests[0], **facts})
         lines = _write(shards, results)
         stats = combine([read_stats(shard.paths) for shard in shards if shard.todo.rows])
         stats["rows"] = {**(stats.get("rows") or {}), "total": lines, "done": lines, "errors": errors}
@@ -121,6 +122,19 @@ def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict
                     f"{shards[0].folder.name} is {manifests[0].get(key)}",
                     fix=AGAIN,
                 )
+
+
+def _day(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say that prompts have the dates of several days, where they do: all are noted then; else none is new."""
+    days = sorted({str(m.get("template_date")) for m in manifests if m.get("prompts_have_date")})
+    if len(days) < 2:
+        return {}
+    say(
+        f"The chat template writes the date, and the shards began on different days ({', '.join(days)}): their "
+        "prompts differ by that. model.template_date=… gives all of them one.",
+        style="yellow",
+    )
+    return {"template_date": days}
 
 
 def _check_prompts(todo: Todo) -> None:

@@ -1,9 +1,7 @@
 """Find what a job still has to do: hold its prompt file against its folder."""
 
 import gzip
-import sys
 from collections import Counter
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from pipeline.common import terminal
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import metadata_key, row_key
 from pipeline.common.request import BadRow, PromptRow
-from pipeline.common.streams import is_stream
+from pipeline.common.streams import is_stream, opened
 from pipeline.config.schema import Config, OnError
 from pipeline.job.folder import DROP, KEEP, JobFolder
 from pipeline.job.ledger import Ledger
@@ -33,13 +31,8 @@ def locate_prompts(config: Config, results: JobFolder) -> str:
     path = find_prompts(config.prompts)
     if not is_stream(path):
         return path
-    try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
-            results.write_stream(results.prompts, stream)
-    except OSError as error:
-        raise PromptError(
-            found=f"{path}: cannot be read ({error.strerror or error})", fix="Write the prompts to a file."
-        ) from error
+    with opened(path) as stream:
+        results.write_stream(results.prompts, stream)
     return str(results.prompts)
 
 

@@ -1,20 +1,21 @@
 """Run a model over the rows that a job lacks, in four steps. Imported only when there is work: it needs torch."""
 
-import time
 from dataclasses import dataclass
 
+from torch import get_num_threads
+
+from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
-from pipeline.job.energy import EnergyMeter
 from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready, load
-from pipeline.job.manifest import check_same_model, gpu_uuids, manifest, model_facts, with_day
-from pipeline.job.stats import Taken, job_stats, show_stats
+from pipeline.job.manifest import check_same_model, day_facts, manifest, model_facts, with_day
+from pipeline.job.meters import Meters, Taken
+from pipeline.job.stats import job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
-from pipeline.memory.measured import PeakSampler
 
 
 @dataclass
@@ -40,7 +41,10 @@ class Run:
             Stopped: a signal came before there was anything to finish.
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
+        others = OthersWork()
         ready = load(self.config)
+        if not ready.gpus:
+            say_if_crowded(others, get_num_threads())
         try:
             way = self.choose_way(ready)
             taken = self.run(ready, way)
@@ -54,10 +58,8 @@ class Run:
         if self.done_before:
             check_same_model(self.results, facts)
         way = choose_way(ready, self.config)
-        day = {"template_date": self.config.model.template_date}
-        written = manifest(
-            self.prompts, self.prompts_sha256, ready.gpus, **facts, **day, attention=way.report
-        )
+        facts |= day_facts(ready, self.config)
+        written = manifest(self.prompts, self.prompts_sha256, ready.gpus, **facts, attention=way.report)
         self.results.write_json(self.results.manifest, written)
         return way
 
@@ -74,11 +76,9 @@ class Run:
             self.timeline,
         )
         self.interrupt.hold()
-        with PeakSampler() as peaks, EnergyMeter(gpu_uuids(ready.model)) as energy:
-            started = time.perf_counter()
+        with Meters(ready.model) as meters:
             work.run()
-            run_sec = time.perf_counter() - started
-        return Taken(work.engine.stats, run_sec, peaks.peaks(), energy.joules, energy.source)
+        return meters.taken(work.engine.stats)
 
     def record(self, ready: Ready, way: Way, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""

@@ -1,6 +1,6 @@
 """Say what a job took: the numbers of stats.json, and the table at its end."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,12 @@ from pipeline.common.host import resident_bytes
 from pipeline.common.units import megabytes
 from pipeline.config.schema import Config
 from pipeline.engine.limits import Limits
-from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
+from pipeline.job.meters import Taken
 from pipeline.memory.architecture import in_context, known_architecture
 from pipeline.memory.compare import Setup, compared, predicted
-from pipeline.memory.measured import Peaks, devices
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Hold what was measured of a run, from the first row to the last."""
-
-    engine: EngineStats
-    run_sec: float
-    peaks: Peaks
-    joules: float | None
-    energy_source: str
+from pipeline.memory.measured import devices
 
 
 def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dict[str, Any]:
@@ -44,9 +33,9 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory
-        | _compare(memory, _setup(config, ready, limits), taken.engine, ready.loaded.bare_bytes),
+        "memory": memory | _compare(memory, _setup(config, ready, limits), taken, ready.loaded.bare_bytes),
         "engine": taken.engine.summary(),
+        "others_mean_cores": round(taken.others_mean_cores, 2),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
     }
 
@@ -66,7 +55,7 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_bytes: int) -> dict[str, Any]:
+def _compare(memory: dict[str, Any], setup: Setup, taken: Taken, bare_bytes: int) -> dict[str, Any]:
     """Put what was predicted beside what was measured.
 
     Args:
@@ -75,11 +64,11 @@ def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_byt
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
-        "kv_cache": engine.peak_kv_cache_bytes,
+        "kv_cache": taken.engine.peak_kv_cache_bytes,
         "load_peak": _grown(memory["load_peak"], setup.gpus, bare_bytes),
         "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
     }
-    return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
+    return {"bare_bytes": bare_bytes, **compared(predicted(setup, taken.engine), measured)}
 
 
 def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int | None:

@@ -36,6 +36,7 @@ MANIFEST = {
     "versions": {str: str},
     "device": dict,
     "merged_from": [str],
+    "suggested_generation": {str: dict},
 }
 SCORES = {"tokens": NUMBER, **dict.fromkeys(("nll", "perplexity", "kl", "top1"), _INTERVAL)}
 CONFIG = {"prompt_set": str, "quant": dict, "generation": dict}

@@ -23,7 +23,7 @@ class PromptState:
 
     prompts: str
     prompts_bytes: int
-    prompts_mtime_ns: int
+    prompts_changed_ns: int
 
     @classmethod
     def look(cls, prompts: str) -> Self:
@@ -43,7 +43,7 @@ class Todo(PromptState):
     done: int
     errors: int
     rows_bytes: int  # of outputs.jsonl, when `done` was counted: each whole line after it is one more
-    rows_mtime_ns: int
+    rows_changed_ns: int
     submissions: int  # of the job to Slurm, before the prompt file was read
 
     @classmethod
@@ -71,7 +71,7 @@ class Todo(PromptState):
     ) -> Self:
         """Write down how far the job is, now that every line of outputs.jsonl is in the ledger."""
         todo = cls(
-            state.prompts, state.prompts_bytes, state.prompts_mtime_ns, sha256, FORMAT, limit,
+            state.prompts, state.prompts_bytes, state.prompts_changed_ns, sha256, FORMAT, limit,
             ledger.rows, ledger.total, ledger.done, ledger.errors, *_looks(results.rows), submissions,
         )  # fmt: skip
         results.write_json(results.todo, asdict(todo))
@@ -82,13 +82,13 @@ class Todo(PromptState):
         own = self.prompts, self.prompts_sha256, self.format, self.limit
         now = str(Path(prompts).absolute()), sha256, FORMAT, limit
         same = sha256 is not None and own == now
-        return same and (self.rows_bytes, self.rows_mtime_ns) == _looks(JobPaths(folder).rows)
+        return same and (self.rows_bytes, self.rows_changed_ns) == _looks(JobPaths(folder).rows)
 
     @property
     def prompts_written_since(self) -> bool:
         """Say whether the prompt file is another than the job read; one that is gone asks for no more."""
-        size, mtime_ns = _looks(Path(self.prompts))
-        if (size, mtime_ns) in ((0, 0), (self.prompts_bytes, self.prompts_mtime_ns)):
+        size, changed_ns = _looks(Path(self.prompts))
+        if (size, changed_ns) in ((0, 0), (self.prompts_bytes, self.prompts_changed_ns)):
             return False
         return size != self.prompts_bytes or prompts_sha256(self.prompts) != self.prompts_sha256
 
@@ -103,9 +103,10 @@ def count_submissions(folder: Path) -> int:
 
 
 def _looks(path: Path) -> tuple[int, int]:
-    """Give the length and time of a file; of one that is not there, zeros."""
+    """Give the length of a file and when it last changed; of one that is not there, zeros."""
     try:
         found = path.stat()
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    # Anybody can set a file's time of writing back, but not that of its last change (of its name, on Windows).
+    return found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.common.errors import ConfigError, LoadError
+from pipeline.config.model_files import CONFIG, local_folder, staged_folder
 from pipeline.config.schema import ModelConfig
+from pipeline.config.stored_format import checkpoint_format, label
 from pipeline.memory.architecture import MEASURE, Architecture, differences, in_context
-from pipeline.models.checkpoint import CONFIG, Checkpoint, find_checkpoint, local_folder, staged_folder
-from pipeline.models.config_checks import check_adapter
-from pipeline.models.stored_format import checkpoint_format, label
+from pipeline.models.checkpoint import Checkpoint, fetch_config, find_checkpoint
+from pipeline.models.config_checks import check_adapter, check_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
             check_adapter(folder, str(folder))
     if checkpoint is None and known is not None:
         return Facts(model.name, known, "conf/model")
-    checkpoint = checkpoint or _fetch_config(model, models_dir)
+    checkpoint = checkpoint or fetch_config(model, models_dir)
     if checkpoint is None:
         raise ConfigError(
             f"model.name={model.name}: conf/model has no facts about it, and no {CONFIG} is in "
@@ -51,15 +52,16 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
             f"Put the model's {CONFIG} there, or give model.name a local folder",
         )
     found = _read(checkpoint, model.context)
-    path = checkpoint.folder / CONFIG
+    path = checkpoint.config_path
     return Facts(model.name, found, str(path), tuple(differences(known, found)) if known else ())
 
 
 def _read(checkpoint: Checkpoint, context: int | None) -> Architecture:
-    path = checkpoint.folder / CONFIG
+    path = checkpoint.config_path
     with _as_config_error():
         config = checkpoint.read_config()
         checkpoint.read_generation()
+        check_context(config, context, str(path))
     try:
         found = Architecture.read(in_context(config, context))
     except ConfigError as error:
@@ -80,13 +82,3 @@ def _as_config_error() -> Iterator[None]:
         yield
     except LoadError as error:
         raise ConfigError(error.found, error.fix) from error
-
-
-def _fetch_config(model: ModelConfig, models_dir: str) -> Checkpoint | None:
-    """Ask the hub for it, unless the model is a folder, or the hub cannot be reached within seconds."""
-    if local_folder(model.name, models_dir) is not None:
-        return None
-    from pipeline.models import hub
-
-    folder = hub.fetch_file(model, CONFIG)
-    return None if folder is None else Checkpoint(model.name, folder, hub.commit_of(folder))

@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.common.errors import LoadError
 from pipeline.common.suggestions import nearest
+from pipeline.config.model_files import CONFIG, find_file, local_folder, staged_folder
 from pipeline.config.schema import ModelConfig
 from pipeline.models.config_checks import check_adapter, check_config, check_ends, read_object, weight_files
 
 log = logging.getLogger(__name__)
 
-CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -28,6 +29,11 @@ class Checkpoint:
     source: str  # where they come from: a folder, or a name on the hub
     folder: Path  # holds config.json
     revision: str | None  # the hub's commit; None for a folder
+
+    @property
+    def config_path(self) -> Path:
+        """Name its config.json."""
+        return self.folder / CONFIG
 
     @property
     def again(self) -> str:
@@ -47,7 +53,7 @@ class Checkpoint:
         Raises:
             LoadError: it is not a JSON object, or what it says can be no model's.
         """
-        path = self.folder / CONFIG
+        path = self.config_path
         config = read_object(path, self.again)
         check_config(config, path, self.again)
         return config
@@ -66,26 +72,30 @@ class Checkpoint:
         return settings
 
 
-def local_folder(name: str, models_dir: str) -> Path | None:
-    """Find the folder of this name, else the one in models_dir with its last part; None is the hub's."""
-    folder = Path(name).expanduser()
-    staged = staged_folder(name, models_dir)
-    return folder if folder.is_dir() else staged if (staged / CONFIG).is_file() else None
-
-
-def staged_folder(name: str, models_dir: str) -> Path:
-    """Say where in models_dir a model of this name belongs."""
-    return Path(models_dir).expanduser() / Path(name).name
-
-
 def find_checkpoint(model: ModelConfig, models_dir: str, file: str = CONFIG) -> Checkpoint | None:
     """Find a model on this machine that has this file; None where the hub has to be asked."""
+    path = find_file(model.name, model.revision, models_dir, file)
+    if path is None:
+        return None
     if (folder := local_folder(model.name, models_dir)) is not None:
-        return Checkpoint(str(folder), folder, None) if (folder / file).is_file() else None
-    from pipeline.models import hub  # half of what a plan imports, and not needed for a local folder
+        return Checkpoint(str(folder), folder, None)
+    return _from_hub(model, path.parent)
 
-    cached = hub.cached_folder(model, file)
-    return None if cached is None else Checkpoint(model.name, cached, hub.commit_of(cached))
+
+def fetch_config(model: ModelConfig, models_dir: str) -> Checkpoint | None:
+    """Find the model's config.json, on the hub too; None where there is none, or no answer within seconds."""
+    found = find_checkpoint(model, models_dir)
+    if found is not None or local_folder(model.name, models_dir) is not None:
+        return found
+    from pipeline.models import hub
+
+    folder = hub.fetch_file(model, CONFIG)
+    return None if folder is None else _from_hub(model, folder)
+
+
+def _from_hub(model: ModelConfig, folder: Path) -> Checkpoint:
+    """Name the commit of a folder in the hub's cache, which is called after it."""
+    return Checkpoint(model.name, folder, folder.name)
 
 
 def locate(model: ModelConfig, models_dir: str, *, weights: bool) -> Checkpoint:
@@ -103,9 +113,9 @@ def locate(model: ModelConfig, models_dir: str, *, weights: bool) -> Checkpoint:
 
         near = did_you_mean_model(model.name, models_dir)
         folder = hub.download(model, staged_folder(model.name, models_dir), near, weights=weights)
-        checkpoint = Checkpoint(model.name, folder, hub.commit_of(folder))
+        checkpoint = _from_hub(model, folder)
     check_adapter(checkpoint.folder, checkpoint.source)
-    if not (checkpoint.folder / CONFIG).is_file():
+    if not checkpoint.config_path.is_file():
         raise LoadError(
             f"{checkpoint.source}: no {CONFIG}, so this is not a model of transformers",
             f"Set model.name to the folder that holds {CONFIG} and the weights"

@@ -62,6 +62,32 @@ def check_ends(settings: Mapping[str, Any], path: Path, again: str) -> None:
             )
 
 
+def check_context(text: Mapping[str, Any], context: int | None, source: str) -> None:
+    """Refuse a context beyond the config's own where that would change its rotary positions."""
+    own = text.get("max_position_embeddings")
+    if isinstance(own, int) and context is not None and context > own and "dynamic" in _rope_kinds(text):
+        why = "its rotary positions would change with the longest row of a batch (rope_type=dynamic)"
+        raise beyond(own, context, source, why)
+
+
+def beyond(own: int, context: int, source: str, why: str) -> LoadError:
+    """Say why a context cannot be longer than the config's own."""
+    return LoadError(
+        f"{source}: model.context={context} is beyond its own {own}, and {why}",
+        f"Set model.context to {own} at most, or choose a model with a longer context",
+    )
+
+
+def _rope_kinds(text: Mapping[str, Any]) -> set[str]:
+    """Name the kinds of rotary positions, by the keys of any version of transformers: for all layers, or by kind."""
+    found: set[str] = set()
+    for rope in (text.get("rope_parameters"), text.get("rope_scaling")):
+        if isinstance(rope, Mapping):
+            each = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+            found |= {str(part.get("rope_type") or part.get("type")) for part in each}
+    return found
+
+
 def check_adapter(folder: Path, source: str) -> None:
     """Refuse an adapter (LoRA and its like), alone or beside the weights of a whole model."""
     path = folder / ADAPTER

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,20 +32,6 @@ NetworkError: type[Exception] = HfHubHTTPError.__mro__[1]
 def page(name: str) -> str:
     """Return the address of a model's page."""
     return f"https://huggingface.co/{name}"
-
-
-def commit_of(folder: Path) -> str:
-    """Return the commit of a folder in the hub's cache, which is called after it."""
-    return folder.name
-
-
-def cached_folder(model: ModelConfig, file: str) -> Path | None:
-    """Find the folder in the hub's cache that has this file of the model."""
-    try:
-        path = try_to_load_from_cache(model.name, file, revision=model.revision)
-    except HFValidationError:
-        return None
-    return Path(path).parent if isinstance(path, str) else None
 
 
 def fetch_file(model: ModelConfig, file: str) -> Path | None:

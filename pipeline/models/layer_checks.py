@@ -39,6 +39,10 @@ def _unfit(config: Any) -> Iterator[str]:
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if getattr(text, "is_decoder", None) is False and _reads(text, "config.is_decoder"):
         yield "an encoder, which sees the tokens to come (is_decoder is false in its config.json)"
+    if getattr(text, "cross_attention_layers", None):
+        yield "some of its layers attend to an image (cross_attention_layers), and there is none"
+    if _reads(text, "config.prompt_length") and getattr(text, "prompt_length", None):
+        yield f"it puts {text.prompt_length} tokens of its own before each prompt (prompt_length), beyond the mask"
     yield from _uncounted(text)
     yield from _other_layers(text)
     # None for code that comes with a model.

@@ -25,8 +25,9 @@ from pipeline.common.errors import LoadError
 from pipeline.common.host import resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
+from pipeline.config.stored_format import as_quant, bitsandbytes_settings
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.checkpoint import CONFIG, Checkpoint, locate, weight_paths
+from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
 from pipeline.models.load_progress import loading_shown, tensor_sizes
 from pipeline.models.loading_checks import (
@@ -41,7 +42,6 @@ from pipeline.models.loading_checks import (
     first_line,
 )
 from pipeline.models.own_settings import OwnSettings, read_own_settings
-from pipeline.models.stored_format import as_quant, bitsandbytes_settings
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _read_config(checkpoint: Checkpoint, model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:
         raise LoadError(
-            f"{checkpoint.folder / CONFIG}: transformers cannot read it: {first_line(error)}",
+            f"{checkpoint.config_path}: transformers cannot read it: {first_line(error)}",
             checkpoint.again,
         ) from error
 

@@ -5,17 +5,21 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.models.checkpoint import CONFIG, Checkpoint
+from pipeline.config.stored_format import checkpoint_format, label
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.config_checks import beyond, check_context
 from pipeline.models.layer_checks import check_layers
 from pipeline.models.quantized_share import quantized_share
-from pipeline.models.stored_format import checkpoint_format, label
 
 # Masks and frequencies that older releases saved, and scales for keys and values in 8 bits, which stay in 16.
 _HARMLESS = re.compile(r"(inv_freq|masked_bias|\battn\.bias|attention\.bias|position_ids|[kv]_scale)$")
@@ -96,17 +100,25 @@ def check_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
     if model.trust_remote_code and "auto_map" in config:
         return
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind in CONFIG_MAPPING:
+        if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+            terminal.say(f"{kind} takes more than text; here it runs on text alone.")
         return
     if "auto_map" in config:
         raise LoadError(
             f"{checkpoint.source}: needs Python code that comes with the model",
             "Read that code, and if you trust it, set model.trust_remote_code=true",
         )
+    if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        raise LoadError(
+            f"{checkpoint.source}: {kind} is a model of images, sound or video with text, and this transformers has "
+            "no class that runs it on text alone",
+            "Choose a model of text",
+        )
     if kind in CONFIG_MAPPING:
         raise LoadError(f"{checkpoint.source}: {kind} is not a causal language model", "Choose another model")
     if kind is None:
         raise LoadError(
-            f"{checkpoint.folder / CONFIG}: no model_type, so that nothing says which architecture this is",
+            f"{checkpoint.config_path}: no model_type, so that nothing says which architecture this is",
             checkpoint.again,
         )
     raise LoadError(
@@ -122,24 +134,14 @@ def check_config(config: Any, checkpoint: Checkpoint, model: ModelConfig) -> Non
 
 
 def _check_context(config: Any, checkpoint: Checkpoint, model: ModelConfig) -> None:
-    if model.context is None:
+    text = config.get_text_config()
+    check_context(text.to_dict(), model.context, checkpoint.source)
+    own = getattr(text, "max_position_embeddings", None)
+    if model.context is None or own is None or model.context <= own:
         return
-    config = config.get_text_config()
-    own = getattr(config, "max_position_embeddings", None)
-    if own is None or model.context <= own:
-        return
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if "dynamic" in kinds:
-        why = "its rotary positions would change with the longest row of a batch (rope_type=dynamic)"
-    elif not rope and not any(getattr(config, key, None) for key in ("alibi", "rotary_dim", "rotary_pct")):
-        why = "its positions are a table that ends there"
-    else:
-        return
-    raise LoadError(
-        f"{checkpoint.source}: model.context={model.context} is beyond its own {own}, and {why}",
-        f"Set model.context to {own} at most, or choose a model with a longer context",
-    )
+    rotary = ("rope_parameters", "alibi", "rotary_dim", "rotary_pct")
+    if not any(getattr(text, key, None) for key in rotary):
+        raise beyond(own, model.context, checkpoint.source, "its positions are a table that ends there")
 
 
 def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> str | None:

@@ -5,6 +5,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.common.errors import PromptError
@@ -51,6 +52,13 @@ def count_prompts(
         for row in read_prompts(path, params, prompt_field=prompt_field, limit=limit):
             totals[row.index % shards] += 1 if isinstance(row, BadRow) else row.params.n
     return PromptCount(tuple(totals), digest.hexdigest())
+
+
+@cache
+def count_once(path: str, n: int, prompt_field: str, limit: int | None, shards: int) -> PromptCount:
+    """Count once for all the jobs of a sweep: what follows reads the same rows."""
+    params = GenerationParams(n=n)
+    return count_prompts(path, params, prompt_field=prompt_field, limit=limit, shards=shards)
 
 
 def prompts_sha256(path: str) -> str | None:

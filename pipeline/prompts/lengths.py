@@ -46,6 +46,20 @@ def assumed_lengths(max_new_tokens: int, context: int, sampled: bool) -> PromptL
     return PromptLengths(text, 0, 0, 0, samples, sampled)
 
 
+def expect_lengths(config: Config, tokenizer: Path | None, context: int, *, given: bool) -> PromptLengths:
+    """Measure the prompt file, as `measure_prompts`; assume lengths for a default that is not there.
+
+    Raises:
+        PromptError: a file that was given cannot be read.
+    """
+    try:
+        return measure_prompts(config, tokenizer, context)
+    except PromptError:
+        if given:
+            raise
+        return assumed_lengths(config.generation.max_new_tokens, context, not config.generation.greedy)
+
+
 def measure_prompts(config: Config, tokenizer: Path | None, context: int) -> PromptLengths:
     """Measure a job's prompt file.
 

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.common.errors import OutputError
 from pipeline.common.terminal import visible
 from pipeline.config import quant as quants
+from pipeline.config.stored_format import is_label, label_bits
 from pipeline.job.damage import damage
 from pipeline.job.paths import JobPaths
 from pipeline.job.rows import read_rows
@@ -22,7 +23,6 @@ from pipeline.job.stored import (
     read_stats,
     read_yaml,
 )
-from pipeline.models.stored_format import is_label, label_bits
 
 LOG_TAIL_BYTES = 1 << 16
 _PROBLEM = re.compile(r"^[\d-]+ [\d:,]+ (?:ERROR|CRITICAL) [\w.]+: (.*)$", re.MULTILINE)

@@ -145,6 +145,14 @@ def _setup(record: Record) -> dict[str, Any]:
     ]
     facts += [(name, _plain(value)) for name, value in device.items() if value]
     facts += list((manifest.get("versions") or {}).items())
+    facts += [
+        (
+            f"suggested generation, {name.replace('_', ' ')}",
+            ", ".join(f"{k}={v}" for k, v in settings.items()),
+        )
+        for name, settings in (manifest.get("suggested_generation") or {}).items()
+        if settings
+    ]
     config = (
         yaml.safe_dump(setup["config"], sort_keys=False, allow_unicode=True) if setup["config"] else "unknown"
     )

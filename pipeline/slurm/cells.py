@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from pipeline.common.errors import ConfigError, JobError
-from pipeline.common.request import GenerationParams
 from pipeline.common.streams import is_stream
 from pipeline.common.terminal import say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
@@ -14,7 +12,8 @@ from pipeline.config.schema import Config, Resume, SubmitConfig
 from pipeline.job.counts import Counts, read_counts
 from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths
-from pipeline.prompts.count import count_prompts
+from pipeline.models.checkpoint import fetch_config
+from pipeline.prompts.count import PromptCount, count_once
 from pipeline.prompts.reader import find_prompts, parse_shard
 from pipeline.slurm import client as cluster
 
@@ -67,15 +66,20 @@ def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
     cells: list[Cell] = []
     for base in sweep_cells(plain):
         config = _checked(to_config(compose_config(base)))
+        fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
         folder = job_folder(base).absolute()
-        totals, sha256 = _count(config, _number_of(shards))
-        if not all(totals):
-            raise ConfigError(
-                found=f"shards={len(totals)}: more than the {sum(map(bool, totals))} rows of {config.prompts}",
-                fix="Use fewer.",
-            )
+        asked = config.generation.n, config.prompt_field, config.limit
+        counted = count_once(find_prompts(config.prompts), *asked, _number_of(shards))
         for shard in shards:
-            cells.append(_cell(base, config, folder, shard, totals, sha256, queue))
+            cells.append(cell := _cell(base, config, folder, shard, counted, queue))
+            if (
+                not cell.total and not JobPaths(cell.folder).is_job
+            ):  # one that ran before may have no rows left
+                raise ConfigError(
+                    found=f"shards={len(counted.totals)}: more than the {sum(map(bool, counted.totals))} rows of "
+                    f"{config.prompts}",
+                    fix="Use fewer.",
+                )
     return cells, submit
 
 
@@ -84,8 +88,7 @@ def _cell(
     config: Config,
     folder: Path,
     shard: str | None,
-    totals: tuple[int, ...],
-    sha256: str,
+    counted: PromptCount,
     queue: dict[str, cluster.QueuedTask],
 ) -> Cell:
     part, parts = parse_shard(shard) if shard else (0, 1)
@@ -96,9 +99,9 @@ def _cell(
         overrides=[*base, f"shard={shard}"] if shard else base,
         folder=folder,
         config=config,
-        total=totals[part],
+        total=counted.totals[part],
         counts=read_counts(folder),
-        prompts_sha256=sha256,
+        prompts_sha256=counted.sha256,
         task=task if task in queue else None,
     )
 
@@ -165,18 +168,3 @@ def _checked(config: Config) -> Config:
             fix="Move the old folder away, or set another prompt_set=…",
         )
     return config
-
-
-def _count(config: Config, shards: int) -> tuple[tuple[int, ...], str]:
-    path = find_prompts(config.prompts)
-    return _count_once(path, config.generation.n, config.prompt_field, config.limit, shards)
-
-
-@cache
-def _count_once(
-    path: str, n: int, prompt_field: str, limit: int | None, shards: int
-) -> tuple[tuple[int, ...], str]:
-    counted = count_prompts(
-        path, GenerationParams(n=n), prompt_field=prompt_field, limit=limit, shards=shards
-    )
-    return counted.totals, counted.sha256

@@ -14,16 +14,17 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common.errors import ConfigError, LoadError
+from pipeline.config.model_files import CONFIG
 from pipeline.config.quant import Dtype, QuantConfig, quant_name
 from pipeline.config.schema import ModelConfig
+from pipeline.config.stored_format import checkpoint_format, label
 from pipeline.memory.architecture import MEASURE, known_architecture
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
-from pipeline.models.checkpoint import CONFIG, find_checkpoint, locate
+from pipeline.models.checkpoint import find_checkpoint, locate
 from pipeline.models.config_checks import check_adapter
 from pipeline.models.loading import quantization, quiet_transformers
 from pipeline.models.loading_checks import first_line
 from pipeline.models.quantized_share import QuantizedShare, quantized_share
-from pipeline.models.stored_format import checkpoint_format, label
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
 
@@ -112,7 +113,7 @@ def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig,
                 f"model.architecture: not a config of transformers ({error})", "Correct conf/model/NAME.yaml"
             ) from error
     checkpoint = checkpoint or locate(model, models_dir, weights=False)
-    path = checkpoint.folder / CONFIG
+    path = checkpoint.config_path
     check_adapter(checkpoint.folder, checkpoint.source)
     checkpoint.read_config()
     checkpoint.read_generation()

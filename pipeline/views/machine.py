@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -17,6 +18,7 @@ from packaging.version import Version
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.gpu import Gpu
+from pipeline.common.processors import OthersWork, crowded, usable_cores
 from pipeline.common.units import GB, gigabytes
 from pipeline.engine.accelerators import KINDS, describe, free_bytes, visible_devices
 from pipeline.engine.cpu import load_kernels
@@ -53,6 +55,7 @@ NEEDS = (
     ("hydra-core", ">=1.3.2,<1.4", "other versions compose configs differently"),
     ("omegaconf", ">=2.3,<2.4", "hydra-core 1.3 needs it"),
 )  # fmt: skip
+SAMPLE_SEC = 0.5  # for the load
 TOLERANCE = 0.05  # of a 4-bit product against the product of its dequantized weights, relative, in bfloat16
 INT8_TOLERANCE = 0.1  # its weights and inputs are rounded, too
 QUANTIZATION_TOLERANCE = 0.2  # of nf4 weights against the real ones: about 0.1 for normal weights
@@ -106,6 +109,19 @@ def check_devices() -> list[Check]:
         free = read.get(gpu.uuid or "") or free_bytes(device)
         made.append(check_gpu(str(device), replace(gpu, free_bytes=free), torch.cuda.get_arch_list()))
     return made if found else [*made, _no_gpu()]
+
+
+def check_load() -> list[Check]:
+    """Say that other programs use the processors, where jobs run on them."""
+    if torch.cuda.device_count():
+        return []
+    others = OthersWork()
+    time.sleep(SAMPLE_SEC)
+    busy = others.busy_cores()
+    if words := crowded(busy, torch.get_num_threads()):
+        fix = "A job will be slower than on a quiet machine; docs/performance.md says by how much."
+        return [Check("other programs", State.yellow, words, fix)]
+    return [Check("other programs", State.green, f"{busy:.1f} of {len(usable_cores())} cores busy")]
 
 
 def devices() -> list[torch.device]:

@@ -13,14 +13,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import GenerationConfig
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.request import GenerationParams, PromptRow
+from pipeline.config.model_files import local_folder, staged_folder
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.models.checkpoint import Checkpoint, find_checkpoint, local_folder, locate, staged_folder
+from pipeline.models.checkpoint import Checkpoint, find_checkpoint, locate
 from pipeline.models.hub import NetworkError, bring, page
 from pipeline.models.loading import load_tokenizer
-from pipeline.prompts.chat import eos_token_ids, prepare_chat
+from pipeline.prompts.chat import eos_token_ids, missing_end, prepare_chat
 from pipeline.views.chat import chat_view
 from pipeline.views.machine import Check, State, refused
 
@@ -60,6 +62,7 @@ def check_tokenizer(config: Config) -> list[Check]:
         chat = prepare_chat(tokenizer, config)
         row = PromptRow(0, "probe", "a probe", "Hello", None, None, GenerationParams(), {})
         view = chat_view(row, chat)
+        ends = eos_token_ids(_own_ends(config), tokenizer)
     except PipelineError as error:
         return [refused("tokenizer", error)]
     made = [_check_bos(view.leading_bos_count), *_check_ends(tokenizer)]
@@ -72,6 +75,9 @@ def check_tokenizer(config: Config) -> list[Check]:
         "a system role" if view.has_system_role else "no system role (system text goes into the user's turn)"
     )
     made.append(Check("chat template", State.green, role))
+    if (token := missing_end(chat, ends)) is not None and token not in config.generation.stop:
+        found = f"the template ends a turn with {token}, which does not end a completion of this model"
+        made.append(Check("turn's end", State.yellow, found, f"'generation.stop=[\"{token}\"]' does that."))
     if view.writes_date and config.model.template_date is None:
         fix = "A job keeps the day when it began. For the same prompt in every job: model.template_date=2024-07-26."
         made.append(Check("template's date", State.yellow, "the template writes today's date", fix))
@@ -83,6 +89,16 @@ def check_tokenizer(config: Config) -> list[Check]:
         fix = "generation=reasoning keeps it apart; model.chat_template_kwargs.enable_thinking=false may stop it."
         made.append(Check("thinking", State.green, f"the template knows it; the prompt {opened} it", fix))
     return made
+
+
+def _own_ends(config: Config) -> GenerationConfig:
+    """Read the ids that end a completion by the model's own files, as transformers does when it loads it."""
+    checkpoint = find_checkpoint(config.model, config.models_dir)
+    own = checkpoint.read_config() if checkpoint else {}
+    suggested = checkpoint.read_generation() if checkpoint else {}
+    sources = suggested, own, own.get("text_config") or {}
+    ends = next((source["eos_token_id"] for source in sources if "eos_token_id" in source), None)
+    return GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
 
 
 def _has_weights(checkpoint: Checkpoint | None) -> bool:

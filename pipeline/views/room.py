@@ -10,10 +10,10 @@ from pipeline.common.errors import ConfigError, LoadError, PipelineError
 from pipeline.common.units import GB, gigabytes, megabytes
 from pipeline.config.quant import SMALLEST, QuantConfig
 from pipeline.config.schema import Config
+from pipeline.config.stored_format import label
 from pipeline.memory.devices import find_device
 from pipeline.models.checkpoint import find_checkpoint
 from pipeline.models.loading_checks import check_format
-from pipeline.models.stored_format import label
 from pipeline.views.architecture import ArchitectureView, architecture_view
 from pipeline.views.machine import Check, State, refused
 

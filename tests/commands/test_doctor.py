@@ -13,6 +13,8 @@ from machines import H100, MI300, MIG_SLICE, T4, UNREADABLE
 from pipeline.commands.door import main
 from pipeline.config.compose import read_config
 from pipeline.engine.cpu import load_kernels
+from pipeline.models.loading import load_tokenizer
+from pipeline.prompts.chat import prepare_chat
 from pipeline.views import machine as health
 from pipeline.views.machine import State, check_bitsandbytes, check_gpu, check_kernels, check_version
 from pipeline.views.model import check_access, check_tokenizer
@@ -150,6 +152,24 @@ def test_a_config_without_a_layer_is_red(config, tiny_dir):
 def test_a_second_bos_is_red_and_a_base_model_yellow(config):
     config.model.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
     assert states(check_tokenizer(config))["BOS"] is State.red
+
+
+def test_a_turns_end_that_does_not_end_a_completion_is_named(config, tiny_dir):
+    assert "turn's end" not in states(check_tokenizer(config))
+    path, tokenizer = tiny_dir / "generation_config.json", load_tokenizer(config.model, config.models_dir)
+    end = prepare_chat(tokenizer, config).turn_end
+    assert end == tokenizer.eos_token
+    other = next(token for token in tokenizer.all_special_tokens if token != end)
+    config.model.chat_template = tokenizer.chat_template.replace(end, other)
+    found = {check.name: check for check in check_tokenizer(config)}["turn's end"]
+    assert (found.state, other in found.found) == (State.yellow, True)
+    before = path.read_text()
+    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(other)]
+    path.write_text(json.dumps({"eos_token_id": ids}))
+    assert "turn's end" not in states(check_tokenizer(config))
+    path.write_text(before)
+    config.generation.stop = [other]  # as it advises
+    assert "turn's end" not in states(check_tokenizer(config))
 
 
 def test_a_date_and_a_thinking_switch_are_named(config):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from job_helper import environment
 from machines import H100
 from rich.console import Console
 
@@ -274,3 +275,19 @@ def test_every_quantization_fits_80_columns_and_nothing_is_cut() -> None:
     assert all(line.rstrip().endswith(("fits", "fits with offload", "does not fit")) for line in lines)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_prompts_that_come_once_are_planned_with_for_every_model(tmp_path: Path) -> None:
+    line = "python -m pipeline plan model=smollm2,llama,phi memory=24GB json=- prompts="
+    rows = "".join(json.dumps({"prompt": f"Row {i}"}) + "\\n" for i in range(5))
+    for pipe in (f"<(printf '{rows}')", f"- < <(printf '{rows}')", f"/dev/stdin < <(printf '{rows}')"):
+        done = subprocess.run(
+            ["bash", "-c", line + pipe],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert [plan["prompts"]["rows"] for plan in json.loads(done.stdout)["plans"]] == [5, 5, 5]

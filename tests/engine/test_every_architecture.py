@@ -26,11 +26,13 @@ RECTANGLES = """
     hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama
     longcat_flash mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo
     olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open
-    starcoder2 youtu"""
+    starcoder2 youtu
+    emu3 fuyu gemma3 gemma4 gemma4_unified moss_transcribe_diarize phi4_multimodal"""
 PADDED = """
     bloom codegen diffllama doge falcon flint gemma2 gpt_neo gpt_neox_japanese gpt_oss gptj granite_swa granitemoe_swa
-    hrm_text mimo_v2_flash mpt nemotron stablelm vaultgemma xglm"""
-EQUAL = "llama4_text"
+    hrm_text mimo_v2_flash mpt nemotron stablelm vaultgemma xglm
+    got_ocr2"""
+EQUAL = "llama4_text git llama4"
 REFUSED = """
     bailing_hybrid blt dots3_note_text gemma3n glm_moe_dsa granitemoehybrid inkling2_text musicgen reformer trocr
     whisper xmod zaya
@@ -38,7 +40,8 @@ REFUSED = """
     deepseek_v32 deepseek_v4 electra ernie falcon_h1 falcon_mamba hy_v4 inkling_text jamba kimi_linear lfm3 mamba
     mamba2 marian mbart megatron-bert minimax mvp nemotron_h olmo_hybrid openai-gpt pegasus plbart prophetnet
     qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rembert roberta roberta-prelayernorm
-    roc_bert roformer rwkv xlm xlm-roberta xlm-roberta-xl xlnet xlstm zamba zamba2"""
+    roc_bert roformer rwkv xlm xlm-roberta xlm-roberta-xl xlnet xlstm zamba zamba2
+    cpmant dots3_note gemma4_unified_assistant mllama musicgen_melody qwen3_5 qwen3_5_moe qwen4_exp"""
 PATHS = {kind: path for path, kinds in (("rectangles", RECTANGLES), ("padded", PADDED), ("equal lengths", EQUAL))
          for kind in kinds.split()}  # fmt: skip
 
@@ -57,6 +60,10 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2, "num_experts_per_tok": 2, "rotary_dim": 8, "num_kv_shared_layers": 0, "qk_head_dim": 32,
     "hidden_size_per_layer_input": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+TOWER: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size"), 32), "image_size": 28, "patch_size": 14,
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1), **dict.fromkeys(("num_attention_heads", "num_heads"), 2),
+}  # fmt: skip
 ALL_HEADS = {"num_key_value_heads": 4}  # keys and values made from a latent vector
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), ALL_HEADS),
@@ -71,12 +78,23 @@ OWN_TOKENS = (1, 3, 20, 40, 60, 90, 5)  # with the shared 12: below and beyond e
 NEW_TOKENS = (40, 7, 25, 20, 12, 24, 30)
 
 
+def small(keys: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
+    windowless = ("sliding_window",) if keys.get("sliding_window") is None else ()
+    return {key: value for key, value in sizes.items() if key in keys and key not in windowless}
+
+
 def config_of(kind: str) -> Any:
     made = CONFIG_MAPPING[kind]
     keys = made().to_dict()
-    windowless = ("sliding_window",) if keys.get("sliding_window") is None else ()
-    small = {key: value for key, value in SMALL.items() if key in keys and key not in windowless}
-    return made(**small | OWN.get(kind, {}))
+    # The parts of a model that also takes images or sound, which run on text.
+    parts = {name: keys[name] for name in ("text_config", "vision_config", "audio_config") if keys.get(name)}
+    inner = {
+        name: small(part, SMALL if name == "text_config" else TOWER)
+        | {"model_type": part["model_type"]}
+        | OWN.get(part["model_type"], {})
+        for name, part in parts.items()
+    }
+    return made(**small(keys, SMALL) | OWN.get(kind, {}) | inner)
 
 
 def build(kind: str) -> Any:
@@ -161,6 +179,8 @@ REASONS = {
     "an encoder, which sees the tokens to come": "bert roberta electra xlm-roberta roformer",
     "an encoder with a decoder": "bart marian pegasus prophetnet blenderbot",
     "keeps no keys and values of earlier tokens": "openai-gpt xlm xlnet",
+    "some of its layers attend to an image": "mllama",
+    "it puts 32 tokens of its own before each prompt": "cpmant",
 }
 
 

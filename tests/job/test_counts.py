@@ -15,6 +15,7 @@ from job_helper import ROOT, arguments, command, environment, outputs, run_job, 
 from pipeline.config.compose import job_folder
 from pipeline.job.folder import JobFolder
 from pipeline.job.todo import Todo
+from pipeline.prompts.count import count_once
 from pipeline.slurm.cells import find_cells
 
 Line = Callable[..., list[str]]
@@ -223,6 +224,22 @@ def test_a_removed_row_leaves_the_job_complete(job: Line, write: Any) -> None:
     status, said = tool("status", job_folder(job()))
     assert (status, "3/3" in said, "written since" in said) == (0, True, False), said
     assert in_submit(job())
+
+
+def test_a_file_that_shrank_below_its_shards_goes_on_to_the_merge(job: Line, write: Any) -> None:
+    write(numbered(5))
+    whole = job_folder(job())
+    for part in range(4):
+        assert run_job(job(f"shard={part}/4")) == 0
+    write(numbered(2))
+    asked = job("shards=4", "submit.dry_run=true")
+    count_once.cache_clear()
+    assert [cell.complete for cell in find_cells(asked)[0]] == [False] * 4
+    for part in range(4):
+        assert run_job(job(f"shard={part}/4")) == 0
+    assert all(cell.complete for cell in find_cells(asked)[0])
+    status, said = tool("merge", whole)
+    assert (status, "2 lines" in said) == (0, True), said
 
 
 def test_a_shard_without_rows_is_complete_and_is_merged(job: Line, write: Any) -> None:

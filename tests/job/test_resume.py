@@ -35,6 +35,18 @@ def numbered(count, first=0):
     return [{"id": f"r{i}", "prompt": f"Tell joke number {i}."} for i in range(first, first + count)]
 
 
+def test_an_edit_of_the_rows_that_neither_length_nor_time_tells_is_seen(job, prompts):
+    prompts(numbered(3))
+    assert run_job(job()) == 0
+    path = job_folder(job()) / "outputs.jsonl"
+    before, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole.replace(b'"key":"', b'"kex":"', 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert run_job(job()) == 0
+    assert sorted(row["id"] for row in outputs(job())) == ["r0", "r1", "r2"]
+
+
 def lines_of(overrides):
     return (job_folder(overrides) / "outputs.jsonl").read_bytes().splitlines(keepends=True)
 

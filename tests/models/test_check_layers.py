@@ -58,6 +58,23 @@ def test_what_cannot_run_is_refused_before_its_weights_are_read(tiny_dir, keys, 
     assert re.search(reason, refuse(tiny_dir, monkeypatch).found)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "llava", "paligemma", "qwen2_5_omni"])
+def test_a_model_that_runs_only_with_images_or_sound_is_refused(tiny_dir, kind, monkeypatch):
+    change(tiny_dir, model_type=kind)
+    refused = refuse(tiny_dir, monkeypatch)
+    assert f"{kind} is a model of images, sound or video with text" in refused.found
+
+
+def test_a_model_of_images_and_text_says_that_it_runs_on_text(tiny_dir, capsys):
+    made = transformers.CONFIG_MAPPING["gemma3"]
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = made(text_config={**size, "vocab_size": 400}, vision_config={**size, "image_size": 28})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tiny_dir)
+    loaded = load_model(ModelConfig(name=str(tiny_dir)), QuantConfig(), "models")
+    assert type(loaded.model).__name__ == "Gemma3ForConditionalGeneration"
+    assert "gemma3 takes more than text; here it runs on text alone." in capsys.readouterr().err
+
+
 def test_fewer_layers_than_the_files_have_are_refused(tiny_dir):
     change(tiny_dir, num_hidden_layers=1)
     with pytest.raises(LoadError, match=r"weights that the model does not use, as model\.layers\.1"):

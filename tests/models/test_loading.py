@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from job_helper import arguments, write_rows
 from machines import H100, T4
 from safetensors.torch import load_file, save_file
 
+from pipeline.commands.door import main
 from pipeline.common.errors import LoadError
+from pipeline.config.model_files import local_folder
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
-from pipeline.models.checkpoint import local_folder
 from pipeline.models.dtypes import _say_once, computed_in
 from pipeline.models.loading import load_model, load_tokenizer, release
 
@@ -396,6 +398,17 @@ class TestFromTheHub:
         snapshot = tmp_path / "cache" / "models--org--tiny" / "snapshots" / COMMIT
         assert (snapshot / "model.safetensors").is_file()
         assert not (snapshot / "consolidated.safetensors").exists()
+
+    def test_a_jobs_folder_says_the_format_before_anything_else_is_downloaded(self, hub, tmp_path):
+        config = hub.folder / "config.json"
+        settings = {"quantization_config": {"quant_method": "fp8"}}
+        config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+        prompts = write_rows(tmp_path / "p.jsonl", ["no row"])
+        assert main(arguments("org/tiny", prompts, tmp_path / "out", "quant=none")) == 1
+        (folder,) = (tmp_path / "out" / "p").iterdir()
+        assert folder.name.startswith("tiny-fp8_checkpoint-greedy-")
+        (snapshot,) = (tmp_path / "cache").glob("models--org--tiny/snapshots/*")
+        assert {path.name for path in snapshot.iterdir()} <= {"config.json", "generation_config.json"}
 
     def test_a_download_is_shown_by_its_bytes(self, hub, monkeypatch):
         told: list[float] = []

@@ -286,6 +286,31 @@ class TestContext:
         ):
             self.rows(tiny_dir, tmp_path, "model.context=65")
 
+    def test_the_plan_refuses_what_the_job_does(self, tiny_dir, capsys):
+        path = tiny_dir / "config.json"
+        config = json.loads(path.read_text())
+        line = ["plan", f"model.name={tiny_dir}", "memory=24GB", "model.context=4096"]
+        said = "model.context=4096 is beyond its own 512, and its rotary positions"
+        for rope in (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+                }
+            },
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ):
+            path.write_text(json.dumps({**config, **rope}))
+            assert main(line) == 2
+            assert said in " ".join(capsys.readouterr().err.split())
+            assert main(line[:-1]) == 0
+        path.write_text(
+            json.dumps(
+                {**config, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+            )
+        )
+        assert main(line) == 0
+
     def test_none_at_all_is_refused(self):
         with pytest.raises(ConfigError, match=r"model\.context=0: must be null, or at least 1"):
             read_config(["model.context=0"])

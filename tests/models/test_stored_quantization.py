@@ -94,6 +94,29 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
     assert memory["measured"]["footprint_bytes"] == plain.get_memory_footprint()
     report = read_job(job_folder(job))
     assert (report.quant, precision(report)) == (name, 4.0 if found == "nf4" else 8.0)
+    assert f"-{found}_checkpoint-greedy-" in job_folder(job).name
+
+
+def test_a_folder_that_was_named_otherwise_goes_on(quantized, tmp_path, capsys):
+    _, folder = quantized
+    job = arguments(folder, write_rows(tmp_path / "p.jsonl", [{"prompt": "one"}]), tmp_path / "out")
+    assert run_job(job) == 0
+    made = job_folder(job)
+    earlier = made.rename(made.with_name(f"{folder.name}-fp32-greedy-{made.name.rsplit('-', 1)[1]}"))
+    assert job_folder(job) == earlier
+    assert job_folder([*job, "shard=1/2"]) == earlier / "shard-1-of-2"
+    assert run_job(job) == 0
+    assert "Nothing to do" in capsys.readouterr().err
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+@pytest.mark.parametrize("settings", ["magic", {"quant_method": "../a b"}, {"quant_method": ["x"]}])
+def test_a_folders_name_holds_no_path_and_no_hyphen_of_a_format(settings, tiny_dir):
+    edit(tiny_dir, quantization_config=settings)
+    name = job_folder([f"model.name={tiny_dir}"]).name
+    assert re.fullmatch(r"\w+-\w+_checkpoint-greedy-[0-9a-f]{8}", name)
+    (tiny_dir / "config.json").write_text("[")
+    assert job_folder([f"model.name={tiny_dir}"]).name.startswith(f"{tiny_dir.name}-none-")
 
 
 def test_plan_and_tree_refuse_to_count_it_and_doctor_names_it(quantized, tmp_path, capsys):

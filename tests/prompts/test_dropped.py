@@ -1,5 +1,6 @@
 """Nothing that a template or a row says is dropped in silence: it is done, refused, or shown as not done."""
 
+import json
 import time
 
 import pytest
@@ -7,6 +8,7 @@ from job_helper import arguments, command, outputs, run_job, texts, write_rows
 from test_chat import LLAMA, applied, byte_tokenizer, row, turn, user
 from tokenizers import AddedToken
 
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.signals import TookTooLong, time_limit
@@ -348,14 +350,33 @@ def test_a_job_goes_on_with_the_day_when_it_began(job, tiny_dir, capsys):
     assert "The chat template writes the date" in capsys.readouterr().err
     folder = job_folder(line)
     with JobFolder(folder) as results:
-        import json
-
         noted = json.loads(results.manifest.read_text())
         results.write_json(results.manifest, {**noted, "template_date": "2001-02-03"})
     job([{"id": "a", "prompt": "Hello"}, {"id": "b", "prompt": "Hello"}])
     assert run_job(line) == 0
     assert json.loads((folder / "manifest.json").read_text())["template_date"] == "2001-02-03"
     assert job_folder([*line, "model.template_date=2024-07-06"]) != folder
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_merge_says_that_shards_have_different_days(dated, job, capsys):
+    template = "{{ messages[0].content }}" + ("{{ strftime_now('%Y-%m-%d') }}" if dated else "")
+    line = job([{"prompt": "Hello"}, {"prompt": "Bye"}], f'model.chat_template="{template}"')
+    for part in range(2):
+        assert run_job([*line, f"shard={part}/2"]) == 0
+    folder = job_folder(line)
+    today = json.loads((folder / "shard-0-of-2" / "manifest.json").read_text())["template_date"]
+    assert main(["merge", str(folder)]) == 0
+    assert "different days" not in capsys.readouterr().err
+    assert json.loads((folder / "manifest.json").read_text())["template_date"] == today
+    with JobFolder(folder / "shard-1-of-2") as results:
+        noted = json.loads(results.manifest.read_text())
+        results.write_json(results.manifest, {**noted, "template_date": "2001-02-03"})
+    assert main(["merge", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert (f"began on different days (2001-02-03, {today})" in said) == dated
+    days = json.loads((folder / "manifest.json").read_text())["template_date"]
+    assert days == (["2001-02-03", today] if dated else today)
 
 
 def test_arguments_that_a_template_never_reads_are_named(llama, capsys):

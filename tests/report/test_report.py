@@ -313,6 +313,17 @@ def test_report_md_has_one_table_line_for_each_job(sweep):
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
+def test_the_page_says_what_the_model_suggests_and_the_job_left_out(tmp_path):
+    job = write_job(tmp_path, "fp32", hostile_rows("fp32"))
+    noted = json.loads((job / "manifest.json").read_text())
+    suggested = {"applied": {}, "not_applied": {"repetition_penalty": 1.1, "top_p": 0.8}}
+    (job / "manifest.json").write_text(json.dumps({**noted, "suggested_generation": suggested}))
+    page = write_report([tmp_path]).read_text()
+    assert "suggested generation, not applied" in page
+    assert "repetition_penalty=1.1, top_p=0.8" in page
+    assert "suggested generation, applied" not in page
+
+
 def test_nothing_that_a_model_wrote_is_markup_in_the_page(tmp_path):
     write_job(tmp_path, "fp32", hostile_rows("fp32"), prompt_set="<script>set")
     write_job(tmp_path, "nf4", hostile_rows("nf4"), prompt_set="<script>set")

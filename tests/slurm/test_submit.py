@@ -15,7 +15,7 @@ from pipeline.commands.submit import main as submit
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams
 from pipeline.config.schema import SubmitConfig
-from pipeline.prompts.count import count_prompts
+from pipeline.prompts.count import count_once, count_prompts
 from pipeline.prompts.reader import read_prompts
 from pipeline.slurm.cells import find_cells
 from pipeline.slurm.memory import memory_warning, needed_bytes, parse_size
@@ -109,9 +109,7 @@ def test_a_complete_cell_is_left_out_until_its_prompts_or_its_errors_ask_for_mor
     with (place / "q.jsonl").open("w") as file:
         file.write((place / "p.jsonl").read_text().replace("Say 3", "Sing 3"))
     (place / "q.jsonl").replace(place / "p.jsonl")
-    from pipeline.slurm import cells as sweep_cells
-
-    sweep_cells._count_once.cache_clear()
+    count_once.cache_clear()
     assert not find_cells(JOB)[0][0].complete, "an edited prompt"
 
 

@@ -1,8 +1,10 @@
 """Read the format that a checkpoint's weights are quantized in from its config.json, and write bitsandbytes' own."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.model_files import find_file
 from pipeline.config.quant import STORED_BITS, Dtype, QuantConfig, QuantMethod
 
 _MARK = " (checkpoint)"  # ends the name of a format that came with the weights
@@ -20,6 +22,16 @@ def checkpoint_format(config: Mapping[str, Any]) -> str | None:
     if settings.get("load_in_4bit"):
         return str(settings.get("bnb_4bit_quant_type", QuantMethod.fp4.name))
     return str(settings.get("quant_method", "unknown"))
+
+
+def format_on_disk(name: str, revision: str | None, models_dir: str) -> str | None:
+    """Name the format of a model of which config.json is on this machine; None where it is not, or says nothing."""
+    path = find_file(name, revision, models_dir)
+    try:
+        config = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # loading it says what is wrong
+        return None
+    return checkpoint_format(config) if isinstance(config, dict) else None
 
 
 def label(found: str) -> str:
