@@ -60,6 +60,7 @@ def _lists() -> list[Schema]:
     bounds: list[Schema] = [{"maxItems": 2}, {"minItems": 1, "maxItems": 3}, {"minItems": 2, "maxItems": 2}]
     short = [TEXTS[2], TEXTS[6], NUMBERS[1], NUMBERS[9], OTHERS[0], OTHERS[5]]
     made = [{"type": "array", "items": item, **bound} for item, bound in product(short, bounds)]
+    made += [{"type": "array", "items": item, "minItems": 1, "maxItems": 1} for item in TEXTS]
     made += [
         {"type": "array", "prefixItems": [NUMBERS[1], TEXTS[6]], "items": False, "minItems": 2},
         {"type": "array", "prefixItems": [TEXTS[6], OTHERS[0]], "items": NUMBERS[9], "minItems": 2, "maxItems": 3},
@@ -74,6 +75,8 @@ def _objects() -> list[Schema]:
     made += [_object({"first": a, "second": b}) for a, b in zip(TEXTS, NUMBERS, strict=False)]
     made += [_object({"must": a, "may": b}, ["must"]) for a, b in zip(NUMBERS, TEXTS[6:], strict=False)]
     made += [_object({"may": a, "might": b}, []) for a, b in zip(OTHERS[:8], TEXTS[6:], strict=False)]
+    threes = zip(TEXTS[::-1], NUMBERS * 2, OTHERS * 2, strict=False)
+    made += [_object({"a": a, "b": b, "c": c}, ["a", "c"], title="three") for a, b, c in threes]
     made += [
         {"type": "object", "additionalProperties": item, "maxProperties": 2} for item in (NUMBERS[1], OTHERS[0])
     ]  # fmt: skip
@@ -114,6 +117,10 @@ def _references() -> list[Schema]:
         _object({"kind": {"const": kind}, "value": item})
         for kind, item in (("n", NUMBERS[1]), ("t", TEXTS[2]))
     ]
+    made.append(
+        {"$schema": "https://json-schema.org/draft/2020-12/schema", "$ref": "#/$defs/color", "$defs": defs}
+    )
+    made.append({"allOf": [point, {"description": "where"}], "$defs": defs})
     made += [{"anyOf": kinds}, {"oneOf": kinds}, _object({"shape": {"anyOf": kinds}})]
     return made
 
