@@ -46,7 +46,11 @@ class GenerationParams:
             ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit whole number"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "null, or between 0 and 100"),
             ("json_schema", isinstance(self.json_schema, dict | str | None), "a schema, or the path of one"),
-            ("choice", self.choice is None or _is_texts(self.choice), 'a list of texts, as ["yes", "no"]'),
+            (
+                "choice",
+                self.choice is None or _is_texts(self.choice),
+                'a list of different texts, in YAML as ["yes", "no"]',
+            ),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
@@ -65,7 +69,7 @@ class GenerationParams:
 
 
 def _is_texts(value: Any) -> bool:
-    """Say whether it is a list of different texts; YAML reads a bare yes or no as true or false."""
+    """Say whether it is a list of different texts; a bare yes or no is true or false in YAML."""
     texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
     return texts and 0 < len(set(value)) == len(value)
 

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams
@@ -67,24 +66,31 @@ def grammar_of(params: GenerationParams) -> str | None:
 def _grammar(name: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 
-    formats: dict[str, Any] = {"json_schema": "json_schema", "regex": "regex", "choice": "choice"}
     if name == "json_schema":  # a schema's own x-guidance must not let keywords be passed over
         grammar = LLMatcher.grammar_from_json_schema(
             text, overrides={"lenient": False, "coerce_one_of": False}
         )
+    elif name == "grammar":
+        grammar = LLMatcher.grammar_from_lark(text)
     else:
-        grammar = grammar_from(formats.get(name, "lark"), text)
+        grammar = grammar_from("regex" if name == "regex" else "choice", text)
     if said := LLMatcher.validate_grammar(grammar):
         raise ValueError(f"{name}: llguidance cannot keep to it: {' '.join(said.split())[:300]}")
     return grammar
 
 
-@lru_cache(64)
 def _read(path: str) -> str:
     if not Path(path).is_file():
         raise FileNotFoundError(0, "no such file")
-    if Path(path).stat().st_size > MAX_FILE_BYTES:
+    looks = Path(path).stat()
+    if looks.st_size > MAX_FILE_BYTES:
         raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes")
+    return _contents(path, looks.st_size, looks.st_mtime_ns)
+
+
+@lru_cache(64)
+def _contents(path: str, size: int, mtime_ns: int) -> str:
+    """Read a file that looks like this: many rows may name the same."""
     return Path(path).read_text(encoding="utf-8")
 
 

@@ -8,8 +8,11 @@ import jsonschema
 import pytest
 import transformers
 from conftest import SMALL
-from job_helper import arguments, outputs, run_job, write_rows
+from job_helper import arguments, command, outputs, run_job, write_rows
 from schemas import SCHEMAS
+
+from pipeline.common.errors import ConfigError
+from pipeline.config.compose import job_folder
 
 CHECK = jsonschema.Draft202012Validator.FORMAT_CHECKER
 PERSON = {
@@ -116,3 +119,126 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+# ---- what a job and its rows say
+
+
+@pytest.fixture
+def job(tiny_dir: Path, tmp_path: Path) -> Any:
+    """`job([row, …], "generation.regex=…")`: the command line of a job over these rows."""
+
+    def build(rows: list[Any], *more: str) -> list[str]:
+        return arguments(tiny_dir, write_rows(tmp_path / "p.jsonl", rows), tmp_path / "outputs", *more)
+
+    return build
+
+
+def completions(overrides: list[str]) -> dict[str, tuple[str, bool | None]]:
+    return {row["id"]: (row["completion"] or row["error"], row.get("complete")) for row in outputs(overrides)}
+
+
+def test_a_row_says_otherwise_than_its_job(job):
+    rows = [
+        {"id": "job", "prompt": "a"},
+        {"id": "choice", "prompt": "a", "generation": {"choice": ["left", "right"]}},
+        {"id": "regex", "prompt": "a", "generation": {"regex": "x{9}"}},
+        {"id": "grammar", "prompt": "a", "generation": {"grammar": 'start: "(" /[ab]/ ")"'}},
+    ]
+    asked = job(rows, "generation.choice=[yes,no]")
+    assert run_job(asked) == 0
+    found = completions(asked)
+    assert found["job"] in {("yes", True), ("no", True)}
+    assert found["choice"] in {("left", True), ("right", True)}
+    assert found["regex"] == ("xxxxxxxx", False)
+    assert found["grammar"] in {("(a)", True), ("(b)", True)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("json_schema", "{type: array, uniqueItems: true}", "uniqueItems"),
+        ("json_schema", "missing.json", "json_schema=missing.json: no such file"),
+        ("regex", '"(a"', "unclosed group"),
+        ("grammar", '"start: b"', "unknown name"),
+    ],
+)
+def test_a_jobs_constraint_that_cannot_be_kept_is_refused_before_anything_is_loaded(job, key, value, said):
+    asked = job([{"prompt": "a"}], f"generation.{key}={value}")
+    with pytest.raises(ConfigError) as caught:
+        run_job(asked)
+    assert f"generation.{key}" in caught.value.found
+    assert said in caught.value.found
+    done = command(asked)
+    assert (done.returncode, "Traceback" in done.stderr, "Loading" in done.stderr) == (2, False, False)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["generation.choice=[true,false]"], "a list of different texts"),
+        (["generation.choice=[a]", "generation.regex=b"], "regex and choice: one of them"),
+        (["generation.choice=[a]", "generation.ignore_eos=true"], "choice and ignore_eos: one of them"),
+        (["generation.choice=[a]", "generation.thinking=true"], "must be false beside choice"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(job, more, said):
+    with pytest.raises(ConfigError, match=said):
+        run_job(job([{"prompt": "a"}], *more))
+
+
+def test_a_row_with_a_constraint_in_a_thinking_job_is_an_error_row(job):
+    rows = [{"id": "a", "prompt": "a", "generation": {"choice": ["b"]}}, {"id": "c", "prompt": "c"}]
+    asked = job(rows, "generation.thinking=true")
+    assert run_job(asked) == 1
+    assert "p.jsonl:1: generation.choice in a job with generation.thinking" in str(completions(asked)["a"][0])
+
+
+def test_a_schema_file_counts_by_what_is_in_it_and_in_its_order(job, tmp_path):
+    path = tmp_path / "schema.json"
+    rows = [{"id": "a", "prompt": "a"}, {"id": "b", "prompt": "b", "generation": {"json_schema": str(path)}}]
+    asked = job(
+        rows, f"generation.json_schema={path}", "generation.max_new_tokens=200", "generation.temperature=2"
+    )
+    orders = [{"x": {"enum": [1]}, "y": {"enum": [2]}}, {"y": {"enum": [2]}, "x": {"enum": [1]}}]
+    folders = set()
+    for properties in orders:
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": ["x", "y"],
+            "additionalProperties": False,
+        }
+        path.write_text(json.dumps(schema))
+        folders.add(job_folder(asked))
+        assert run_job(asked) == 0
+        for text, complete in completions(asked).values():
+            assert complete
+            assert list(json.loads(text)) == list(properties)
+    assert len(folders) == 2
+
+
+def test_a_row_whose_schema_changes_order_is_another_row(job):
+    def asked(*names: str) -> list[str]:
+        properties = {name: {"enum": [1]} for name in names}
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": names,
+            "additionalProperties": False,
+        }
+        generation = {"json_schema": schema, "max_new_tokens": 200, "temperature": 2}
+        return job([{"id": "a", "prompt": "a", "generation": generation}])
+
+    for names in (("x", "y"), ("y", "x")):
+        assert run_job(asked(*names)) == 0
+        ((text, complete),) = completions(asked(*names)).values()
+        assert complete
+        assert list(json.loads(text)) == list(names)
+
+
+def test_a_job_without_a_constraint_keeps_its_folder(job):
+    assert job_folder(job([{"prompt": "a"}])).name.startswith("tiny-fp32-greedy-")
+    plain = job([{"prompt": "a"}])
+    assert job_folder([*plain, "generation.regex=null"]) == job_folder(plain)
+    assert job_folder([*plain, "generation.regex=a"]) != job_folder(plain)
