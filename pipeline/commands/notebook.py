@@ -37,9 +37,9 @@ class Model:
     eos_token_ids: frozenset[int]
 
     @property
-    def engine_parts(self) -> tuple[AnyForward, frozenset[int], Callable[[Sequence[int]], str]]:
+    def engine_parts(self) -> tuple[AnyForward, frozenset[int], Callable[[Sequence[int]], str], Any]:
         """Give an Engine what it is made of: `Engine(*model.engine_parts)`."""
-        return self.forward, self.eos_token_ids, self.decode
+        return self.forward, self.eos_token_ids, self.decode, self.tokenizer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn a completion's ids into text."""
@@ -122,4 +122,5 @@ def _request(row: PromptRow | BadRow, model: Model) -> Request:
             f"{row.source}: {len(token_ids)} tokens fill the model's context", "Shorten the prompt."
         )
     params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-    return Request(row.id, tuple(token_ids), params, stop_token_ids(model.tokenizer, params.stop))
+    stops = stop_token_ids(model.tokenizer, params.stop)
+    return Request(row.id, tuple(token_ids), params, stops, row.constraint)

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.request import BadRow, GenerationParams, PromptRow
+from pipeline.common.request import CONSTRAINTS, BadRow, GenerationParams, PromptRow
 from pipeline.common.streams import is_nameless
 
 DEFAULTS = vars(GenerationParams())
-LATER = {"context", "template_date", "thinking_tags"}
+LATER = {"context", "template_date", "thinking_tags", *CONSTRAINTS}
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
@@ -31,6 +31,8 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     local = Path(model["name"])
     model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
     generation = dict(config["generation"])
+    generation["json_schema"] = _ordered(_template(generation.get("json_schema")))
+    generation["grammar"] = _template(generation.get("grammar"))
     for later in (model, generation):  # keys that came later count where they are set, so that folders stay
         for key in LATER & later.keys():
             if later[key] is None:
@@ -56,6 +58,8 @@ def row_key(row: PromptRow | BadRow) -> str:
     if isinstance(row, BadRow):
         return fingerprint([row.id, row.error], 16)
     params = {name: value for name, value in vars(row.params).items() if value != DEFAULTS[name]}
+    if "json_schema" in params:
+        params["json_schema"] = _ordered(params["json_schema"])
     parts: list[Any] = [row.id, row.prompt, row.messages, row.system, params]
     if row.template_kwargs or row.continue_final_message is not None:
         parts += [row.template_kwargs, row.continue_final_message]
@@ -68,10 +72,15 @@ def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:
     return int(fingerprint(metadata, 16), 16) if metadata else 0
 
 
-def _template(template: str | None) -> str | None:
-    """Read a template file, which counts by what is in it."""
+def _ordered(schema: Any) -> Any:
+    """Write a schema as text: the order of its properties is that of the answer."""
+    return schema if isinstance(schema, str | None) else json.dumps(schema)
+
+
+def _template(template: Any) -> Any:
+    """Read the file of a template, schema or grammar, which counts by what is in it."""
     try:
-        if template and len(template) < 1024 and Path(template).is_file():
+        if isinstance(template, str) and template and len(template) < 1024 and Path(template).is_file():
             return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError):  # its reader says what is wrong with it
         pass

@@ -1,9 +1,10 @@
 """Define the plain data that passes between the folders: what is asked for, and what comes back."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")  # of GenerationParams: one of them at most
 
 
 @dataclass
@@ -25,6 +26,12 @@ class GenerationParams:
     seed: int = 0
     logprobs: int | None = None  # how many alternatives to report for each token
     ignore_eos: bool = False  # always make max_new_tokens tokens, for benchmarks
+    json_schema: Any = (
+        None  # the schema itself, or the path of its file until prompts/constraint.py has read it
+    )
+    regex: str | None = None  # of the whole completion
+    choice: Any = None  # a list of texts: the completion is one of them
+    grammar: str | None = None  # in Lark's notation, or the path of its file, as with json_schema
 
     def __post_init__(self) -> None:
         for name, ok, rule in (
@@ -38,13 +45,33 @@ class GenerationParams:
             ("n", 1 <= self.n <= 1024, "between 1 and 1024"),
             ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit whole number"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "null, or between 0 and 100"),
+            ("json_schema", isinstance(self.json_schema, dict | str | None), "a schema, or the path of one"),
+            (
+                "choice",
+                self.choice is None or _is_texts(self.choice),
+                'a list of different texts, in YAML as ["yes", "no"]',
+            ),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
+        asked = [*self.constraints, *(["ignore_eos"] if self.ignore_eos else [])]
+        if self.constraints and len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)}: one of them, not both")
+
+    @property
+    def constraints(self) -> list[str]:
+        """List which of CONSTRAINTS are asked for."""
+        return [name for name in CONSTRAINTS if getattr(self, name) is not None]
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _is_texts(value: Any) -> bool:
+    """Say whether it is a list of different texts; a bare yes or no is true or false in YAML."""
+    texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    return texts and 0 < len(set(value)) == len(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +82,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: GenerationParams
     stop_token_ids: frozenset[int] = frozenset()  # of stop strings that are special tokens
+    constraint: str | None = None  # the grammar of its completions, as llguidance reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +104,7 @@ class Completion:
     finish_reason: FinishReason | None  # None with an error
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    complete: bool | None = None  # it is whole by its constraint; None without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +121,7 @@ class PromptRow:
     metadata: dict[str, object]  # the line's other fields
     template_kwargs: dict[str, object] = field(default_factory=dict)  # laid over the job's
     continue_final_message: bool | None = None  # None is as the job says
+    constraint: str | None = None  # what its parameters say of it, as a grammar
 
 
 @dataclass(frozen=True, slots=True)

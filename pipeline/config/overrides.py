@@ -15,6 +15,8 @@ from pipeline.config.schema import Config
 FREE_TEXT = (
     "system",
     "generation.stop",
+    "generation.choice",
+    "generation.grammar",
     "generation.thinking_tags",
     "model.chat_template",
     "model.chat_template_kwargs",

@@ -102,6 +102,8 @@ class GenerationConfig(GenerationParams):
         for name in self.left_to_the_model:
             setattr(self, name, getattr(GenerationParams, name))
         super().__post_init__()
+        if self.thinking and self.constraints:
+            raise ValueError(f"thinking=True: must be false beside {self.constraints[0]}")
         tags = self.thinking_tags
         if tags is not None and not (len(tags) == 2 and all(tags)):
             raise ValueError(

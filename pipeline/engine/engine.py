@@ -3,12 +3,14 @@
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.request import Completion, FinishReason, Request
+from pipeline.engine.constraint import Constraints
+from pipeline.engine.masks import Masks
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.batch import PagedBatch
 from pipeline.engine.paged.forward import PagedForward
@@ -55,6 +57,7 @@ class Engine:
         forward: the model, behind the way its attention is computed.
         eos_token_ids: tokens that end a completion.
         decode: token ids to text; needed only for requests with stop strings.
+        tokenizer: a fast one of transformers; needed only for requests with a constraint.
         max_rows: rows in flight.
         max_tokens: tokens in flight, prompt and completion.
         prefill_tokens: prompt tokens in one forward pass.
@@ -67,6 +70,7 @@ class Engine:
         forward: Forward | PagedForward,
         eos_token_ids: frozenset[int],
         decode: Callable[[Sequence[int]], str] | None = None,
+        tokenizer: Any = None,
         *,
         max_rows: int = 128,
         max_tokens: int = 1 << 20,
@@ -80,7 +84,13 @@ class Engine:
         self._limits = (max_rows, max_tokens, window)
         self._finished: list[Completion] = []  # since the last step
         self._scheduler = Scheduler([], *self._limits)
-        settings = (prefill_tokens, share_prefix, self.stats, self._accept)
+        settings = (
+            prefill_tokens,
+            share_prefix,
+            self.stats,
+            self._accept,
+            Masks(Constraints(tokenizer, eos_token_ids)),
+        )
         self._batch: Batch = (
             PagedBatch(forward, max_rows, *settings)
             if isinstance(forward, PagedForward)
@@ -134,8 +144,9 @@ class Engine:
 
     def _accept(self, sample: Sample, token: int) -> bool:
         """Give a row its next token; say whether it is done, and then its completions are, too."""
-        if token == NONE:
-            self._give_up(sample, NOT_FINITE)
+        failed = sample.constraint and sample.constraint.error
+        if failed or token == NONE:
+            self._give_up(sample, f"its grammar cannot go on: {failed}" if failed else NOT_FINITE)
             return True
         reason = self._append(sample, token)
         if reason is None:
@@ -154,6 +165,10 @@ class Engine:
         if token in sample.request.stop_token_ids:
             return "stop"
         sample.token_ids.append(token)
+        if sample.constraint is not None:
+            sample.constraint.advance(token)
+            if sample.constraint.finished:
+                return "stop"
         if params.stop and self._decode and _has_stop(sample, self._decode):
             return "stop"
         return None if sample.remaining_tokens > 0 else "length"
@@ -230,11 +245,12 @@ def _may_be_of_one_row(error: Exception) -> bool:
 def _completions(sample: Sample, reason: FinishReason | None, error: str | None = None) -> list[Completion]:
     """Complete a finished sample, and the requests that share its tokens."""
     tokens, logprobs = tuple(sample.token_ids), tuple(sample.logprobs) or None
+    complete = None if sample.constraint is None or error else sample.constraint.complete
     numbers: dict[str, int] = {sample.request.id: sample.index}
-    done = [Completion(sample.request.id, sample.index, tokens, reason, logprobs, error)]
+    done = [Completion(sample.request.id, sample.index, tokens, reason, logprobs, error, complete)]
     for request in sample.duplicates:
         index = numbers[request.id] = numbers.get(request.id, -1) + 1
-        done.append(Completion(request.id, index, tokens, reason, logprobs, error))
+        done.append(Completion(request.id, index, tokens, reason, logprobs, error, complete))
     return done
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.common.request import TokenLogprob
 from pipeline.engine.cpu import load_kernels
+from pipeline.engine.masks import Forbidden
 from pipeline.engine.scheduler import Sample
 from pipeline.engine.upload import upload
 
@@ -28,15 +29,16 @@ class Report:
     ids: Tensor  # [K, most asked for] int64, the tokens they belong to
 
 
-def next_tokens(logits: Tensor, samples: Sequence[Sample]) -> list[int]:
+def next_tokens(logits: Tensor, samples: Sequence[Sample], forbidden: Forbidden | None = None) -> list[int]:
     """Choose a token for each row, and record its logprobs in the sample where they were asked for.
 
     Args:
         logits: [B, V], any float dtype.
         samples: B rows, in the same order.
+        forbidden: what rows with a constraint may not take.
     """
     seen = seen_tokens(samples, logits) if penalises(samples) else None
-    tokens = choose(logits, samples, [len(s.token_ids) for s in samples], seen)
+    tokens = choose(logits, samples, [len(s.token_ids) for s in samples], seen, forbidden)
     chosen: list[int] = tokens.tolist()
     if reported := report(logits, tokens, samples):
         record(reported, chosen, samples)
@@ -48,6 +50,7 @@ def choose(
     samples: Sequence[Sample],
     steps: Sequence[int],
     seen: Tensor | None = None,
+    forbidden: Forbidden | None = None,
     *,
     waits: bool = True,
 ) -> Tensor:
@@ -56,10 +59,13 @@ def choose(
     Args:
         steps: how many tokens each row has made before.
         seen: [B, V] bool, the tokens of prompt and completion, where `penalises` says so.
+        forbidden: what rows with a constraint may not take.
         waits: for the device, to see whether the HEAD is enough. Else AGAIN stands where it was not.
     """
     params = [s.request.params for s in samples]
-    scores = logits if seen is None else _penalise(logits, [p.repetition_penalty for p in params], seen)
+    scores = logits if forbidden is None else forbidden.apply(logits)
+    if seen is not None:
+        scores = _penalise(scores, [p.repetition_penalty for p in params], seen)
     sampled = [r for r, p in enumerate(params) if not p.greedy]
     if len(sampled) == len(params):
         return _draw(scores.float(), samples, steps, waits)

@@ -1,9 +1,10 @@
 """Decide who runs next: pure bookkeeping on plain numbers, no tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
-from pipeline.common.request import Request, TokenLogprob
+from pipeline.common.request import CONSTRAINTS, Request, TokenLogprob
+from pipeline.engine.constraint import Constraint
 
 CALM_STEPS = 64  # without running out of memory, before the first try to hold more again
 
@@ -18,6 +19,7 @@ class Sample:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     duplicates: list[Request] = field(default_factory=list)  # identical greedy requests that get its tokens
     reaches: bool = False  # its filters have reached beyond sampling's HEAD
+    constraint: Constraint | None = None  # where its tokens are in the request's grammar, once that has begun
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
@@ -210,5 +212,9 @@ def partition(lengths: Sequence[int], overhead: int) -> list[slice]:
 
 def _text_key(request: Request) -> tuple[object, ...]:
     """Return what decides a greedy request's text."""
-    p = request.params
-    return (request.prompt_token_ids, *(tuple(v) if isinstance(v, list) else v for v in astuple(p)))
+    asked = tuple(
+        tuple(value) if isinstance(value, list) else value
+        for name, value in vars(request.params).items()
+        if name not in CONSTRAINTS
+    )
+    return request.prompt_token_ids, request.constraint, *asked

@@ -121,8 +121,13 @@ class Requests:
             )
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
+        if row.params.constraints and self._config.generation.thinking:
+            raise PromptError(
+                found=f"{row.source}: generation.{row.params.constraints[0]} in a job with generation.thinking",
+                fix="Run such rows in a job without thinking.",
+            )
         params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-        return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)))
+        return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)), row.constraint)
 
 
 def _changed(where: str) -> PromptError:

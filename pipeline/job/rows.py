@@ -27,6 +27,7 @@ KINDS: dict[str, Any] = {  # of the fields of a row, where it has them
     **dict.fromkeys(("id",), str),
     **dict.fromkeys(("prompt", "completion", "finish_reason", "error", "thinking"), str | None),
     **dict.fromkeys(("usage", "metadata"), dict | None),
+    "complete": bool,
     "messages": list,
     "token_ids": list,
 }
@@ -60,6 +61,8 @@ def completion_row(
     if thinking:
         opened = opens_thinking(tokenizer, prompt_token_ids, tags)
         more["thinking"], text = split_thinking(text, opened=opened, tags=tags)
+    if completion.complete is not None:
+        more["complete"] = completion.complete
     if config.token_ids:
         more["token_ids"] = list(completion.token_ids)
     return {

@@ -91,7 +91,7 @@ def prompt_lengths(
             continue
         samples += [(prompt, min(row.params.max_new_tokens, context - prompt))] * row.params.n
     samples.sort(key=lambda sample: (sum(sample), sample), reverse=True)
-    sampled = any(not row.params.greedy for row in good)
+    sampled = any(not row.params.greedy or row.params.constraints for row in good)
     return PromptLengths(counted_by, len(read), len(read) - len(good), too_long, tuple(samples), sampled)
 
 

@@ -23,6 +23,7 @@ from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.units import MIB
 from pipeline.config.schema import Config, root
+from pipeline.prompts.constraint import job_params
 from pipeline.prompts.row import parse_line, pop_id, to_row
 from pipeline.prompts.settings import BadLine, show
 
@@ -38,11 +39,11 @@ def open_prompts(config: Config, path: str | None = None) -> Iterator[PromptRow 
         path: of the prompt file, where it was found before, or kept from standard input.
 
     Raises:
-        ConfigError, PromptError: as `find_prompts` and `read_prompts`.
+        ConfigError, PromptError: as `find_prompts`, `read_prompts` and `job_params`.
     """
     return read_prompts(
         path or find_prompts(config.prompts),
-        config.generation.params(),
+        job_params(config),
         prompt_field=config.prompt_field,
         limit=config.limit,
         shard=config.shard,

@@ -10,6 +10,7 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.prompts.settings import (
     BadLine,
     apply_settings,
+    constrain,
     merge_settings,
     show,
     take_settings,
@@ -50,9 +51,10 @@ def to_row(
     settings.append(take_settings(fields, ""))
     if system is not None and messages and messages[0]["role"] == "system":
         raise BadLine("has both 'system' and a system message", "Keep one of them.")
-    own = apply_settings(params, merge_settings(*settings))
+    own, constraint = constrain(apply_settings(params, merge_settings(*settings)))
+    more = merge_settings(*switches)
     return PromptRow(
-        index, row_id, source, prompt, messages, system, own, fields, **merge_settings(*switches)
+        index, row_id, source, prompt, messages, system, own, fields, constraint=constraint, **more
     )
 
 

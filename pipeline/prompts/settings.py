@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.common.errors import PromptError
-from pipeline.common.request import GenerationParams
+from pipeline.common.request import CONSTRAINTS, GenerationParams
 from pipeline.common.suggestions import did_you_mean
+from pipeline.prompts.constraint import grammar_of, read_files
 
 OVERRIDES: dict[str, type] = {
     "max_new_tokens": int,
@@ -20,7 +21,12 @@ OVERRIDES: dict[str, type] = {
     "seed": int,
     "logprobs": int,
     "ignore_eos": bool,
+    "json_schema": dict,
+    "regex": str,
+    "choice": list,
+    "grammar": str,
 }
+_NOT_BESIDE_THE_PROMPT = ("logprobs", *CONSTRAINTS)  # where a word as "choice" may be the user's own
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _LOGPROBS = ("logprobs", "top_logprobs")  # OpenAI's: whether, and of how many
 # What changes an answer and is not there, each with the values that ask for nothing.
@@ -29,7 +35,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -73,9 +78,9 @@ def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -
         BadLine: a setting that is not there, or a key of a body that nobody knows.
     """
     if openai:
-        unknown = sorted(fields.keys() - {*OVERRIDES, *_OTHER_NAMES, *_LOGPROBS, *_REFUSED, *_NO_MATTER})
+        known = (*OVERRIDES, *_OTHER_NAMES, "response_format", *_REFUSED, *_NO_MATTER)
+        unknown = sorted(fields.keys() - {*known, *_LOGPROBS})
         if unknown:
-            known = (*OVERRIDES, *_OTHER_NAMES, *_REFUSED, *_NO_MATTER)
             near = did_you_mean(unknown[0], known)
             raise BadLine(
                 f"{where.rstrip('.')}: unknown key {show(unknown[0])}", f"{near} Correct it, or remove it."
@@ -85,7 +90,7 @@ def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -
             raise BadLine(f"{where}{key} is not supported, and would change the answer", "Remove it.")
     found: dict[str, Any] = {}
     for key in (*OVERRIDES, *_OTHER_NAMES):
-        if key not in fields or (key == "logprobs" and not openai):
+        if key not in fields or (key in _NOT_BESIDE_THE_PROMPT and not openai):
             continue
         name, value = _OTHER_NAMES.get(key, key), fields.pop(key)
         if value is not None and name in found and found[name] != value:
@@ -94,7 +99,23 @@ def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -
             found[name] = value
     if openai:
         _take_logprobs(fields, found, where)
-    return found
+    asked = fields.pop("response_format", None)
+    return merge_settings(found, _format(asked, f"{where}response_format"))
+
+
+def _format(asked: Any, where: str) -> dict[str, Any]:
+    """Turn OpenAI's response_format into a schema."""
+    match asked:
+        case None | {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return {"json_schema": schema}
+    example = '{"type": "json_schema", "json_schema": {"schema": {…}}}'
+    raise BadLine(
+        f"{where} is {show(asked)}", f'Write {{"type": "text"}}, {{"type": "json_object"}} or {example}.'
+    )
 
 
 def _take_logprobs(fields: dict[str, Any], found: dict[str, Any], where: str) -> None:
@@ -134,10 +155,25 @@ def apply_settings(params: GenerationParams, overrides: dict[str, Any]) -> Gener
     own = {key: _override(key, value) for key, value in overrides.items() if value is not None}
     if not own:
         return params
+    if own.keys() & set(CONSTRAINTS):  # the row's comes in the place of the job's
+        own = {**dict.fromkeys(CONSTRAINTS), **own}
     try:
         return replace(params, **own)
     except ValueError as error:
         raise BadLine(f"generation: {clip(str(error), 300)}", "Change the value, or leave it out.") from None
+
+
+def constrain(params: GenerationParams) -> tuple[GenerationParams, str | None]:
+    """Read the file of a row's schema or grammar, and write its constraint for the engine.
+
+    Raises:
+        BadLine: it cannot be kept.
+    """
+    try:
+        params = read_files(params)
+        return params, grammar_of(params)
+    except ValueError as error:
+        raise BadLine(f"generation.{clip(str(error), 400)}", "Change it, or leave it out.") from None
 
 
 def _override(key: str, value: Any) -> Any:
@@ -150,8 +186,15 @@ def _override(key: str, value: Any) -> Any:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             return texts
         raise BadLine(f"generation.{key} is not a list of texts", 'Write it as ["\\n\\n"].')
+    if kind is dict:
+        if isinstance(value, dict | str):
+            return value
+        raise BadLine(
+            f"generation.{key} is {clip(json.dumps(value), 80)}", "Write a schema, or the path of one."
+        )
     rules: dict[type, tuple[tuple[type, ...], str]] = {
         bool: ((bool,), "true or false"), int: ((int,), "a whole number"), float: ((int, float), "a number"),
+        str: ((str,), "text"),
     }  # fmt: skip
     types, rule = rules[kind]
     if type(value) not in types:

@@ -21,6 +21,7 @@ class Answer:
     completion_tokens: int
     token_ids: "array[int] | None"
     thinking: str | None
+    complete: bool | None = None  # whole by its constraint; None without one
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ def _answer(row: dict[str, Any]) -> Answer:
         completion_tokens=int(usage.get("completion_tokens") or 0),
         token_ids=_token_ids(row.get("token_ids")),
         thinking=row.get("thinking"),
+        complete=row.get("complete"),
     )
 
 

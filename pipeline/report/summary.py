@@ -5,9 +5,11 @@ COLUMNS in table.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.intervals import proportion
 from pipeline.common.terminal import visible
 from pipeline.job.energy import merge_energy
 from pipeline.report.jobs import ReportedJob
@@ -43,6 +45,7 @@ def summarize(
                 "baseline": None if other is None else jobs[other].label,
                 "quality": compare_jobs(prompts, number, other),
                 "reference": against_references(prompts, number),
+                "in_shape": _in_shape(own, number),
                 "scores": _scores(job.scores),
                 "completions": _completions(own, number),
                 "timeline": job.stats.get("timeline") or [],
@@ -129,6 +132,13 @@ def _completions(own: Sequence[Prompt], number: int) -> Record:
     return {"lengths": lengths, "finish_reasons": ends}
 
 
+def _in_shape(own: Sequence[Prompt], number: int) -> Record | None:
+    """Estimate how often an answer with a constraint is whole; None where there is none."""
+    found = [answer.complete for p in own if (answer := p.answers[number]) and answer.complete is not None]
+    share = proportion(sum(found), len(found))
+    return asdict(share) if share else None
+
+
 def _scores(scores: dict[str, Any]) -> dict[str, Any] | None:
     return scores if scores.get("nll") else None
 
@@ -157,6 +167,7 @@ BEST = {  # column to whether more is better
     "top1": True,
     "perplexity": False,
     "reference": True,
+    "in_shape": True,
 }
 
 
@@ -184,6 +195,7 @@ def cells(record: Record) -> dict[str, float | None]:
         "top1": _value(scores.get("top1")),
         "perplexity": _value(scores.get("perplexity")),
         "reference": _value(best_mark),
+        "in_shape": _value(record["in_shape"]),
     }
 
 

@@ -80,6 +80,7 @@ COLUMNS = (
     Column("top1", "Same top token", "How often the most probable token is the baseline's", _share),
     Column("perplexity", "Perplexity", "Of the baseline's completions", lambda x: f"{x:.3f}"),
     Column("reference", "Reference", "Completions that contain the reference answer", _share),
+    Column("in_shape", "In shape", "Completions that are whole by their JSON schema, regex, choice or grammar", _share),
 )  # fmt: skip
 ALWAYS = {"label", "state", "rows", "errors", "completion_tokens", "tokens_per_sec", "load_sec", "peak_bytes"}
 PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "predicted_peak_bytes"}
@@ -142,6 +143,8 @@ def _interval(name: str, record: Record) -> dict[str, Any] | None:
     found: dict[str, Any] | None = (record[sources[name]] or {}).get(name) if name in sources else None
     if name == "reference" and record["reference"]:
         found = record["reference"]["contains"]
+    if name == "in_shape":
+        found = record["in_shape"]
     return found
 
 

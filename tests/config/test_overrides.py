@@ -23,6 +23,7 @@ TYPED = {  # what is typed, and what it is; keys that are not here are taken by 
     "submit.gpu_memory": ("80G", "80G"),
     "generation.top_p": ("0.5", 0.5),
     "generation.min_p": ("0.5", 0.5),
+    "generation.choice": ("[yes,'a b']", ["yes", "a b"]),
     "generation.thinking_tags": ("['<a>','</a>']", ["<a>", "</a>"]),
     "engine.memory_fraction": ("0.5", 0.5),
 }
@@ -77,7 +78,7 @@ def test_one_entry_of_a_dictionary_is_set_with_and_without_a_plus():
         )
     assert set(dictionary_keys()) == {
         "model.device_map", "model.max_memory", "model.chat_template_kwargs", "model.architecture",
-        "submit.environment",
+        "submit.environment", "generation.json_schema", "generation.choice",
     }  # fmt: skip
 
 

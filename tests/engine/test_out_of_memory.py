@@ -2,11 +2,14 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from engine_runs import EOS, alone, mixed_requests, run, run_engine, tokens
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from pipeline.engine.rectangles.batch import RectangleBatch
 from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sample, Scheduler
+from pipeline.prompts.constraint import grammar_of
 
 Full = Callable[[str, list[Sample]], bool]  # ("prefill" or "decode", rows): whether memory runs out
 
@@ -76,6 +80,23 @@ def test_no_token_is_lost(each_tiny_model, late):
     done = tokens(run(scarce, requests))
     assert scarce.failures == 3
     assert done == {(r.id, 0): alone(each_tiny_model, r) for r in requests}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the work", "after it"])
+def test_a_row_that_is_put_back_stays_where_it_is_in_its_grammar(tiny_model, late):
+    params = [GenerationParams(max_new_tokens=30, regex=f"[a-z]{{9}}-[0-9]{{{n}}}") for n in range(2, 8)]
+    requests = [
+        replace(request, params=own, constraint=grammar_of(own))
+        for request, own in zip(mixed_requests(), params, strict=False)
+    ]
+    scarce = Scarce(tiny_model("llama"), on_calls(2, 8), OUT_OF_MEMORY, late)
+    decode = tiny_tokenizer().decode
+    done = tokens(run_engine(Engine(scarce, EOS, tokenizer=tiny_tokenizer()), requests))
+    unhurt = FlatForward(copy.deepcopy(tiny_model("llama")))
+    assert scarce.failures == 2
+    assert done == tokens(run_engine(Engine(unhurt, EOS, tokenizer=tiny_tokenizer()), requests))
+    for request, own in zip(requests, params, strict=True):
+        assert re.fullmatch(own.regex or "", decode(done[request.id, 0]))
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator", "CUDA itself"])

@@ -220,7 +220,7 @@ def test_what_the_engine_has_is_taken_from_a_body(read):
 @pytest.mark.parametrize(
     "asked",
     [
-        {"tools": [{"type": "function"}]}, {"tool_choice": "auto"}, {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function"}]}, {"tool_choice": "auto"}, {"response_format": {"type": "yaml"}},
         {"logit_bias": {"5": 1}}, {"presence_penalty": 0.5}, {"frequency_penalty": -1}, {"best_of": 2},
         {"reasoning_effort": "low"}, {"functions": [{}]}, {"temprature": 1}, {"echo": True}, {"top_logprobs": 3},
     ],
@@ -229,6 +229,69 @@ def test_what_would_change_the_answer_and_is_not_there_fails_the_row(read, asked
     (found,) = read(body(**asked))
     assert isinstance(found, BadRow)
     assert next(iter(asked)) in found.error
+
+
+@pytest.mark.parametrize(
+    ("asked", "schema"),
+    [
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}, {"type": "null"}),
+    ],
+)
+def test_a_response_format_means_its_schema(read, asked, schema):
+    (in_body,) = read(body(response_format=asked))
+    (beside,) = read({"prompt": "a", "response_format": asked})
+    assert in_body.params.json_schema == beside.params.json_schema == schema
+    assert in_body.constraint is not None
+    assert not in_body.metadata.get("body")
+
+
+@pytest.mark.parametrize(
+    "asked", ["json_object", {"type": "json_schema"}, {"type": "json_schema", "schema": {}}, {}]
+)
+def test_a_response_format_without_a_meaning_fails_the_row(read, asked):
+    (found,) = read(body(response_format=asked))
+    assert isinstance(found, BadRow)
+    assert "body.response_format is" in found.error
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        (
+            {"json_schema": {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}},
+            "uniqueItems",
+        ),
+        ({"json_schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "oneOf"),
+        ({"json_schema": {"$ref": "http://example.org/a"}}, "http://example.org/a"),
+        ({"json_schema": "no-such-file.json"}, "json_schema=no-such-file.json: no such file"),
+        ({"json_schema": 7}, "generation.json_schema is 7"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"regex": 7}, "generation.regex is 7"),
+        ({"grammar": "start: other"}, "other"),
+        ({"grammar": "no-such-file.lark"}, "grammar=no-such-file.lark: no such file"),
+        ({"choice": []}, "a list of different texts"),
+        ({"choice": ["a", "a"]}, "a list of different texts"),
+        ({"choice": [True]}, "generation.choice is not a list of texts"),
+        ({"choice": ["a"], "regex": "a"}, "regex and choice: one of them"),
+        ({"choice": ["a"], "ignore_eos": True}, "choice and ignore_eos: one of them"),
+    ],
+    ids=str,
+)
+def test_a_constraint_that_cannot_be_kept_fails_its_row(read, generation, said):
+    bad, good = read({"prompt": "a", "generation": generation}, {"prompt": "b"})
+    assert isinstance(bad, BadRow)
+    assert ":1: generation" in bad.error
+    assert said in bad.error
+    assert good.constraint is None
+
+
+def test_a_column_that_is_called_like_a_constraint_is_metadata(read):
+    (found,) = read({"prompt": "a", "choice": "B", "grammar": "bad", "regex": 3, "json_schema": None})
+    assert found.params.constraints == []
+    assert found.metadata == {"choice": "B", "grammar": "bad", "regex": 3, "json_schema": None}
 
 
 def test_settings_beside_the_prompt_are_used_or_refused(read):

@@ -373,3 +373,18 @@ def test_the_command_writes_a_report_and_loads_no_torch(sweep, tmp_path):
         "report.json",
         "plots",
     }
+
+
+def test_the_share_of_answers_in_shape_is_a_column_where_a_job_had_constraints(tmp_path):
+    rows = [{**answer_row(i, '{"a": 1}'), "complete": i > 0} for i in range(4)]
+    rows.append(answer_row(4, "free"))
+    held = write_job(tmp_path, "nf4", rows)
+    write_job(tmp_path, "fp32", [answer_row(i, "free") for i in range(5)])
+    records = records_of(tmp_path)
+    assert {r["quant"]: r["in_shape"] and r["in_shape"]["value"] for r in records} == {
+        "nf4": 0.75,
+        "fp32": None,
+    }
+    assert "In shape" in [column.title for column in columns(records)]
+    assert "75.0 %" in write_report([held]).with_suffix(".md").read_text(encoding="utf-8")
+    assert "In shape" not in [c.title for c in columns([r for r in records if r["quant"] == "fp32"])]

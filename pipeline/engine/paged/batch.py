@@ -2,7 +2,8 @@
 
 What the host reads is a step old: while it looks at the tokens of one step, writes finished rows and admits
 new ones, the device runs the next. A row that ends by itself has by then one more token under way, which is
-dropped; one that ends at its length is known beforehand.
+dropped; one that ends at its length is known beforehand. A row with a constraint needs the token before its
+mask: a step with such a row begins once the last one has been read, and masks are made while the device runs.
 """
 
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.limits import PAGE
+from pipeline.engine.masks import Masks
 from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
@@ -31,6 +33,7 @@ class PagedBatch:
     Args:
         max_rows: slots.
         accept: gives a row its next token, and says whether the row is done.
+        masks: of rows with a constraint.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PagedBatch:
         share_prefix: bool,
         stats: EngineStats,
         accept: Callable[[Sample, int], bool],
+        masks: Masks,
     ) -> None:
         self._forward = forward
         self._max_rows = max_rows
@@ -48,6 +52,7 @@ class PagedBatch:
         self._share_prefix = share_prefix
         self._stats = stats
         self._accept = accept
+        self._masks = masks
         self._switch = rope_switch(forward.config) or 1 << 62
         self._rows: list[Row] = []
         self._admitted: list[Sample] = []  # those without pages yet
@@ -80,6 +85,8 @@ class PagedBatch:
     def step(self, scheduler: Scheduler) -> None:
         """Give the device its next work, then read what it had done before."""
         started = time.perf_counter()
+        if any(row.sample.request.constraint is not None for row in self._rows):
+            self._read(ahead=0)
         if not self._queue:
             if self._again:
                 scheduler.put_back(self._again)
@@ -227,7 +234,8 @@ class PagedBatch:
         if tokens is None or not all(_is_plain(s) for s in samples):
             seen = self._seen_by(rows, logits)
             slots = upload([row.slot for row in rows], self._forward.device)
-            tokens = choose(logits, samples, [row.made for row in rows], seen, waits=likeliest is None)
+            masks, steps = self._masks.start(samples), [row.made for row in rows]
+            tokens = choose(logits, samples, steps, seen, masks(), waits=likeliest is None)
             self._forward.tokens[slots] = tokens
             if seen is not None and self._seen is not None:
                 self._seen[slots, tokens.clamp(min=0)] = True
@@ -282,4 +290,4 @@ class PagedBatch:
 def _is_plain(sample: Sample) -> bool:
     """Say whether the next token is the most probable one."""
     params = sample.request.params
-    return params.greedy and params.repetition_penalty == 1
+    return params.greedy and params.repetition_penalty == 1 and sample.request.constraint is None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.common.request import GenerationParams, Request
+from pipeline.engine.masks import Masks
 from pipeline.engine.model_facts import rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.rectangles.forward import Forward
@@ -25,6 +26,7 @@ class RectangleBatch:
 
     Args:
         accept: gives a row its next token, and says whether the row is done.
+        masks: of rows with a constraint.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RectangleBatch:
         share_prefix: bool,
         stats: EngineStats,
         accept: Callable[[Sample, int], bool],
+        masks: Masks,
     ) -> None:
         self._forward = forward
         self._prefill_tokens = prefill_tokens
@@ -41,6 +44,7 @@ class RectangleBatch:
         self._share_prefix = share_prefix and forward.can_share_prefix
         self._stats = stats
         self._accept = accept
+        self._masks = masks
         self._rope_switch = rope_switch(forward.config)
         self._rectangles: list[Rectangle] = []
         self._groups: list[list[Sample]] = []  # admitted, not yet prefilled
@@ -90,6 +94,7 @@ class RectangleBatch:
         for sample in group:
             copies.setdefault(sample.all_token_ids, []).append(sample)
         prefix = self._prefix[1] if self._prefix and self._has_prefix(group[0]) else None
+        masks = self._masks.start([s for c in copies.values() for s in c])
         # Under longrope a pass's largest position decides for all of it: long rows are never cut.
         budget = self._prefill_tokens if not self._is_long(group[0]) else 1 << 62
         rectangle, logits = self._forward.prefill([c[0] for c in copies.values()], prefix, budget)
@@ -97,7 +102,7 @@ class RectangleBatch:
         if len(group) > len(copies):
             rectangle.repeat(list(copies.values()))
             logits = logits[[i for i, c in enumerate(copies.values()) for _ in c]]
-        tokens = next_tokens(logits, rectangle.rows)
+        tokens = next_tokens(logits, rectangle.rows, masks())
         del self._groups[0]
         self._rectangles.append(rectangle)
         self._stats.count_rectangles(self._rectangles)
@@ -112,8 +117,10 @@ class RectangleBatch:
         for long in (True, False):
             rectangles = [r for r in self._rectangles if self._is_long(r.rows[0]) == long]
             if rectangles:
+                samples = [s for r in rectangles for s in r.rows]
+                masks = self._masks.start(samples)
                 logits = self._forward.decode(rectangles)
-                tokens = next_tokens(logits, [s for r in rectangles for s in r.rows])
+                tokens = next_tokens(logits, samples, masks())
                 self._stats.count_step(rectangles)
                 for rectangle in rectangles:
                     rectangle.head += 1
