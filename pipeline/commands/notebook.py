@@ -18,6 +18,7 @@ from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
 from pipeline.prompts.reader import find_prompts
 from pipeline.prompts.reader import read_prompts as read_file
 from pipeline.prompts.row import to_row
+from pipeline.prompts.shape import Shape
 
 Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
 
@@ -85,7 +86,7 @@ def read_prompts(
     """
     params = _params(model.config, generation)
     if isinstance(prompts, str | PathLike):
-        rows = read_file(find_prompts(str(prompts)), params)
+        rows = read_file(find_prompts(str(prompts)), params, shape=Shape.of(model.config))
     else:
         rows = (_row(i, prompt, params) for i, prompt in enumerate(prompts))
     return [_request(row, model) for row in rows]

@@ -16,6 +16,7 @@ from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths
 from pipeline.prompts.count import count_prompts
 from pipeline.prompts.reader import find_prompts, parse_shard
+from pipeline.prompts.shape import Shape
 from pipeline.slurm import client as cluster
 
 
@@ -169,14 +170,12 @@ def _checked(config: Config) -> Config:
 
 def _count(config: Config, shards: int) -> tuple[tuple[int, ...], str]:
     path = find_prompts(config.prompts)
-    return _count_once(path, config.generation.n, config.prompt_field, config.limit, shards)
+    return _count_once(path, config.generation.n, Shape.of(config), config.limit, shards)
 
 
 @cache
 def _count_once(
-    path: str, n: int, prompt_field: str, limit: int | None, shards: int
+    path: str, n: int, shape: Shape, limit: int | None, shards: int
 ) -> tuple[tuple[int, ...], str]:
-    counted = count_prompts(
-        path, GenerationParams(n=n), prompt_field=prompt_field, limit=limit, shards=shards
-    )
+    counted = count_prompts(path, GenerationParams(n=n), shape=shape, limit=limit, shards=shards)
     return counted.totals, counted.sha256
