@@ -5,14 +5,16 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.common.errors import PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.units import MIB
+from pipeline.config.schema import Config
 from pipeline.prompts.address import dataset_address, files_of
 from pipeline.prompts.lines import MAX_LINE_BYTES, SUFFIXES, is_table, suffix_of
-from pipeline.prompts.reader import read_prompts
+from pipeline.prompts.reader import find_prompts, read_prompts
 from pipeline.prompts.shape import PLAIN, Shape
 
 
@@ -22,6 +24,21 @@ class PromptCount:
 
     totals: tuple[int, ...]  # [shards]
     sha256: str  # of the lines as they are read: compressing a file does not change it
+
+
+def count_job(config: Config, shards: int) -> PromptCount:
+    """Count what `open_prompts` would give a job's shards; jobs that ask for the same read it once.
+
+    Raises:
+        ConfigError, PromptError: as `open_prompts`.
+    """
+    path = find_prompts(config.prompts)
+    return _count_once(path, config.generation.n, Shape.of(config), config.limit, shards)
+
+
+@cache
+def _count_once(path: str, n: int, shape: Shape, limit: int | None, shards: int) -> PromptCount:
+    return count_prompts(path, GenerationParams(n=n), shape=shape, limit=limit, shards=shards)
 
 
 def count_prompts(

@@ -30,18 +30,21 @@ from pipeline.prompts.torn import Torn
 _GENERATED_ID = re.compile(r"row-[0-9]+(-[0-9]+)?")
 
 
-def open_prompts(config: Config, path: str | None = None) -> Iterator[PromptRow | BadRow]:
+def open_prompts(
+    config: Config, path: str | None = None, params: GenerationParams | None = None
+) -> Iterator[PromptRow | BadRow]:
     """Read the rows of a job as its config asks for them: its file, parameters, shape, limit and shard.
 
     Args:
         path: of the prompt file, where it was found before, or kept from standard input.
+        params: None are the config's.
 
     Raises:
         ConfigError, PromptError: as `find_prompts` and `read_prompts`.
     """
     return read_prompts(
         path or find_prompts(config.prompts),
-        config.generation.params(),
+        params or config.generation.params(),
         shape=Shape.of(config),
         limit=config.limit,
         shard=config.shard,

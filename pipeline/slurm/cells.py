@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from pipeline.common.errors import ConfigError, JobError
-from pipeline.common.request import GenerationParams
 from pipeline.common.streams import is_stream
 from pipeline.common.terminal import say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
@@ -14,9 +12,8 @@ from pipeline.config.schema import Config, Resume, SubmitConfig
 from pipeline.job.counts import Counts, read_counts
 from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths
-from pipeline.prompts.count import count_prompts
-from pipeline.prompts.reader import find_prompts, parse_shard
-from pipeline.prompts.shape import Shape
+from pipeline.prompts.count import count_job
+from pipeline.prompts.reader import parse_shard
 from pipeline.slurm import client as cluster
 
 
@@ -169,13 +166,5 @@ def _checked(config: Config) -> Config:
 
 
 def _count(config: Config, shards: int) -> tuple[tuple[int, ...], str]:
-    path = find_prompts(config.prompts)
-    return _count_once(path, config.generation.n, Shape.of(config), config.limit, shards)
-
-
-@cache
-def _count_once(
-    path: str, n: int, shape: Shape, limit: int | None, shards: int
-) -> tuple[tuple[int, ...], str]:
-    counted = count_prompts(path, GenerationParams(n=n), shape=shape, limit=limit, shards=shards)
+    counted = count_job(config, shards)
     return counted.totals, counted.sha256

@@ -109,9 +109,9 @@ def test_a_complete_cell_is_left_out_until_its_prompts_or_its_errors_ask_for_mor
     with (place / "q.jsonl").open("w") as file:
         file.write((place / "p.jsonl").read_text().replace("Say 3", "Sing 3"))
     (place / "q.jsonl").replace(place / "p.jsonl")
-    from pipeline.slurm import cells as sweep_cells
+    from pipeline.prompts import count
 
-    sweep_cells._count_once.cache_clear()
+    count._count_once.cache_clear()
     assert not find_cells(JOB)[0][0].complete, "an edited prompt"
 
 
