@@ -35,6 +35,7 @@ def read_table(path: str, limit_bytes: int) -> Iterator[tuple[int, bytes | BadLi
     address = dataset_address(path)
     with _torn(path, pa):
         for batch in _dataset(address) if address else _file(path, pa):
+            batch.validate()
             if twice := next((n for n in batch.schema.names if batch.schema.names.count(n) > 1), None):
                 raise PromptError(f"{path}: two columns are called {show(twice)}", "Give each its own name.")
             for row in _rows(batch, limit_bytes):
@@ -46,7 +47,7 @@ def read_table(path: str, limit_bytes: int) -> Iterator[tuple[int, bytes | BadLi
 def _torn(path: str, pa: Any) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError) as error:  # ValueError: a column's name that is no UTF-8
         raise Torn(Path(path).suffix[1:] or "dataset", error) from error
     except OSError as error:
         if error.errno is not None:
@@ -62,35 +63,40 @@ def _file(path: str, pa: Any) -> Iterator[Any]:
             yield from file.iter_batches(BATCH_ROWS)
         return
     with pa.memory_map(path) as source:
-        try:
-            file = pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            yield from pa.ipc.open_stream(source)  # as datasets saves them
-            return
-        for i in range(file.num_record_batches):
-            yield file.get_batch(i)
+        for batch in _batches(source, pa):
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.slice(start, BATCH_ROWS)
+
+
+def _batches(source: Any, pa: Any) -> Iterator[Any]:
+    """Read a file's batches, or a stream's, as datasets saves them."""
+    try:
+        file = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        yield from pa.ipc.open_stream(source)
+        return
+    for i in range(file.num_record_batches):
+        yield file.get_batch(i)
 
 
 def _rows(batch: Any, limit_bytes: int) -> Iterator[bytes | BadLine]:
-    # A large batch is taken apart while it is Arrow's, so that of a large row no copy is made.
-    pieces = [batch] if batch.nbytes <= limit_bytes else (batch.slice(i, 1) for i in range(batch.num_rows))
-    for piece in pieces:
-        if piece.num_rows == 1 and piece.nbytes > limit_bytes:
-            yield BadLine(
-                f"the row is {piece.nbytes} bytes long; the limit is {limit_bytes}", "Split or shorten it."
-            )
-            continue
-        try:
-            rows = piece.to_pylist()
-        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a date out of Python's range
-            if piece.num_rows > 1:
-                for i in range(piece.num_rows):
-                    yield from _rows(piece.slice(i, 1), limit_bytes)
-                continue
-            yield BadLine(f"cannot be read ({error})", "Save the text as UTF-8.")
-            continue
+    """Read a batch; one that is damaged or large is taken apart, so that its good rows are read."""
+    rows: list[dict[str, Any]] | None = None
+    try:
+        batch.validate(full=True)  # Arrow trusts its offsets, and would read where they lead
+        if batch.nbytes <= limit_bytes:
+            rows = batch.to_pylist()
+        bad = BadLine(f"the row is {batch.nbytes} bytes long; the limit is {limit_bytes}", "Shorten it.")
+    except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date out of Python's range
+        bad = BadLine(f"cannot be read ({error})", "Correct it, and save text as UTF-8.")
+    if rows is not None:
         yield from map(_line, rows)
+    elif batch.num_rows == 1:
+        yield bad
+    else:
+        for i in range(batch.num_rows):
+            yield from _rows(batch.slice(i, 1), limit_bytes)
 
 
 def _line(row: dict[str, Any]) -> bytes | BadLine:

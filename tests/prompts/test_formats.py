@@ -3,9 +3,11 @@
 import csv
 import gzip
 import json
+import random
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_helper import arguments, command, environment, outputs, run_job
 
+from pipeline.commands import door
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, GenerationParams
@@ -247,7 +250,7 @@ def test_a_cell_of_gigabytes_is_not_held(tmp_path, name):
     ascii_only=st.booleans(),
     chunk=st.integers(1, 40),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_array_is_cut_into_its_elements_wherever_a_chunk_ends(rows, indent, ascii_only, chunk):
     from io import BytesIO
 
@@ -368,6 +371,52 @@ def test_a_file_that_is_no_table_is_one_error_and_no_traceback(tiny_folder, tmp_
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if "?" not in name and name != "repository"])
+def test_whatever_bytes_are_damaged_rows_are_read_or_one_error_is_told(tmp_path, name):
+    path = write(tmp_path, name, rows_of(60))
+    file = next(Path(path).glob("*.arrow")) if name == "saved" else Path(path)
+    whole = file.read_bytes()
+    for seed in range(40):
+        draw = random.Random(seed)
+        damaged = bytearray(whole)
+        for _ in range(draw.choice([1, 3, 20])):
+            damaged[draw.randrange(len(damaged))] = draw.choice([0, 255, 34, 10, draw.randrange(256)])
+        file.unlink()  # and not written over: what Arrow has mapped is another file's then
+        file.write_bytes(damaged[: draw.choice([len(damaged), draw.randrange(len(damaged))])])
+        try:
+            found = read(path)
+        except PromptError as error:
+            assert str(tmp_path) in str(error)  # noqa: PT017
+        else:
+            assert [row.index for row in found] == list(range(len(found)))
+
+
+HOSTILE = {
+    "torn.parquet": b"PAR1\0\0",
+    "text.arrow": b"prompt\nHello\n",
+    "empty.feather": b"",
+    "twice.csv": b"prompt,prompt\na,b\n",
+    "latin.csv": "größe\na\n".encode("latin-1"),
+    "utf16.tsv": "prompt\ta\nb\tc\n".encode("utf-16"),
+    "nul.csv": b"prompt\na\0b\n",
+    "quote.csv": b'prompt\n"a\nb\n',
+    "torn.json": b'[{"prompt": "a"}, {"pro',
+    "torn.csv.gz": gzip.compress(b"prompt\na\n")[:-9],
+    "deep.json": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_told_at_the_door_without_a_traceback(tiny_folder, tmp_path, name, capsys):
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    line = arguments(tiny_folder, tmp_path / name, tmp_path / "o")
+    for arguments_ in (["submit", *line, "submit.dry_run=true"], ["plan", *line, "memory=8GB"]):
+        assert door.main(arguments_) in (0, 1, 3)
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err
+        assert "mistake of ours" not in told.err
+
+
 # ---- datasets
 
 
@@ -420,16 +469,16 @@ def test_a_file_that_needs_no_table_imports_neither_pyarrow_nor_datasets(tmp_pat
 
 @pytest.mark.parametrize("row_group_size", [2_000, 100_000])
 def test_many_rows_of_parquet_are_read_in_bounded_memory(tmp_path, row_group_size):
-    """What 40 MB take beyond 4 MB is less than they are, whatever the size of a row group."""
+    """What 110 MB take beyond 11 MB is less than half of that, whatever the size of a row group."""
     code = (
         "import sys; from pipeline.prompts.reader import read_prompts; from pipeline.common.request import *; "
         "n = sum(1 for _ in read_prompts(sys.argv[1], GenerationParams())); "
         "print(n, next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     )
     peaks = []
-    for count in (10_000, 100_000):
+    for count in (5_000, 50_000):
         path = tmp_path / f"{count}.parquet"
-        texts = pa.array([f"Tell me joke number {i} " + f"{i * 7919} " * 40 for i in range(count)])
+        texts = pa.array([f"Tell me joke number {i} " + f"{i * 7919} " * 320 for i in range(count)])
         table = pa.table({"prompt": texts})
         parquet.write_table(
             table, path, row_group_size=row_group_size, use_dictionary=False, compression=None
@@ -444,5 +493,5 @@ def test_many_rows_of_parquet_are_read_in_bounded_memory(tmp_path, row_group_siz
         found, peak_kb = map(int, done.stdout.split())
         assert found == count
         peaks.append(peak_kb << 10)
-    assert path.stat().st_size > 36 << 20
-    assert peaks[1] - peaks[0] < 20 << 20
+    assert path.stat().st_size > 100 << 20
+    assert peaks[1] - peaks[0] < 45 << 20

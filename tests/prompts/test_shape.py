@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from job_helper import arguments, command, outputs, run_job, write_rows
+from job_helper import JobServer, arguments, outputs, run_job, write_rows
 
-from pipeline.common.errors import ConfigError, PromptError
+from pipeline.commands import door
+from pipeline.common.errors import ConfigError, OutputError, PromptError
 from pipeline.common.request import BadRow
 from pipeline.config.compose import job_folder, read_config
+from pipeline.job.merge import merge
 from pipeline.prompts import shape as shape_module
 from pipeline.prompts.reader import open_prompts
 
@@ -208,13 +210,26 @@ def test_all_that_shapes_a_prompt_names_another_folder_and_nothing_keeps_the_old
     assert job_folder([*base, f"examples={shot}"]) not in folders
 
 
-def test_a_row_with_an_undefined_column_costs_no_other_in_a_real_job(tiny_folder, tmp_path):
+def test_a_row_with_an_undefined_column_costs_no_other_in_a_real_job(tiny_folder, tmp_path, capsys):
     prompts = write_rows(tmp_path / "p.jsonl", [{"text": "a"}, {"txt": "b"}])
     line = arguments(tiny_folder, prompts, tmp_path / "o", "prompt_template=Say {{ text }}")
-    done = command(line)
-    assert done.returncode == 1, done.stderr
+    assert run_job(line) == 1
     good, bad = sorted(outputs(line), key=lambda row: row["index"])
     assert good["prompt"] == "Say a"
     assert "'text' is undefined; this row has ['txt']" in bad["error"]
-    (view,) = [command(["inspect", "view=chat", *line, "row=0"])]
-    assert "Say a" in view.stdout
+    assert door.main(["inspect", "view=chat", *line, "row=0"]) == 0
+    assert "Say a" in capsys.readouterr().out
+
+
+def test_a_merge_names_missing_rows_by_the_ids_that_their_column_gives(tiny_folder, tmp_path):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": str(i), "qid": f"Q{i}"} for i in range(4)])
+    line = arguments(tiny_folder, prompts, tmp_path / "o", "generation.max_new_tokens=1", "columns.id=qid")
+    server = JobServer()
+    for shard in ("0/2", "1/2"):
+        server.start([*line, f"shard={shard}"])
+        assert server.wait() == 0
+    server.close()
+    rows = job_folder([*line, "shard=1/2"]) / "outputs.jsonl"
+    rows.write_bytes(rows.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(OutputError, match=r"rows (1 \(Q1\)|3 \(Q3\)) are missing"):
+        merge(job_folder(line))
