@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
@@ -45,31 +46,31 @@ def main(arguments: list[str]) -> ExitStatus:
     name, write = FORMATS[to]
     answers = Answers.find(folders[0], lambda where: say(f"{where}: a damaged line is left out", "yellow"))
     target = Path(options["file"]) if "file" in options else JobPaths(folders[0]).exports / name
-    _check(target, answers)
+    _check(target, answers, whole=to == "datasets")
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f"{target.name}.new")
-    _remove(fresh)
-    try:
+    with TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+        fresh = Path(folder) / target.name
         write(answers, fresh)
-        _remove(target)
+        if target.is_dir():
+            shutil.rmtree(target)
         fresh.replace(target)
-    finally:
-        _remove(fresh)
     say(f"{len(answers.places)} answers in {target}", "green")
     if not is_merged(folders[0]) and not all(read_counts(file.parent).complete for file in answers.files):
         say("The job is not complete: what is missing is not exported.", "yellow")
     return ExitStatus.DONE
 
 
-def _check(target: Path, answers: Answers) -> None:
-    """Refuse to write over the answers themselves, or over a folder that no export made."""
+def _check(target: Path, answers: Answers, *, whole: bool) -> None:
+    """Refuse to write over the answers themselves, or over a folder that no export made.
+
+    Args:
+        whole: a folder is written, and no file.
+    """
     if target.resolve() in [file.resolve() for file in answers.files]:
         raise ConfigError(f"file={target}: is what is exported", "Name another file.")
+    if target.is_dir() and not whole:
+        raise ConfigError(f"{target}: is a folder", "Name a file with file=….")
     if target.is_dir() and not {path.relative_to(target) for path in target.rglob("*")} <= DATASET:
         raise ConfigError(f"{target}: is a folder with other files in it", "Name another with file=….")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    if target.is_file() and whole:
+        raise ConfigError(f"{target}: is a file", "Name a folder with file=….")

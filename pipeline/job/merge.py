@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from pipeline.common.errors import ConfigError, OutputError, PromptError
 from pipeline.config.compose import recorded_config
+from pipeline.config.schema import Config
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
@@ -218,8 +219,10 @@ def _open(rows: Path) -> BinaryIO:
 def _ids(rows: list[int], shard: Shard, count: int | None = None) -> str:
     """Name some rows by their ids in the prompt file; by their numbers where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
-    with suppress(PromptError, ConfigError):
+    config = Config()
+    with suppress(ConfigError):  # where none was noted, the columns are called as ever
         config = recorded_config(shard.paths.folder)
+    with suppress(PromptError):
         for row in open_prompts(replace(config, shard=None, limit=max(named) + 1), shard.todo.prompts):
             if row.index in named:
                 named[row.index] = row.id

@@ -64,6 +64,18 @@ def dataset_address(text: str) -> Address | None:
     return Address(name, on_hub, **{key: value for key, value in asked.items() if value})
 
 
+def _cached_commit(address: Address) -> str | None:
+    """Read which commit it was when the hub was last asked, for nodes that have no network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=address.name, repo_type="dataset")
+    try:
+        return (folder / "refs" / (address.revision or "main")).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
 def files_of(path: str) -> list[Path]:
     """List the files that prompts are read from: one, all of a folder's, or none that lies here."""
     address = dataset_address(path)
@@ -88,6 +100,8 @@ def _holds_data(folder: str) -> bool:
 def pinned(address: Address) -> Address:
     """Ask the hub which commit a dataset's revision is now, so that every later look reads the same rows.
 
+    Where the hub does not answer, it is the commit that was last read here.
+
     Raises:
         PromptError: the hub does not say.
     """
@@ -98,6 +112,8 @@ def pinned(address: Address) -> Address:
     try:
         commit = HfApi().dataset_info(address.name, revision=address.revision, timeout=10).sha
     except Exception as error:  # whatever stands between here and the hub
+        if commit := _cached_commit(address):
+            return replace(address, revision=commit)
         raise PromptError(
             f"{address.shown}: the hub does not say which commit this is ({str(error).partition(chr(10))[0]})",
             "Check the name and the network; without one, add &revision=COMMIT of a dataset that was read before.",

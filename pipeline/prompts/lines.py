@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
@@ -138,7 +138,7 @@ def _elements(stream: BinaryIO, first: bytes) -> Lines:
     """Cut an array into the texts of its elements, each with the line that it begins in."""
     depth, quoted, line = 0, False, 1
     element, size, begun = bytearray(), 0, 1
-    for chunk in chain([first], _chunks(stream)):
+    for chunk in _whole_escapes(chain([first], iter(lambda: stream.read(MIB), b"")), stream):
         start = 0  # of what belongs to the element
         for mark in _MARK.finditer(chunk):
             kind = mark[0]
@@ -169,9 +169,9 @@ def _element(text: bytearray, size: int, begun: int) -> tuple[int, bytes | BadLi
     return number, _too_long("element", size) if size > MAX_LINE_BYTES else bytes(text)
 
 
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    """Read on; no chunk ends between a backslash and what it escapes."""
-    while chunk := stream.read(MIB):
+def _whole_escapes(chunks: Iterable[bytes], stream: BinaryIO) -> Iterator[bytes]:
+    """Read on where a chunk ends between a backslash and what it escapes."""
+    for chunk in chunks:
         while (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 and (more := stream.read(1)):
             chunk += more
         yield chunk

@@ -167,13 +167,15 @@ def test_nothing_is_written_over_that_an_export_did_not_make(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").touch()
     (tmp_path / "mine" / "thesis.txt").touch()
-    for wrong, said in (
-        (f"file={job / 'outputs.jsonl'}", "is what is exported"),
-        (f"file={tmp_path / 'mine'}", "other files in it"),
+    for to, wrong, said in (
+        ("jsonl", job / "outputs.jsonl", "is what is exported"),
+        ("datasets", job / "outputs.jsonl", "is what is exported"),
+        ("datasets", tmp_path / "mine", "other files in it"),
+        ("datasets", job / "stats.json", "is a file"),
+        ("csv", tmp_path / "mine", "is a folder"),
     ):
-        for to in ("jsonl", "datasets"):
-            with pytest.raises(ConfigError, match=said):
-                main([str(job), f"to={to}", wrong])
+        with pytest.raises(ConfigError, match=said):
+            main([str(job), f"to={to}", f"file={wrong}"])
     assert (job / "outputs.jsonl").read_bytes() == truth
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

@@ -455,6 +455,31 @@ def test_a_dataset_of_the_hub_is_refused_offline_and_a_wrong_address_always(
     assert find_prompts(f"hf://datasets/ORG/NAME?revision={commit}") == f"hf://ORG/NAME?revision={commit}"
 
 
+def test_a_dataset_that_was_read_before_is_found_without_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refs = tmp_path / "datasets--ORG--NAME" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("0123abc")
+    assert find_prompts("hf://ORG/NAME?split=test") == "hf://ORG/NAME?split=test&revision=0123abc"
+    with pytest.raises(PromptError, match="does not say which commit"):
+        find_prompts("hf://ORG/NAME?revision=other")
+
+
+@pytest.mark.parametrize(
+    "text", [r'[{"prompt": "\\\\\"{"}, {"prompt": "b"}]', r'[{"prompt": "\\"}, {"prompt": "]\""}]']
+)
+def test_an_array_may_be_cut_at_any_byte(text):
+    from io import BytesIO
+
+    for first in range(1, len(text)):
+        stream = BytesIO(text.encode()[first:])
+        found = [line for _, line in prompt_lines._elements(stream, text.encode()[:first])]
+        assert [json.loads(line) for line in found if line.strip()] == json.loads(text)
+
+
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.json"])
 def test_a_file_that_needs_no_table_imports_neither_pyarrow_nor_datasets(tmp_path, name):
     path = write(tmp_path, name, rows_of(2))
