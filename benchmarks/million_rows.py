@@ -1,6 +1,6 @@
 """One million short prompts through a tiny model: memory, rows per second, and the time to resume.
 
-    python benchmarks/million_rows.py --rows 1000000 --folder /tmp/million
+    python benchmarks/million_rows.py --rows 1000000 --folder /tmp/million --format jsonl
 
 Prints one JSON object. The model is made here (one layer of 16), so that the machinery around it is what
 is measured.
@@ -22,14 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--format", choices=("jsonl", "csv", "parquet"), default="jsonl")
     parser.add_argument("--folder", type=Path, required=True, help="holds some GB; made anew")
     options = parser.parse_args()
     folder, count = options.folder.resolve(), options.rows
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prompts = write_prompts(folder / "prompts.jsonl", count)
+    prompts = write_prompts(folder / f"prompts.{options.format}", count)
     build_model(folder / "model")
-    result: dict[str, Any] = {"rows": count, "prompt_file_bytes": prompts.stat().st_size}
+    result: dict[str, Any] = {
+        "rows": count,
+        "format": options.format,
+        "prompt_file_bytes": prompts.stat().st_size,
+    }
     result["read_rows_per_sec"] = count / timed(read_all, prompts)
     result["write_rows_per_sec"] = count / timed(write_all, folder / "written", count)
     job = [
@@ -52,9 +57,19 @@ def main() -> None:
 
 
 def write_prompts(path: Path, count: int) -> Path:
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        ids, texts = [f"r{i}" for i in range(count)], [f"Tell me joke number {i}." for i in range(count)]
+        parquet.write_table(pa.table({"id": ids, "prompt": texts}), path)
+        return path
+    csv = path.suffix == ".csv"
     with path.open("w", encoding="utf-8") as file:
+        file.write("id,prompt\n" if csv else "")
         for i in range(count):
-            file.write(f'{{"id": "r{i}", "prompt": "Tell me joke number {i}."}}\n')
+            text = f"Tell me joke number {i}."
+            file.write(f"r{i},{text}\n" if csv else f'{{"id": "r{i}", "prompt": "{text}"}}\n')
     return path
 
 

@@ -153,6 +153,7 @@ LIGHT = {
     "status {job}": 1,
     "merge {job}": 3,
     "report nowhere": 3,
+    "export {job} to=csv": 3,
     "score nowhere": 2,
     "inspect view=nothing": 2,
     "doctor modle=smollm2": 2,

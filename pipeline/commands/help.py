@@ -13,7 +13,7 @@ Run a file of prompts through a Hugging Face language model: completions, memory
 
 KEYS = """\
 Set anything with KEY=VALUE; the keys most used:
-  prompts                     a path, a name in jobs/, or - for standard input (.jsonl, .jsonl.gz)
+  prompts                     a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a dataset's folder, hf://…, or -
   system                      a system prompt for every row that has none
   limit=10   shard=0/4        only the first rows; every fourth row, from the first
   generation.max_new_tokens   and temperature, top_p, top_k, min_p, repetition_penalty, stop, n, seed, logprobs

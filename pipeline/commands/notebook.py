@@ -15,8 +15,7 @@ from pipeline.memory.capacity import context_tokens
 from pipeline.models.loading import load_model as load
 from pipeline.prompts.answer import decode, stop_token_ids
 from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
-from pipeline.prompts.reader import find_prompts
-from pipeline.prompts.reader import read_prompts as read_file
+from pipeline.prompts.reader import find_prompts, open_prompts
 from pipeline.prompts.row import to_row
 
 Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
@@ -85,7 +84,7 @@ def read_prompts(
     """
     params = _params(model.config, generation)
     if isinstance(prompts, str | PathLike):
-        rows = read_file(find_prompts(str(prompts)), params)
+        rows = open_prompts(model.config, find_prompts(str(prompts)), params)
     else:
         rows = (_row(i, prompt, params) for i, prompt in enumerate(prompts))
     return [_request(row, model) for row in rows]

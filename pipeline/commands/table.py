@@ -11,6 +11,7 @@ COMMANDS = {
     "submit": "Run a sweep on Slurm, and return at once",
     "status": "Show how far jobs are",
     "merge": "Join the shards of a job into one outputs.jsonl, in the order of the prompt file",
+    "export": "Write a job's answers as OpenAI's batch output, Parquet, CSV, JSON Lines or a dataset",
     "score": "Say what quantization changed: other models read a baseline's completions",
     "report": "Set jobs side by side: memory, speed, quality",
     "import-gguf": "Turn a local GGUF file into a model's folder",

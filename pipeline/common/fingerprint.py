@@ -46,6 +46,11 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     parts = [model, quant, generation, config["system"], config["prompt_field"], path]
     if config.get("continue_final_message"):
         parts.append("continue_final_message")
+    shape = {key: config[key] for key in ("prompt_template", "columns", "examples") if config.get(key)}
+    if "examples" in shape:
+        shape |= {"examples": file_digest(shape["examples"]), "shots": config["shots"]}
+    if shape:
+        parts.append(shape)
     return fingerprint(parts)
 
 
@@ -70,6 +75,15 @@ def metadata_key(row: PromptRow | BadRow | dict[str, Any]) -> int:
     """Hash what a row, or a line of outputs.jsonl, carries along: it decides no text, but may be corrected."""
     metadata = row.get("metadata") if isinstance(row, dict) else getattr(row, "metadata", None)
     return int(fingerprint(metadata, 16), 16) if metadata else 0
+
+
+def file_digest(path: str) -> str:
+    """Hash what is in a file; one that cannot be read counts by its name, and its reader says what is wrong."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return path
 
 
 def _ordered(schema: Any) -> Any:

@@ -174,8 +174,12 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     model = Path(plain["model"]["name"]).name if named else choices.model
     prompts = str(plain["prompts"])
     prompt_set = plain["prompt_set"] or (
-        "stdin" if is_nameless(prompts) else Path(prompts).name.split(".")[0]
+        "stdin" if is_nameless(prompts) else re.split(r"[.?]", Path(prompts).name)[0]
     )
+    if (shipped := root() / "jobs" / str(plain["examples"])).is_file() and not Path(
+        plain["examples"]
+    ).exists():
+        plain["examples"] = str(shipped)
     tail = f"{choices.generation}-{job_fingerprint(plain)}"
     folder = Path(prompt_set) / (
         _there(Path(plain["outputs_dir"]) / prompt_set, model, tail)

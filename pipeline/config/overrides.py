@@ -13,6 +13,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.config.schema import Config
 
 FREE_TEXT = (
+    "prompt_template",
     "system",
     "generation.stop",
     "generation.choice",
@@ -21,6 +22,10 @@ FREE_TEXT = (
     "model.chat_template",
     "model.chat_template_kwargs",
 )
+_PLAIN = {
+    "prompts": ("://", "?"),
+    "prompt_template": ("{{", "{%"),
+}  # texts that need no quotes of Hydra's own
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\[ntr\\]")
 
 
@@ -52,6 +57,9 @@ def _rewrite(override: str) -> str:
     if not equals:
         return override
     name = key.lstrip("+")
+    if value[:1] not in ("", "[", "'", '"') and any(mark in value for mark in _PLAIN.get(name, ())):
+        value = QuotedString(value, Quote.single).with_quotes()
+        override = f"{key}={value}"
     if "\\" in value and _is_of(name, FREE_TEXT):
         override = _unescape(override)
     if key == name and _is_of(name, _DICTIONARIES) and (value.lstrip().startswith("{") or "." in _rest(name)):

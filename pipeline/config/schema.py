@@ -185,6 +185,9 @@ def _is_size(text: str | None) -> bool:
     return text is None or re.fullmatch(r"[1-9][0-9]*[KMGT]?", text) is not None
 
 
+COLUMNS = ("prompt", "id", "reference", "system", "messages")  # the fields that a file may call otherwise
+
+
 @dataclass
 class Config:
     """Describe a whole job."""
@@ -194,8 +197,13 @@ class Config:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
-    prompts: str = MISSING  # a path, a name in jobs/, or - for standard input; .jsonl or .jsonl.gz
+    prompts: str = MISSING  # a path, a name in jobs/, hf://ORG/NAME?split=test, or - for standard input
     prompt_field: str = "prompt"  # the field of a row that holds its prompt
+    # Jinja over a row's columns, or a list of {role, content}; null takes what the row says.
+    prompt_template: Any = None
+    columns: dict[str, str] = field(default_factory=dict)  # as {prompt: question, id: qid, reference: answer}
+    examples: str | None = None  # a file whose first rows are asked and answered before every row
+    shots: int = 5  # how many of them
     system: str | None = None  # a system prompt for every row that has none
     continue_final_message: bool = False  # where a row's last message is the assistant's, go on with it
     limit: int | None = None  # only the first rows
@@ -219,8 +227,26 @@ class Config:
         ):
             if not value.strip():
                 raise ValueError(f"{name}=: is empty; it must be {rule}")
+        self._check_shape()
         if "://" in self.model.name:  # which is not shown: it may hold a token
             raise ValueError("model.name: is an address; it must be ORG/NAME on the hub, or a local folder")
+
+    def _check_shape(self) -> None:
+        template = self.prompt_template
+        messages = template if isinstance(template, list) else []
+        if not (template is None or (isinstance(template, str) and template.strip()) or messages):
+            raise ValueError("prompt_template: must be a text, or a list of {role, content}")
+        for i, message in enumerate(messages):
+            if not (isinstance(message, dict) and message.keys() == {"role", "content"}):
+                raise ValueError(f"prompt_template[{i}]: must have a role and a content, and nothing else")
+            if not all(isinstance(text, str) for text in message.values()):
+                raise ValueError(f"prompt_template[{i}]: role and content must be texts")
+        if wrong := sorted(self.columns.keys() - set(COLUMNS)):
+            raise ValueError(f"columns.{wrong[0]}: no such field of a row; there are {', '.join(COLUMNS)}")
+        if "prompt" in self.columns and self.prompt_field != "prompt":
+            raise ValueError("prompt_field, columns.prompt: say the same; keep one")
+        if self.shots < 1:
+            raise ValueError(f"shots={self.shots}: must be at least 1; examples=null asks without any")
 
 
 def root() -> Path:

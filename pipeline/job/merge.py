@@ -6,16 +6,17 @@ Nothing is merged unless every row is there exactly once. Memory: 24 bytes a row
 import datetime
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.common.errors import OutputError, PromptError
-from pipeline.common.request import GenerationParams
+from pipeline.common.errors import ConfigError, OutputError, PromptError
 from pipeline.common.terminal import say
+from pipeline.config.compose import recorded_config
+from pipeline.config.schema import Config
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
@@ -24,7 +25,7 @@ from pipeline.job.shards import combine
 from pipeline.job.stored import read_manifest, read_stats
 from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
-from pipeline.prompts.reader import read_prompts
+from pipeline.prompts.reader import open_prompts
 
 SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
 SAME = ("model", "revision", *SAME_ROWS)  # and those that have rows
@@ -179,20 +180,20 @@ def _check_rows(shard: Shard, part: int, parts: int) -> None:
     keys = zip(shard.rows, shard.samples, strict=True)
     if twice := [a[0] for a, b in pairwise(keys) if a == b]:
         raise OutputError(
-            found=f"{folder}: {_ids(twice, todo)} are there twice",
+            found=f"{folder}: {_ids(twice, shard)} are there twice",
             fix=f"Move {shard.paths.rows.name} away and run the shard again.",
         )
     expected = range(part, part + todo.rows * parts, parts)
     there = set(shard.rows)
     if strange := sorted(there.difference(expected)):
         raise OutputError(
-            found=f"{folder}: {_ids(strange, todo)} belong to another shard",
+            found=f"{folder}: {_ids(strange, shard)} belong to another shard",
             fix="Move the shard's folder away and run it again.",
         )
     done = f"{folder}: {len(shard.rows)} of {todo.total} rows done"
     if gaps := todo.rows - len(there):
         named = list(islice((row for row in expected if row not in there), NAMED))
-        raise OutputError(found=f"{done}; {_ids(named, todo, gaps)} are missing", fix=AGAIN)
+        raise OutputError(found=f"{done}; {_ids(named, shard, gaps)} are missing", fix=AGAIN)
     if len(shard.rows) < todo.total:
         raise OutputError(found=f"{done}; samples of some are missing", fix=AGAIN)
 
@@ -229,15 +230,16 @@ def _open(rows: Path) -> BinaryIO:
         raise OutputError(found=f"{rows}: {error.strerror}", fix="Run the shard again.") from error
 
 
-def _ids(rows: list[int], todo: Todo, count: int | None = None) -> str:
+def _ids(rows: list[int], shard: Shard, count: int | None = None) -> str:
     """Name some rows by their ids in the prompt file; by their numbers where it cannot be read."""
     named = dict.fromkeys(rows[:NAMED], "")
-    try:
-        for row in read_prompts(todo.prompts, GenerationParams(), limit=max(named) + 1):
+    config = Config()
+    with suppress(ConfigError):  # where none was noted, the columns are called as ever
+        config = recorded_config(shard.paths.folder)
+    with suppress(PromptError):
+        for row in open_prompts(replace(config, shard=None, limit=max(named) + 1), shard.todo.prompts):
             if row.index in named:
                 named[row.index] = row.id
-    except PromptError:
-        pass
     words = [f"{row} ({name})" if name else str(row) for row, name in named.items()]
     more = (count or len(rows)) - len(words)
     return "rows " + ", ".join(words) + (f" and {more} more" if more > 0 else "")

@@ -16,6 +16,7 @@ from pipeline.job.folder import DROP, KEEP, JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.rows import error_row
 from pipeline.job.todo import Todo
+from pipeline.prompts.lines import is_table, suffix_of
 from pipeline.prompts.reader import find_prompts, open_prompts
 
 MAX_HELD = 100_000  # bad rows
@@ -90,11 +91,12 @@ def write_bad_rows(config: Config, prompts: str, results: JobFolder, ledger: Led
 
 
 def _advice(prompts: str) -> str:
-    with gzip.open(prompts) if prompts.endswith(".gz") else Path(prompts).open("rb") as file:
-        is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if is_array:
-        return "It is a JSON array. One object a line is wanted: jq -c '.[]' FILE.json > FILE.jsonl"
-    return 'Write one JSON object a line, as {"prompt": "Hello"}; prompt_field=NAME names another field.'
+    if not is_table(prompts) and suffix_of(prompts) not in (".csv", ".tsv"):
+        with gzip.open(prompts) if prompts.endswith(".gz") else Path(prompts).open("rb") as file:
+            if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                return "An array is read where the file's name ends in .json, and its elements are objects."
+        return 'Write one JSON object a line, as {"prompt": "Hello"}; prompt_field=NAME names another field.'
+    return "The column called prompt is asked; columns.prompt=NAME takes another, prompt_template=… several."
 
 
 class _Judge:

@@ -21,6 +21,7 @@ class JobPaths:
         self.replaced = folder / "replaced.jsonl"  # lines that no longer hold
         self.prompts = folder / "prompts.jsonl"  # where they came from standard input
         self.scores = folder / "scores.json"
+        self.exports = folder / "exports"  # the same answers in other shapes
         self.events = folder / "slurm.jsonl"  # what Slurm did with it
         self.log = folder / "pipeline.log"
         self.hydra = folder / ".hydra"

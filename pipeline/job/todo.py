@@ -12,6 +12,7 @@ from pipeline.job.events import read_events
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.prompts.address import absolute, files_of
 from pipeline.prompts.count import prompts_sha256
 
 FORMAT = 1  # of row keys
@@ -28,7 +29,7 @@ class PromptState:
     @classmethod
     def look(cls, prompts: str) -> Self:
         """Look at the file without reading it; one that is not there looks empty."""
-        return cls(str(Path(prompts).absolute()), *_looks(Path(prompts)))
+        return cls(absolute(prompts), *_looks(*files_of(prompts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +81,14 @@ class Todo(PromptState):
     def untouched(self, prompts: str, sha256: str | None, limit: int | None, folder: Path) -> bool:
         """Say whether prompts and limit are what they were, and the rows look it: then no row needs to be read."""
         own = self.prompts, self.prompts_sha256, self.format, self.limit
-        now = str(Path(prompts).absolute()), sha256, FORMAT, limit
+        now = absolute(prompts), sha256, FORMAT, limit
         same = sha256 is not None and own == now
         return same and (self.rows_bytes, self.rows_changed_ns) == _looks(JobPaths(folder).rows)
 
     @property
     def prompts_written_since(self) -> bool:
         """Say whether the prompt file is another than the job read; one that is gone asks for no more."""
-        size, changed_ns = _looks(Path(self.prompts))
+        size, changed_ns = _looks(*files_of(self.prompts))
         if (size, changed_ns) in ((0, 0), (self.prompts_bytes, self.prompts_changed_ns)):
             return False
         return size != self.prompts_bytes or prompts_sha256(self.prompts) != self.prompts_sha256
@@ -102,11 +103,12 @@ def count_submissions(folder: Path) -> int:
     return len(read_events(folder).submitted)
 
 
-def _looks(path: Path) -> tuple[int, int]:
-    """Give the length of a file and when it last changed; of one that is not there, zeros."""
+def _looks(*paths: Path) -> tuple[int, int]:
+    """Give the length of files and when one last changed; of what is not there, zeros."""
     try:
-        found = path.stat()
+        found = [path.stat() for path in paths]
     except OSError:
         return 0, 0
     # Anybody can set a file's time of writing back, but not that of its last change (of its name, on Windows).
-    return found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
+    changed = [max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in found]
+    return sum(stat.st_size for stat in found), max(changed, default=0)

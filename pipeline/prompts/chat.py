@@ -18,8 +18,8 @@ from pipeline.common.signals import RENDER_SEC, TookTooLong
 from pipeline.config.schema import Config
 from pipeline.prompts.answer import Tags, find_tags
 from pipeline.prompts.control import control_tokens, encode, encode_text, hide
+from pipeline.prompts.sandbox import RENDER_ERRORS
 from pipeline.prompts.template import (
-    TEMPLATE_ERRORS,
     Findings,
     Messages,
     Template,
@@ -185,7 +185,7 @@ def _rendered(row: PromptRow, messages: Messages, chat: Chat, template: Template
             found=f"{row.source}: the chat template is not done after {RENDER_SEC:g} s",
             fix="Change the row's messages, or pass another model.chat_template.",
         ) from None
-    except TEMPLATE_ERRORS as error:
+    except RENDER_ERRORS as error:
         raise PromptError(
             found=f"{row.source}: the chat template fails: {error}",
             fix="Change the row's messages, or pass another model.chat_template.",

@@ -1,17 +1,21 @@
-"""Count the rows that a prompt file gives each shard, and hash the file: in one pass, without parsing it."""
+"""Count the rows that a prompt file gives each shard, and hash what it holds; JSON Lines in one pass, unparsed."""
 
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from pipeline.common.errors import PromptError
-from pipeline.common.request import BadRow, GenerationParams
+from pipeline.common.request import BadRow, GenerationParams, PromptRow
 from pipeline.common.units import MIB
-from pipeline.prompts.reader import MAX_LINE_BYTES, read_prompts
+from pipeline.config.schema import Config
+from pipeline.prompts.address import dataset_address, files_of
+from pipeline.prompts.lines import MAX_LINE_BYTES, SUFFIXES, is_table, suffix_of
+from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.shape import PLAIN, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +26,39 @@ class PromptCount:
     sha256: str  # of the lines as they are read: compressing a file does not change it
 
 
+def count_job(config: Config, shards: int) -> PromptCount:
+    """Count what `open_prompts` would give a job's shards; jobs that ask for the same read it once.
+
+    Raises:
+        ConfigError, PromptError: as `open_prompts`.
+    """
+    path = find_prompts(config.prompts)
+    return count_once(path, config.generation.n, Shape.of(config), config.limit, shards)
+
+
+@cache
+def count_once(path: str, n: int, shape: Shape, limit: int | None, shards: int) -> PromptCount:
+    """Count once for all the jobs of a sweep: what follows reads the same rows."""
+    return count_prompts(path, GenerationParams(n=n), shape=shape, limit=limit, shards=shards)
+
+
 def count_prompts(
-    path: str, params: GenerationParams, *, prompt_field: str, limit: int | None, shards: int
+    path: str, params: GenerationParams, *, shape: Shape = PLAIN, limit: int | None, shards: int
 ) -> PromptCount:
     """Count what `read_prompts` would give.
 
     Most lines are only counted (2 million a second). Where samples are at play, because the job or a line
-    asks for n, the file is parsed (130,000 a second).
+    asks for n, the file is parsed (130,000 a second); so is one of another format.
 
     Raises:
         ConfigError, PromptError: as `read_prompts`.
     """
+    if is_table(path) or suffix_of(path) in SUFFIXES[1:]:
+        sha256 = prompts_sha256(path)
+        if sha256 is None:
+            raise PromptError(found=f"{path}: cannot be read to its end", fix="Copy it again.")
+        rows = read_prompts(path, params, shape=shape, limit=limit)
+        return PromptCount(_totals(rows, shards), sha256)
     digest = hashlib.sha256()
     totals = [0] * shards
     index, parse = 0, params.n != 1
@@ -48,26 +74,35 @@ def count_prompts(
         if piece.endswith(b"\n"):
             counted = False
     if parse or index == 0:
-        totals = [0] * shards
-        for row in read_prompts(path, params, prompt_field=prompt_field, limit=limit):
-            totals[row.index % shards] += 1 if isinstance(row, BadRow) else row.params.n
+        rows = read_prompts(path, params, shape=shape, limit=limit)
+        return PromptCount(_totals(rows, shards), digest.hexdigest())
     return PromptCount(tuple(totals), digest.hexdigest())
 
 
-@cache
-def count_once(path: str, n: int, prompt_field: str, limit: int | None, shards: int) -> PromptCount:
-    """Count once for all the jobs of a sweep: what follows reads the same rows."""
-    params = GenerationParams(n=n)
-    return count_prompts(path, params, prompt_field=prompt_field, limit=limit, shards=shards)
+def _totals(rows: Iterable[PromptRow | BadRow], shards: int) -> tuple[int, ...]:
+    totals = [0] * shards
+    for row in rows:
+        totals[row.index % shards] += 1 if isinstance(row, BadRow) else row.params.n
+    return tuple(totals)
 
 
 def prompts_sha256(path: str) -> str | None:
-    """Hash the lines as they are read, as `count_prompts` does; None if they cannot be read to the end."""
+    """Hash the lines as they are read, as `count_prompts` does; None if they cannot be read to the end.
+
+    Of a folder, all files count; of a dataset on the hub, its address with the commit.
+    """
+    address = dataset_address(path)
     digest = hashlib.sha256()
+    if address and address.on_hub:
+        digest.update(address.shown.encode())
+        return digest.hexdigest()
     try:
-        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            while block := file.read(MIB):
-                digest.update(block)
+        for file in files_of(path):
+            if address:
+                digest.update(f"{file}\0".encode())
+            with gzip.open(file) if path.endswith(".gz") else file.open("rb") as stream:
+                while block := stream.read(MIB):
+                    digest.update(block)
     except (OSError, EOFError, zlib.error):
         return None
     return digest.hexdigest()

@@ -160,12 +160,11 @@ def _renderer(
     if source is None:
         return lambda _: None
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda _: "01 Jan 2025"}
+    from pipeline.prompts.sandbox import RENDER_ERRORS, sandbox
+
+    environment = sandbox()
+    environment.globals["strftime_now"] = lambda _: "01 Jan 2025"
     try:
         compiled = environment.from_string(source)
     except jinja2.TemplateError:
@@ -184,16 +183,10 @@ def _renderer(
         except TookTooLong:
             loops = True
             return None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        except RENDER_ERRORS:
             return None
 
     return render
-
-
-def _raise(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 def _template_source(folder: Path, template: str | None, tokenizer_config: dict[str, Any]) -> str | None:

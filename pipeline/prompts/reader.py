@@ -1,57 +1,61 @@
-"""Read prompt files: JSON Lines, streamed into prompt rows.
+"""Read prompt files of every format, streamed into prompt rows.
 
-A line is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; a line that cannot be run becomes
-a BadRow that says why, and the next line is read. Memory does not grow with the file, but for the ids
+A row is `{"prompt": …}`, `{"messages": […]}` or an OpenAI batch line; one that cannot be run becomes
+a BadRow that says why, and the next one is read. Memory does not grow with the file, but for the ids
 that rows bring: an 8-byte hash each, about 80 bytes in Python (two different ids of a million are taken
 for the same with a chance of 3 in 10⁸). Where rows bring none, the file is looked through once for ids that
 are like generated ones: a user's wins, wherever it stands.
 """
 
-import gzip
 import re
-import sys
-import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
+from pipeline.common.streams import is_stream
 from pipeline.common.suggestions import did_you_mean
-from pipeline.common.units import MIB
 from pipeline.config.schema import Config, root
+from pipeline.prompts.address import Address, dataset_address, pinned
 from pipeline.prompts.constraint import job_params
+from pipeline.prompts.lines import SUFFIXES, before_number, read_lines, suffix_of
 from pipeline.prompts.row import parse_line, pop_id, to_row
 from pipeline.prompts.settings import BadLine, show
+from pipeline.prompts.shape import PLAIN, Shape, Shaper, Turns, turns_of
+from pipeline.prompts.torn import Torn
 
-MAX_LINE_BYTES = 16 * MIB
-_BOM = b"\xef\xbb\xbf"
 _GENERATED_ID = re.compile(r"row-[0-9]+(-[0-9]+)?")
 
 
-def open_prompts(config: Config, path: str | None = None) -> Iterator[PromptRow | BadRow]:
-    """Read the rows of a job as its config asks for them: its file, parameters, prompt field, limit and shard.
+def open_prompts(
+    config: Config, path: str | None = None, params: GenerationParams | None = None
+) -> Iterator[PromptRow | BadRow]:
+    """Read the rows of a job as its config asks for them: its file, parameters, shape, limit and shard.
 
     Args:
         path: of the prompt file, where it was found before, or kept from standard input.
+        params: None are the config's.
 
     Raises:
         ConfigError, PromptError: as `find_prompts`, `read_prompts` and `job_params`.
     """
     return read_prompts(
         path or find_prompts(config.prompts),
-        job_params(config),
-        prompt_field=config.prompt_field,
+        params or job_params(config),
+        shape=Shape.of(config),
         limit=config.limit,
         shard=config.shard,
     )
 
 
 def find_prompts(name: str, jobs_dir: Path | None = None) -> str:
-    """Find the prompt file that `name` means: a path, a name in `jobs_dir`, or - for standard input.
+    """Find what `name` means: a path, a name in `jobs_dir`, a dataset, or - for standard input.
+
+    The address of a dataset on the hub comes back with the commit that its revision is now.
 
     Args:
         jobs_dir: None is the jobs/ that comes with the pipeline.
@@ -61,14 +65,13 @@ def find_prompts(name: str, jobs_dir: Path | None = None) -> str:
     """
     if name == "-":
         return name
+    if address := _address(name):
+        return pinned(address).shown
     jobs_dir = jobs_dir or root() / "jobs"
     tried = [Path(name), *(jobs_dir / f"{name}{suffix}" for suffix in ("", ".jsonl", ".jsonl.gz"))]
     for path in tried:
         if _is_readable(path):
             return str(path)
-    with suppress(OSError):
-        if Path(name).is_dir():
-            raise PromptError(found=f"prompts={name}: is a folder", fix="Name one file in it.")
     near = did_you_mean(name, [*_names(jobs_dir), *_names(Path(name).parent)])
     raise PromptError(
         found=f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}",
@@ -80,27 +83,42 @@ def read_prompts(
     path: str | Path,
     params: GenerationParams,
     *,
-    prompt_field: str = "prompt",
+    shape: Shape = PLAIN,
     limit: int | None = None,
     shard: str | None = None,
 ) -> Iterator[PromptRow | BadRow]:
     """Give one row for each line that is not blank, in the file's order, read as they are asked for.
 
     Args:
-        path: a .jsonl or .jsonl.gz file, or - for standard input.
+        path: of a file or dataset as `find_prompts` gives it, or - for standard input.
         params: the job's; a row's own overrides are laid over them.
+        shape: how the file's columns become prompts.
         limit: only the file's first rows.
         shard: "1/4" keeps the rows whose index % 4 is 1; ids and indices stay those of the whole file.
 
     Raises:
-        ConfigError: `limit` or `shard` makes no sense.
-        PromptError: (while reading) the file cannot be read, or holds no rows.
+        ConfigError: `limit` or `shard` makes no sense, or a template is not Jinja.
+        PromptError: the examples cannot be used; (while reading) the file cannot be read, or holds no rows.
     """
     if limit is not None and limit < 1:
         raise ConfigError(found=f"limit={limit}: must be at least 1", fix="Pass null for all rows.")
     part, parts = (0, 1) if shard is None else parse_shard(shard)
-    rows = islice(_rows(str(path), params, prompt_field), limit)
+    shaper = Shaper(shape, _examples(shape, params) if shape.examples else [])
+    rows = islice(_rows(str(path), params, shaper), limit)
     return (row for row in rows if row.index % parts == part)
+
+
+def _examples(shape: Shape, params: GenerationParams) -> Turns:
+    """Read the turns that go before every row's own, from the first rows of the examples' file."""
+    path = find_prompts(shape.examples or "")
+    rows = list(read_prompts(path, params, shape=replace(shape, examples=None), limit=shape.shots))
+    if bad := next((row for row in rows if isinstance(row, BadRow)), None):
+        raise PromptError(found=f"examples: {bad.error}")
+    if len(rows) < shape.shots:
+        raise PromptError(
+            found=f"examples={path}: holds {len(rows)} rows, and shots={shape.shots}", fix="Lower shots=…."
+        )
+    return [turn for row in rows if isinstance(row, PromptRow) for turn in turns_of(row)]
 
 
 def parse_shard(shard: str) -> tuple[int, int]:
@@ -117,24 +135,24 @@ def parse_shard(shard: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _rows(path: str, params: GenerationParams, prompt_field: str) -> Iterator[PromptRow | BadRow]:
+def _rows(path: str, params: GenerationParams, shaper: Shaper) -> Iterator[PromptRow | BadRow]:
     name = "<stdin>" if path == "-" else path
-    ids = _Ids(path)
+    ids, place = _Ids(path, shaper), before_number(path)
     index = number = 0
     try:
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             if isinstance(line, BadLine) or line.strip():
-                yield _row(line, index, f"{name}:{number}", ids, params, prompt_field)
+                yield _row(line, index, f"{place}{number}", ids, params, shaper)
                 index += 1
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except Torn as torn:
         if index == 0:
             raise PromptError(
-                found=f"{name}: not a whole gzip file ({error})", fix="Copy it again."
-            ) from error
-        torn = BadLine(
-            f"the gzip data breaks off here ({error}); later rows are lost", "Copy the file again."
+                found=f"{name}: not a whole {torn.kind} file ({torn.why})", fix="Copy it again."
+            ) from torn
+        bad = BadLine(
+            f"the {torn.kind} data breaks off here ({torn.why}); later rows are lost", "Copy the file again."
         )
-        yield _row(torn, index, f"{name}:{number + 1}", ids, params, prompt_field)
+        yield _row(bad, index, f"{place}{number + 1}", ids, params, shaper)
     except OSError as error:
         raise PromptError(
             found=f"{name}: cannot be read ({error.strerror or error})", fix="Check the path."
@@ -146,54 +164,26 @@ def _rows(path: str, params: GenerationParams, prompt_field: str) -> Iterator[Pr
 
 
 def _row(
-    line: bytes | BadLine, index: int, source: str, ids: "_Ids", params: GenerationParams, prompt_field: str
+    line: bytes | BadLine, index: int, source: str, ids: "_Ids", params: GenerationParams, shaper: Shaper
 ) -> PromptRow | BadRow:
     row_id = None
     try:
         if isinstance(line, BadLine):
             raise line
-        fields = parse_line(line)
+        columns = parse_line(line)
+        fields = shaper.named(columns)
         row_id = ids.take(pop_id(fields), index)
-        return to_row(fields, index, row_id, source, params, prompt_field)
+        row = to_row(shaper.asked(fields, columns), index, row_id, source, params, shaper.prompt_field)
+        return shaper.row(row)
     except BadLine as bad:
         return BadRow(index, row_id or ids.make(index), source, f"{source}: {bad}")
-
-
-def _lines(path: str) -> Iterator[tuple[int, bytes | BadLine]]:
-    """Read the lines, each with its number from 1."""
-    with _open(path) as stream:
-        for number in count(1):
-            line = _read_line(stream)
-            if line == b"":
-                return
-            yield number, line.removeprefix(_BOM) if number == 1 and isinstance(line, bytes) else line
-
-
-def _open(path: str) -> AbstractContextManager[BinaryIO]:
-    if path == "-":
-        return nullcontext(sys.stdin.buffer)
-    if path.endswith(".gz"):
-        return cast(AbstractContextManager[BinaryIO], gzip.open(path, "rb"))
-    return Path(path).open("rb")
-
-
-def _read_line(stream: BinaryIO) -> bytes | BadLine:
-    """Read the next line, b"" at the end. Of a line that is too long, no more than the limit is ever held."""
-    line = stream.readline(MAX_LINE_BYTES + 1)
-    if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
-        return line
-    size = len(line)
-    while line and not line.endswith(b"\n"):
-        line = stream.readline(MIB)
-        size += len(line)
-    return BadLine(f"the line is {size} bytes long; the limit is {MAX_LINE_BYTES}", "Split or shorten it.")
 
 
 class _Ids:
     """Give every row an id of its own; an id that a row brings is never taken for another. The costs: see above."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, shaper: Shaper) -> None:
+        self._path, self._shaper = path, shaper
         self._given: set[int] = set()  # hashes
         self._claimed: set[int] | None = (
             None  # hashes of ids as row-7 that other rows bring; None: not looked for
@@ -211,29 +201,37 @@ class _Ids:
     def make(self, index: int) -> str:
         """Make row-<index>, or where another row brings that as its own id, row-<index>-2 and so on."""
         if self._claimed is None:
-            self._claimed = set(_claimed(self._path))
+            self._claimed = set(_claimed(self._path, self._shaper))
         names = (f"row-{index}-{n}" if n > 1 else f"row-{index}" for n in count(1))
         return next(
             name for name in names if _hash(name) not in self._claimed and _hash(name) not in self._given
         )
 
 
-def _claimed(path: str) -> Iterator[int]:
+def _claimed(path: str, shaper: Shaper) -> Iterator[int]:
     """Hash the ids that look like generated ones, of the whole file; a row's own place is no claim on another's."""
-    if not Path(path).is_file():  # standard input is read once
+    if path == "-" or is_stream(path):  # which is read once
         return
-    with suppress(OSError, EOFError, zlib.error):
-        lines = (line for _, line in _lines(path) if isinstance(line, BadLine) or line.strip())
+    with suppress(OSError, PromptError, Torn):
+        lines = (line for _, line in read_lines(path) if isinstance(line, BadLine) or line.strip())
         for index, line in enumerate(lines):
             if isinstance(line, bytes) and b'"row-' in line:
                 with suppress(BadLine):
-                    own = pop_id(parse_line(line))
+                    own = pop_id(shaper.named(parse_line(line)))
                     if own is not None and _GENERATED_ID.fullmatch(own) and own != f"row-{index}":
                         yield _hash(own)
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _address(name: str) -> Address | None:
+    """Read the address of a dataset; None where the words name a file, or nothing that there is."""
+    try:
+        return dataset_address(name)
+    except (OSError, ValueError):
+        return None
 
 
 def _is_readable(path: Path) -> bool:
@@ -246,6 +244,6 @@ def _is_readable(path: Path) -> bool:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(path.name for path in folder.glob("*.jsonl*"))
+        return sorted(path.name for path in folder.iterdir() if suffix_of(path.name) in SUFFIXES)
     except (OSError, ValueError):
         return []

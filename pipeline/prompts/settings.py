@@ -67,6 +67,11 @@ class BadLine(PromptError):
     """Say what is wrong with a line, and what to do; whoever catches it knows where the line is."""
 
 
+def is_setting(name: str) -> bool:
+    """Say whether a field of a row says how it is continued, and not what."""
+    return name in OVERRIDES or name in _OTHER_NAMES or name in _LOGPROBS or name in _REFUSED
+
+
 def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -> dict[str, Any]:
     """Take the generation settings out of a row, or of a request's body.
 

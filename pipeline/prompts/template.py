@@ -14,12 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.signals import RENDER_SEC, TookTooLong, time_limit
 from pipeline.common.suggestions import did_you_mean
+from pipeline.prompts.sandbox import RENDER_ERRORS
 
 Messages = list[dict[str, str]]
-
-# What a template's code can raise; jinja2 lets Python's own errors through.
-_PYTHON_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-TEMPLATE_ERRORS = (jinja2.TemplateError, *_PYTHON_ERRORS)
 
 _SYSTEM, _USER, _REPLY = "A system text to look for.", "A user's text to look for.", "A reply to look for."
 _DATES = datetime(2001, 2, 3, 4, 5), datetime(1999, 11, 12, 13, 14)
@@ -178,5 +175,5 @@ def _try(template: Template, messages: Messages, *, ask: bool = True) -> str | N
             found=f"the chat template is not done with one message after {RENDER_SEC:g} s",
             fix="Pass another model.chat_template: this one loops.",
         ) from error
-    except TEMPLATE_ERRORS:
+    except RENDER_ERRORS:
         return None

@@ -128,13 +128,15 @@ def against_references(prompts: Sequence[Prompt], number: int) -> dict[str, Any]
 def reference_marks(completion: str, reference: Any) -> dict[str, bool | None]:
     """Say whether a completion is the reference, contains it, or ends in its number.
 
-    Case, outer punctuation and the kind of blanks do not count. A list of references holds
-    alternatives. numeric compares the completion's last number, and is None for one that is no number.
+    A reference with #### in it, as GSM8K's are, is what follows that. Case, outer punctuation and the kind
+    of blanks do not count. A list of references holds alternatives. numeric compares the completion's last
+    number, and is None for one that is no number.
     """
-    options = reference if isinstance(reference, list) else [reference]
+    given = reference if isinstance(reference, list) else [reference]
+    options = [str(option).rpartition("####")[2].strip() for option in given]
     text = _plain(completion)
-    wanted = [_plain(str(option)) for option in options]
-    numbers = [n for option in options if (n := _number(str(option).strip())) is not None]
+    wanted = [_plain(option) for option in options]
+    numbers = [n for option in options if (n := _number(option)) is not None]
     last = NUMBER.findall(completion.replace("−", "-"))
     said = _number(last[-1]) if last else None
     return {

@@ -13,8 +13,8 @@ from pipeline.job.counts import Counts, read_counts
 from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths
 from pipeline.models.checkpoint import fetch_config
-from pipeline.prompts.count import PromptCount, count_once
-from pipeline.prompts.reader import find_prompts, parse_shard
+from pipeline.prompts.count import PromptCount, count_job
+from pipeline.prompts.reader import parse_shard
 from pipeline.slurm import client as cluster
 
 
@@ -68,8 +68,7 @@ def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
         config = _checked(to_config(compose_config(base)))
         fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
         folder = job_folder(base).absolute()
-        asked = config.generation.n, config.prompt_field, config.limit
-        counted = count_once(find_prompts(config.prompts), *asked, _number_of(shards))
+        counted = count_job(config, _number_of(shards))
         for shard in shards:
             cells.append(cell := _cell(base, config, folder, shard, counted, queue))
             if (

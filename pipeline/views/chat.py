@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.common.request import PromptRow
 from pipeline.prompts.chat import Chat, conversation, render
-from pipeline.prompts.template import TEMPLATE_ERRORS
+from pipeline.prompts.sandbox import RENDER_ERRORS
 from pipeline.views.tokens import split_tokens, token_bytes
 
 CONTROL, ROLE, TEMPLATE = "control", "role", "template"
@@ -89,7 +89,7 @@ def _generation_prompt(row: PromptRow, chat: Chat, text: str) -> str:
         without, whole = (
             chat.template.render(messages, row.template_kwargs, ask=ask) for ask in (False, True)
         )
-    except TEMPLATE_ERRORS:
+    except RENDER_ERRORS:
         return ""
     end = whole[len(without) :] if whole.startswith(without) else ""
     return end if text.endswith(end) else ""

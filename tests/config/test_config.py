@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import ConfigError
+from pipeline.common.request import PromptRow
 from pipeline.config.compose import (
     SYNONYMS,
     compose_config,
@@ -20,7 +21,7 @@ from pipeline.config.compose import (
 )
 from pipeline.config.quant import Dtype, QuantMethod
 from pipeline.config.schema import Config, root
-from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.reader import find_prompts, open_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP_FILES = sorted(f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
@@ -56,8 +57,9 @@ def test_every_file_of_conf_composes(choice):
 @pytest.mark.parametrize("name", JOB_FILES)
 def test_every_job_file_composes_and_its_prompts_can_be_read(name):
     config = read_config([f"jobs={name}"])
-    rows = list(read_prompts(find_prompts(config.prompts, ROOT / "jobs"), config.generation))
+    rows = list(open_prompts(config))
     assert rows
+    assert all(isinstance(row, PromptRow) for row in rows)
 
 
 @pytest.mark.parametrize("name", PROMPT_FILES)

@@ -19,6 +19,8 @@ TYPED = {  # what is typed, and what it is; keys that are not here are taken by 
     "model.chat_template_kwargs": ("{enable_thinking: false}", {"enable_thinking": False}),
     "model.template_date": ("2026-11-27", "2026-11-27"),
     "submit.environment": ("{A: b, C: '1 2'}", {"A": "b", "C": "1 2"}),
+    "prompt_template": ("Sum up, please: {{ text }}", "Sum up, please: {{ text }}"),
+    "columns": ("{id: qid, prompt: the question}", {"id": "qid", "prompt": "the question"}),
     "submit.memory": ("32G", "32G"),
     "submit.gpu_memory": ("80G", "80G"),
     "generation.top_p": ("0.5", 0.5),
@@ -78,7 +80,7 @@ def test_one_entry_of_a_dictionary_is_set_with_and_without_a_plus():
         )
     assert set(dictionary_keys()) == {
         "model.device_map", "model.max_memory", "model.chat_template_kwargs", "model.architecture",
-        "submit.environment", "generation.json_schema", "generation.choice",
+        "submit.environment", "generation.json_schema", "generation.choice", "prompt_template", "columns",
     }  # fmt: skip
 
 

@@ -461,9 +461,10 @@ def test_arguments_that_a_template_never_reads_are_named(llama, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.csv", "prompt,topic\nHello,a\nBye,b\n", "one JSON object a line"),
+        ("a.csv", "question,topic\nHello,a\nBye,b\n", "columns.prompt=NAME"),
         ("a.txt", "Tell a joke.\nAnother.\n", "one JSON object a line"),
-        ("a.json", '[{"prompt": "a"}, {"prompt": "b"}]\n', "jq -c"),
+        ("a.jsonl", '[{"prompt": "a"}, {"prompt": "b"}]\n', "name ends in .json"),
+        ("a.json", '["a", "b"]\n', "its elements are objects"),
         ("a.jsonl", '{"question": "a"}\n{"question": "b"}\n', "prompt_field="),
     ],
 )
@@ -475,7 +476,7 @@ def test_a_file_of_which_no_row_can_run_loads_no_model(job, tmp_path, name, text
     assert "Loading" not in done.stderr
     assert "no model was loaded" in done.stderr
     assert said in done.stderr
-    assert f"{name}:1: " in done.stderr
+    assert f"{name}:{2 if name == 'a.csv' else 1}: " in done.stderr
     assert all(row["error"] for row in outputs(line))
     again = command(line)
     assert again.returncode == 1
@@ -500,7 +501,7 @@ def test_a_gzip_that_is_damaged_in_the_middle_is_told_and_its_good_rows_run(job,
     assert good
     assert isinstance(bad, BadRow)
     with pytest.raises(PromptError, match="cannot be read to its end"):
-        count_prompts(str(path), GenerationParams(), prompt_field="prompt", limit=None, shards=2)
+        count_prompts(str(path), GenerationParams(), limit=None, shards=2)
     line = [*job([{"prompt": "a"}]), f"prompts={path}", "limit=2"]
     assert run_job(line) == 0
     done = command(["submit", *line, "submit.dry_run=true"])
@@ -519,7 +520,7 @@ def test_a_line_of_gigabytes_is_counted_without_being_held(tmp_path):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n{"prompt": "b"}\n')
     tracemalloc.start()
-    counted = count_prompts(str(path), GenerationParams(), prompt_field="prompt", limit=None, shards=1)
+    counted = count_prompts(str(path), GenerationParams(), limit=None, shards=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert counted.totals == (3,)

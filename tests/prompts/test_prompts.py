@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
-from pipeline.prompts import reader as prompts
+from pipeline.prompts import lines as prompt_lines
 from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.shape import Shape
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 PARAMS = GenerationParams()
@@ -112,7 +113,7 @@ def test_text_parts_are_joined_and_developer_is_system(read):
 
 
 def test_a_named_prompt_field_is_the_prompt_whatever_else_the_row_has(read):
-    (row,) = read({"question": "q", "prompt": "p", "messages": 1}, prompt_field="question")
+    (row,) = read({"question": "q", "prompt": "p", "messages": 1}, shape=Shape("question"))
     assert (row.prompt, row.metadata) == ("q", {"prompt": "p", "messages": 1})
 
 
@@ -341,7 +342,7 @@ def test_a_file_that_is_not_gzip_at_all_is_a_prompt_error(tmp_path):
 
 
 def test_a_line_at_the_limit_is_read_and_one_above_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(prompt_lines, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "p.jsonl"
     fits = b'{"prompt": "' + b"x" * 986 + b'"}'
     path.write_bytes(b"\n".join([fits, fits + b" ", b"y" * 5000, b'{"prompt": "a"}', fits + b" "]))

@@ -123,6 +123,7 @@ def test_an_error_is_not_compared():
         ("about 1,200 kg", "1200", False, False, True),
         ("파리는 수도입니다", "파리", False, True, None),
         ("seven", ["7", "seven"], True, True, False),
+        ("So it is 1,018.", "5 + 1013 = 1018\n#### 1,018", False, True, True),
         ("−3", -3, False, False, True),
         ("", "x", False, False, None),
     ],

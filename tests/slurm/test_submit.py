@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_an_error_that_names_it(
 
 def test_a_complete_cell_is_left_out_until_its_prompts_or_its_errors_ask_for_more(place: Path) -> None:
     (cell,), _ = find_cells(JOB)
-    sha256 = count_prompts("p.jsonl", GenerationParams(), prompt_field="prompt", limit=None, shards=1).sha256
+    sha256 = count_prompts("p.jsonl", GenerationParams(), limit=None, shards=1).sha256
     assert not cell.complete
     finish(cell.folder, 10, sha256, errors=1)
     assert find_cells(JOB)[0][0].complete
@@ -115,7 +115,7 @@ def test_a_complete_cell_is_left_out_until_its_prompts_or_its_errors_ask_for_mor
 
 def test_a_cell_with_rows_missing_is_not_complete(place: Path) -> None:
     (cell,), _ = find_cells(JOB)
-    sha256 = count_prompts("p.jsonl", GenerationParams(), prompt_field="prompt", limit=None, shards=1).sha256
+    sha256 = count_prompts("p.jsonl", GenerationParams(), limit=None, shards=1).sha256
     finish(cell.folder, 9, sha256)
     assert not find_cells(JOB)[0][0].complete
 
@@ -177,7 +177,7 @@ def test_counting_agrees_with_reading(tmp_path: Path, n: int, limit: int | None,
     with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
         file.write(b"\r\n".join(lines))
     params = GenerationParams(n=n)
-    counted = count_prompts(str(path), params, prompt_field="prompt", limit=limit, shards=2)
+    counted = count_prompts(str(path), params, limit=limit, shards=2)
     expected = [0, 0]
     for row in read_prompts(path, params, limit=limit):
         expected[row.index % 2] += 1 if isinstance(row, BadRow) else row.params.n
@@ -187,9 +187,7 @@ def test_counting_agrees_with_reading(tmp_path: Path, n: int, limit: int | None,
 def test_an_empty_prompt_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(PromptError, match="holds no rows"):
-        count_prompts(
-            str(tmp_path / "p.jsonl"), GenerationParams(), prompt_field="prompt", limit=None, shards=1
-        )
+        count_prompts(str(tmp_path / "p.jsonl"), GenerationParams(), limit=None, shards=1)
 
 
 HOSTILE = [
