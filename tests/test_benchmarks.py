@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.engine.cpu import load_kernels
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SPAWN = """
 import os, sys
@@ -60,3 +62,16 @@ def test_a_busy_machine_is_named_while_it_is_waited_for() -> None:
     assert "waiting up to 1 s for a quiet machine: " in done.stdout
     assert "(process " in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_a_step_in_four_bits_is_timed_beside_one_in_bf16() -> None:
+    kernels = load_kernels()
+    if kernels is None or kernels.products is None:
+        pytest.skip("the kernels multiply on none but an x86 CPU with AVX2")
+    command = [sys.executable, "step.py", "--rows", "3", "--layers", "1", "--vocabulary", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    *_, header, row = done.stdout.splitlines()
+    assert header.split() == ["rows", "bf16", "nf4"]
+    assert row.split()[0] == "3"
+    assert row.count("tokens/s") == 2

@@ -19,13 +19,13 @@ class Blocks:
     """Hold a weight [M, K] in the order in which `linear` reads it.
 
     One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
-    16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits it has eight, first input first
-    but for the two in a byte, as bitsandbytes has them; after every two blocks come the scales of their outputs.
+    16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits 16 bytes have a block's inputs
+    of an output, the first 16 in their lower halves; a line has every fourth output of a tile, and after every
+    two blocks come the scales of their outputs.
     """
 
-    numbers: (
-        Tensor  # bf16 [M/32, K/32, 2, 16, 16, 2], or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 codes, 32 scales
-    )
+    # bf16 [M/32, K/32, 2, 16, 16, 2], or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 of codes, 32 scales
+    numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
 
     @property
@@ -58,9 +58,11 @@ def pack_codes(codes: Tensor, scales: Tensor, values: Tensor) -> Blocks:
         values: [16] float32.
     """
     strips, groups = len(codes) // BLOCK, scales.shape[1]
-    words = (codes.contiguous().view(int32), 4), (scales.contiguous().view(int32), 1)
-    parts = [_in_blocks(part, width).view(strips, groups, -1) for part, width in words]
-    return Blocks(torch.cat(parts, -1), values.float())
+    first, second = codes.reshape(len(codes), -1, 2, BLOCK // 4).unbind(2)
+    halves = torch.stack((first >> 4 | second & 0xF0, first & 0x0F | second << 4), -1).view(len(codes), -1)
+    words = halves.view(int32).view(strips, 2, 4, 4, groups, 2, 4).permute(0, 4, 1, 5, 3, 2, 6)
+    parts = words.reshape(strips, groups, -1), _in_blocks(scales.contiguous().view(int32), 1)
+    return Blocks(torch.cat([part.view(strips, groups, -1) for part in parts], -1), values.float())
 
 
 def _in_blocks(words: Tensor, width: int) -> Tensor:

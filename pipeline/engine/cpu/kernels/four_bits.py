@@ -1,11 +1,13 @@
 """Turn weights in 4 bits to bf16 on vectors: for a few rows in the registers, else a few blocks at a time.
 
 A code's value times its scale is rounded to bf16 as bitsandbytes does, so that the products are those of the
-weight that it dequantizes. numba's cache of the products does not see a change in this file: touch linear_*.py.
+weight that it dequantizes. That is done once for the 16 codes of each output and scale: two tables of 16 bytes,
+which an instruction looks up for 16 codes at once. numba's cache of the products does not see a change in this
+file: touch linear_*.py.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -14,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import (
+    BLOCK,
     BLOCK_BYTES,
     CODE_BYTES,
     CODED_BYTES,
@@ -22,30 +25,30 @@ from pipeline.engine.cpu.kernels.blocks import (
 )
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
-    LANE_NUMBERS,
     LANES,
-    PAIRS,
     VECTOR,
     broadcast_pair,
     compiles_for,
     dot_pairs,
     for_each_count,
     load,
-    load_floats,
     prefetch_line,
     shuffle,
+    stepwise,
     store,
-    times,
 )
 
-_HAS_AVX512 = compiles_for("avx512f")
-FEW_ROWS = 4 if _HAS_AVX512 else 2  # whose products leave room for the rest in the registers
+FEW_ROWS = 4 if HAS_BF16 else 0  # whose products leave room for the rest in the registers
 AHEAD = 8  # times two blocks: so far ahead codes are asked for
+AT_ONCE = LANES if HAS_BF16 or compiles_for("avx512bw") else LANES // 2  # outputs in a register
+PARTS = AT_ONCE // 4  # of a register, 16 bytes each: no shuffle leaves its own
 
-_NUMBER, _WORD = ir.IntType(64), ir.IntType(32)
-_LINE = ir.VectorType(ir.IntType(16), PAIRS)
-_INTERLEAVED = [place + LANES * second for place in range(LANES) for second in (0, 1)]
-_EIGHTS = [list(range(first, first + 8)) for first in (0, 8)]
+_NUMBER, _FLOAT = ir.IntType(64), ir.FloatType()
+_FLOATS, _WORDS = ir.VectorType(_FLOAT, AT_ONCE), ir.VectorType(ir.IntType(32), AT_ONCE)
+_BYTES, _PAIRS = ir.VectorType(ir.IntType(8), 4 * AT_ONCE), ir.VectorType(ir.IntType(16), 2 * AT_ONCE)
+_QUADS = ir.VectorType(ir.IntType(64), AT_ONCE // 2)
+_LOOK_UP = "avx512.pshuf.b.512" if AT_ONCE == 16 else "avx2.pshuf.b"
+_SORTED = [0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15]  # lower bytes first, then upper ones
 
 
 @intrinsic
@@ -59,13 +62,18 @@ def unpack(context: Any, packed: Any, values: Any, blocks: Any, output: Any) -> 
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         packed, values, blocks, output = arguments
+        table = _spread_values(builder, values)
+        with _each_group(builder, packed, blocks) as (group, here):
+            there = builder.add(output, builder.mul(group, _NUMBER(2 * BLOCK_BYTES)))
+            with stepwise(builder, _NUMBER(BLOCK), AT_ONCE) as first:
+                first_line = builder.add(there, _before(builder, first, BLOCK_BYTES // 2))
 
-        def keep(line: Any, block: Any, tile: int, pair: int) -> None:
-            there = builder.add(output, builder.mul(block, _NUMBER(BLOCK_BYTES)))
-            place = builder.add(there, _NUMBER((tile * TILE_ROWS + pair) * TILE_BYTES))
-            builder.store(line, builder.inttoptr(place, line.type.as_pointer()), align=4)
+                def keep(line: Any, block: Any, pair: int, _: int) -> None:
+                    place = builder.add(first_line, builder.mul(block, _NUMBER(BLOCK_BYTES)))
+                    place = builder.add(place, _NUMBER(pair * TILE_BYTES))
+                    builder.store(line, builder.inttoptr(place, line.type.as_pointer()), align=4)
 
-        _each_line(builder, packed, values, blocks, keep)
+                _each_line(builder, here, [first], table, keep)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
@@ -93,83 +101,158 @@ def _multiply(
     builder: Any, rows: int, input: Any, stride: Any, packed: Any, values: Any, blocks: Any, sums: Any
 ) -> None:
     """Write the product of some rows. Each row has two vectors of sums, one for each tile."""
-    zero = ir.Constant(VECTOR, [0.0] * LANES)
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(rows)]
+    zero = ir.Constant(VECTOR, [0.0] * LANES)
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in (0, 1)] for _ in places]
+    table = _spread_values(builder, values)
+    with _each_group(builder, packed, blocks) as (group, here):
+        inputs = [builder.add(place, builder.mul(group, _NUMBER(2 * TILE_BYTES))) for place in places]
 
-    def add(line: Any, block: Any, tile: int, pair: int) -> None:
-        weights = builder.bitcast(line, LANE_NUMBERS)
-        for place, own in zip(places, totals, strict=True):
-            numbers = builder.add(place, builder.mul(block, _NUMBER(TILE_BYTES)))
-            spread = broadcast_pair(builder, numbers, 2 * pair)
-            builder.store(dot_pairs(builder, builder.load(own[tile]), spread, weights), own[tile])
+        def add(line: Any, block: Any, pair: int, tile: int) -> None:
+            for place, own in zip(inputs, totals, strict=True):
+                numbers = builder.add(place, builder.mul(block, _NUMBER(TILE_BYTES)))
+                both = broadcast_pair(builder, numbers, 2 * pair)
+                builder.store(dot_pairs(builder, builder.load(own[tile]), both, line), own[tile])
 
-    _each_line(builder, packed, values, blocks, add)
+        _each_line(builder, here, [_NUMBER(0), _NUMBER(TILE_ROWS)], table, add)
     for row, own in enumerate(totals):
         for tile, total in enumerate(own):
             store(builder, builder.load(total), sums, _NUMBER((2 * row + tile) * LANES))
 
 
-def _each_line(builder: Any, packed: Any, values: Any, blocks: Any, use: Callable[..., None]) -> None:
-    """Write a loop over blocks: use(line, block=…, tile=…, pair=…) gets two inputs of a tile's outputs in bf16."""
-    table = load_floats(builder, values, _NUMBER(0))
-    size = _NUMBER(2 * CODED_BYTES)
-    with cgutils.for_range(builder, builder.lshr(blocks, _NUMBER(1)), intp=_NUMBER) as both:
-        here = builder.add(packed, builder.mul(both.index, size))
+@contextmanager
+def _each_group(builder: Any, packed: Any, blocks: Any) -> Iterator[tuple[Any, Any]]:
+    """Write a loop over two blocks, which have scales together: the instructions within get index and address."""
+    with cgutils.for_range(builder, builder.lshr(blocks, _NUMBER(1)), intp=_NUMBER) as group:
+        here = builder.add(packed, builder.mul(group.index, _NUMBER(2 * CODED_BYTES)))
         for line in range(2 * CODED_BYTES // 64):
             prefetch_line(builder, builder.add(here, _NUMBER(2 * CODED_BYTES * AHEAD + 64 * line)), cache=1)
-        scales = [load_floats(builder, here, _NUMBER(CODE_BYTES // 4 + tile * LANES)) for tile in (0, 1)]
-        with cgutils.for_range(builder, _NUMBER(2), intp=_NUMBER) as half:
-            codes = builder.add(here, builder.mul(half.index, _NUMBER(CODE_BYTES // 2)))
-            block = builder.add(builder.shl(both.index, _NUMBER(1)), half.index)
-            for tile, scale in enumerate(scales):
-                _each_line_of_tile(builder, table, scale, codes, tile, partial(use, block=block, tile=tile))
+        yield group.index, here
 
 
-def _each_line_of_tile(builder: Any, table: Any, scale: Any, codes: Any, tile: int, use: Any) -> None:
-    """Use 16 outputs and 32 inputs, of which each vector of codes has eight."""
-    for eight in range(4):
-        words = load(builder, codes, _NUMBER((tile * 4 + eight) * LANES), _WORD, LANES, 4)
-        for pair in range(4):
-            numbers = [
-                times(builder, _look_up(builder, table, words, 8 * pair + shift), scale) for shift in (4, 0)
-            ]
-            use(_pair(builder, *numbers), pair=4 * eight + pair)
+def _each_line(
+    builder: Any, here: Any, firsts: list[Any], values: list[Any], use: Callable[..., None]
+) -> None:
+    """Write instructions for some outputs of a group, which take turns, so that no sum waits for itself.
+
+    Args:
+        here: address of the group.
+        firsts: the first of each AT_ONCE outputs.
+        values: from `_spread_values`.
+        use: use(line, block, pair, place) gets two inputs of the outputs at a place in `firsts`, in bf16.
+    """
+    scales = builder.add(here, _NUMBER(CODE_BYTES))
+    own = [load(builder, scales, first, _FLOAT, AT_ONCE, 4) for first in firsts]
+    tables = [
+        [_tables(builder, values, _in_parts(builder, scale, [n] * 4)) for n in range(4)] for scale in own
+    ]
+    starts = [builder.add(here, _before(builder, first, CODE_BYTES // 2)) for first in firsts]
+    with cgutils.for_range(builder, _NUMBER(2), intp=_NUMBER) as block:
+        along = builder.mul(block.index, _NUMBER(CODE_BYTES // 4))
+        codes = [builder.add(start, along) for start in starts]
+        for shift in (0, 4):
+            looked = [_looked(builder, *own, shift) for own in zip(codes, tables, strict=True)]
+            for upper in (False, True):
+                for place, bytes_of_four in enumerate(looked):
+                    outputs = [_weave(builder, both, _BYTES, upper) for both in bytes_of_four]
+                    for pair, line in enumerate(_turned(builder, outputs)):
+                        use(line, block.index, 2 * shift + 4 * upper + pair, place)
 
 
-def _look_up(builder: Any, table: Any, words: Any, shift: int) -> Any:
-    """Return the values of the codes at a place in each lane."""
-    moved = builder.lshr(words, _all(shift)) if shift else words
-    if _HAS_AVX512:  # only the lower four bits of a lane choose
-        return _call(builder, "avx512.permvar.sf.512", VECTOR, table, moved)
-    upper = builder.bitcast(builder.shl(words, _all(28 - shift)) if shift < 28 else words, VECTOR)
-    parts = []
-    for eight in _EIGHTS:
-        places, signs = shuffle(builder, moved, moved, eight), shuffle(builder, upper, upper, eight)
-        halves = [shuffle(builder, table, table, half) for half in _EIGHTS]
-        kind = halves[0].type
-        found = [_call(builder, "avx2.permps", kind, half, places) for half in halves]
-        parts.append(_call(builder, "avx.blendv.ps.256", kind, *found, signs))
-    return shuffle(builder, parts[0], parts[1], list(range(LANES)))
+def _before(builder: Any, first: Any, tile_bytes: int) -> Any:
+    """Return the bytes before an output in a group: whole tiles, and 4 for each output in a line."""
+    tile, within = builder.lshr(first, _NUMBER(4)), builder.and_(first, _NUMBER(TILE_ROWS - 1))
+    return builder.add(builder.mul(tile, _NUMBER(tile_bytes)), builder.shl(within, _NUMBER(2)))
 
 
-def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
-    kind = ir.FunctionType(result, [vector.type for vector in vectors])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), vectors)
+def _looked(builder: Any, codes: Any, tables: list[Any], shift: int) -> list[list[Any]]:
+    """Look up the lower or the upper codes of some outputs in a block: the lower and the upper bytes of weights."""
+    found = []
+    for n, both in enumerate(tables):
+        own = load(builder, codes, _NUMBER(n * TILE_BYTES), ir.IntType(8), 4 * AT_ONCE, 1)
+        chosen = _nibbles(builder, own, shift)
+        found.append([_look_up(builder, table, chosen) for table in both])
+    return found
+
+
+def _spread_values(builder: Any, values: Any) -> list[Any]:
+    """Load the 16 values, four to a register, and again in each part of it."""
+    fours = [load(builder, values, _NUMBER(4 * n), _FLOAT, 4, 4) for n in range(4)]
+    return [shuffle(builder, four, four, [0, 1, 2, 3] * PARTS) for four in fours]
+
+
+def _tables(builder: Any, values: list[Any], scale: Any) -> list[Any]:
+    """Return the lower and the upper bytes of the 16 weights of the output that each part's scale is of."""
+    weights = [_fenced(builder, builder.fmul(four, scale)) for four in values]
+    pairs = [_pair(builder, *weights[at : at + 2]) for at in (0, 2)]
+    halves = [_in_parts(builder, builder.bitcast(x, _BYTES), _SORTED) for x in pairs]
+    return [_weave(builder, halves, _QUADS, upper) for upper in (False, True)]
 
 
 def _pair(builder: Any, first: Any, second: Any) -> Any:
     """Round two vectors to bf16, to the nearest, ties to even: lane by lane a pair."""
     if HAS_BF16:
-        kind = ir.FunctionType(_LINE, [VECTOR, VECTOR])
+        kind = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS])
         text = "vcvtne2ps2bf16 $2, $1, $0"
         both = builder.asm(kind, text, "=v,v,v", [second, first], side_effect=False)
-        return shuffle(builder, both, both, _INTERLEAVED)
-    bits = [builder.bitcast(x, LANE_NUMBERS) for x in (first, second)]
-    odd = [builder.and_(builder.lshr(x, _all(16)), _all(1)) for x in bits]
-    lower, upper = (builder.add(builder.add(x, _all(0x7FFF)), bit) for x, bit in zip(bits, odd, strict=True))
-    return builder.or_(builder.lshr(lower, _all(16)), builder.and_(upper, _all(0xFFFF0000)))
+        interleaved = [place + AT_ONCE * later for place in range(AT_ONCE) for later in (0, 1)]
+        return builder.bitcast(shuffle(builder, both, both, interleaved), _WORDS)
+    lower, upper = (builder.bitcast(_rounded(builder, x), _WORDS) for x in (first, second))
+    return builder.or_(builder.lshr(lower, _all(16)), upper)
+
+
+def _rounded(builder: Any, numbers: Any) -> Any:
+    """Round float32 to 8 bits by Veltkamp's splitting, whose ties go to even for every float32."""
+    large = _fenced(builder, builder.fmul(numbers, ir.Constant(_FLOATS, [65537.0] * AT_ONCE)))
+    rest = _fenced(builder, builder.fsub(numbers, large))
+    return builder.fadd(large, rest)
+
+
+def _fenced(builder: Any, numbers: Any) -> Any:
+    """Keep numba's fast mathematics from cancelling what is added and taken away."""
+    return _call(builder, f"arithmetic.fence.v{AT_ONCE}f32", _FLOATS, numbers)
+
+
+def _nibbles(builder: Any, codes: Any, shift: int) -> Any:
+    """Return the lower or the upper half of each byte."""
+    words = builder.bitcast(codes, _WORDS)
+    words = builder.lshr(words, _all(shift)) if shift else words
+    return builder.bitcast(builder.and_(words, _all(0x0F0F0F0F)), _BYTES)
+
+
+def _look_up(builder: Any, table: Any, places: Any) -> Any:
+    """Return the table's byte at each place, part by part."""
+    return _call(builder, f"x86.{_LOOK_UP}", _BYTES, builder.bitcast(table, _BYTES), places)
+
+
+def _turned(builder: Any, outputs: list[Any]) -> list[Any]:
+    """Turn four registers over: from each output's four pairs to each pair's outputs, in their order."""
+    twos = [_weave(builder, outputs[at : at + 2], _WORDS, upper) for upper in (False, True) for at in (0, 2)]
+    lines = [_weave(builder, twos[at : at + 2], _QUADS, upper) for at in (0, 2) for upper in (False, True)]
+    return [builder.bitcast(line, _WORDS) for line in lines]
+
+
+def _weave(builder: Any, two: Sequence[Any], kind: Any, upper: bool) -> Any:
+    """Interleave the elements of the lower or the upper half of each part of two registers."""
+    count = kind.count // PARTS
+    half = range(count // 2, count) if upper else range(count // 2)
+    lanes = [
+        part * count + place + other for part in range(PARTS) for place in half for other in (0, kind.count)
+    ]
+    left, right = (builder.bitcast(register, kind) for register in two)
+    return shuffle(builder, left, right, lanes)
+
+
+def _in_parts(builder: Any, vector: Any, lanes: list[int]) -> Any:
+    """Reorder each part in the same way."""
+    count = len(lanes)
+    return shuffle(builder, vector, vector, [part * count + lane for part in range(PARTS) for lane in lanes])
+
+
+def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
+    kind = ir.FunctionType(result, [vector.type for vector in vectors])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), vectors)
 
 
 def _all(number: int) -> Any:
-    return ir.Constant(LANE_NUMBERS, [number] * LANES)
+    return ir.Constant(_WORDS, [number] * AT_ONCE)

@@ -1,0 +1,111 @@
+"""Time decode steps of a random model of Llama-3.2-1B's shape in bf16 and nf4, beside what the machine allows.
+
+    python benchmarks/step.py --rows 1 4 32 128
+    python benchmarks/step.py --older amx avx10 avx512                    # as a CPU without AVX-512 would
+    GOMP_SPINCOUNT=0 python benchmarks/step.py --cpu-time                 # where others use the cores, too
+
+In brackets: what reading the weights takes at that speed, and the products at that of torch in float32.
+"""
+
+import argparse
+import os
+from typing import Any
+
+from products import cpu_clock, fastest, limits, wall_clock, without
+
+PROMPT = 48  # tokens of each row
+STEPS = 10  # of which the fastest counts; the contenders take turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32, 128])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument(
+        "--older", nargs="*", default=[], help="how the names of features begin that this CPU has not"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the cores, over their number")
+    args = parser.parse_args()
+    if args.older:
+        os.environ["NUMBA_CPU_FEATURES"] = without(tuple(args.older))
+    import torch
+
+    clock = cpu_clock(torch.get_num_threads()) if args.cpu_time else wall_clock
+    bandwidth, peak = limits(clock)
+    print(
+        f"{torch.get_num_threads()} threads: {bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s in float32 (torch)"
+    )
+    models = {name: make(args.layers, args.vocabulary, name == "nf4") for name in ("bf16", "nf4")}
+    print(f"{'rows':>9}" + "".join(f"{name:>52}" for name in models))
+    with torch.inference_mode():
+        for rows in args.rows:
+            steps = [step_of(model, rows) for model in models.values()]
+            print(f"{rows:9}", end="")
+            for model, sec in zip(models.values(), fastest(steps, clock, STEPS), strict=True):
+                read, flops = weights_of(model)
+                least = read / bandwidth / 1e6, flops * rows / peak / 1e6
+                print(f"{sec * 1e3:9.1f} ms {rows / sec:7.1f} tokens/s", end="")
+                print(f" (read {least[0]:.1f}, in float32 {least[1]:.1f})".ljust(32), end="")
+            print()
+
+
+def make(layers: int, vocabulary: int, four_bits: bool) -> Any:
+    """Make a random model, packed as a job would."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.engine.cpu import load_kernels
+    from pipeline.engine.cpu.packing import pack_weights
+
+    if load_kernels() is None:
+        raise SystemExit("this needs numba, and a torch that is linked with libgomp")
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        dtype=torch.bfloat16,
+    )
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    linears = [
+        (m, n, c) for m in model.model.modules() for n, c in m.named_children() if hasattr(c, "in_features")
+    ]
+    for parent, name, linear in linears if four_bits else []:
+        sizes = linear.in_features, linear.out_features
+        coded = Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        coded.load_state_dict(linear.state_dict())
+        setattr(parent, name, coded.to("cpu"))
+    pack_weights(model)
+    return model
+
+
+def step_of(model: Any, rows: int) -> Any:
+    """Prefill rows, and return a decode step, which writes to the same place each time."""
+    from pipeline.common.request import GenerationParams, Request
+    from pipeline.engine.rectangles.forward import FlatForward
+    from pipeline.engine.scheduler import Sample
+
+    forward = FlatForward(model)
+    requests = [Request(str(row), tuple(range(row, row + PROMPT)), GenerationParams()) for row in range(rows)]
+    samples = [Sample(request, 0) for request in requests]
+    rectangle, _ = forward.prefill(samples, None, rows * PROMPT)
+    for sample in samples:
+        sample.token_ids.append(1)
+    return lambda: forward.decode([rectangle])
+
+
+def weights_of(model: Any) -> tuple[int, int]:
+    """Count the bytes of packed weights that a step reads, and the operations of a row's products."""
+    weights = {id(m.packed): m.packed.weight for m in model.modules() if hasattr(m, "packed")}
+    flops = sum(2 * weight.inputs * weight.outputs for weight in weights.values())
+    return sum(weight.numbers.nbytes for weight in weights.values()), flops
+
+
+if __name__ == "__main__":
+    main()
