@@ -6,26 +6,24 @@ Nothing is merged unless every row is there exactly once. Memory: 24 bytes a row
 import datetime
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.common.errors import ConfigError, OutputError, PromptError
+from pipeline.common.errors import OutputError
 from pipeline.common.terminal import say
-from pipeline.config.compose import recorded_config
-from pipeline.config.schema import Config
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
+from pipeline.job.recorded import row_ids
 from pipeline.job.rows import parse_row
 from pipeline.job.shards import combine
 from pipeline.job.stored import read_manifest, read_stats
 from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
-from pipeline.prompts.reader import open_prompts
 
 SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
 SAME = ("model", "revision", *SAME_ROWS)  # and those that have rows
@@ -232,14 +230,7 @@ def _open(rows: Path) -> BinaryIO:
 
 def _ids(rows: list[int], shard: Shard, count: int | None = None) -> str:
     """Name some rows by their ids in the prompt file; by their numbers where it cannot be read."""
-    named = dict.fromkeys(rows[:NAMED], "")
-    config = Config()
-    with suppress(ConfigError):  # where none was noted, the columns are called as ever
-        config = recorded_config(shard.paths.folder)
-    with suppress(PromptError):
-        for row in open_prompts(replace(config, shard=None, limit=max(named) + 1), shard.todo.prompts):
-            if row.index in named:
-                named[row.index] = row.id
+    named = row_ids(shard.paths.folder, shard.todo.prompts, rows[:NAMED])
     words = [f"{row} ({name})" if name else str(row) for row, name in named.items()]
     more = (count or len(rows)) - len(words)
     return "rows " + ", ".join(words) + (f" and {more} more" if more > 0 else "")

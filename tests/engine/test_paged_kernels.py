@@ -163,7 +163,8 @@ def test_large_heads_fit_the_shared_memory_of_small_cards(kernels, size):
 def test_the_engine_on_these_kernels_makes_the_text_of_each_prompt_alone(
     kernels, tiny_model, monkeypatch, name
 ):
-    monkeypatch.setattr(forward_module, "_gpu_kernels", lambda device: (kernels, False))
+    monkeypatch.setattr(forward_module, "choose_kernels", lambda device: (kernels, False))
+    monkeypatch.setattr(forward_module, "replace_products", lambda model, device: None)
     forward = PagedForward(copy.deepcopy(tiny_model(name)))
     if name != "gemma3_text":
         fused: Any = FusedModel(forward._model, kernels)

@@ -1,9 +1,7 @@
 """Run the model on one device with its keys and values in pages: prefill some columns, decode a step."""
 
-import functools
 import logging
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,18 +12,16 @@ from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.paged.gpu import choose_kernels, replace_products
 from pipeline.engine.paged.graph import StepGraph
-from pipeline.engine.paged.longrope import LongRope
+from pipeline.engine.paged.longrope import LongRope, check_rotary
 from pipeline.engine.paged.pages import Pages, pages_for
 from pipeline.engine.paged.passes import PagedDecode, PagedPrefill, PassModel, Segment
 from pipeline.engine.sampling import argmax
-from pipeline.engine.thresholds import is_dynamic
 from pipeline.engine.upload import upload
 
 log = logging.getLogger(__name__)
 
-AMPERE = (8, 0)  # compute capability from which Triton and FlashAttention-2 run
-HOPPER = 9  # major compute capability of the cards on which triton_four_bits.py was measured
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_COLUMNS = 512  # of a graph: fewer make no step faster
 
@@ -45,12 +41,10 @@ class PagedForward:
         self.device = _only_device(model)
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(self.device)  # where Triton launches, and graphs are recorded
-        _check_rotary(self.config)
-        kernels, flash = _gpu_kernels(self.device)
-        if kernels is not None and torch.cuda.get_device_capability(self.device)[0] == HOPPER:
-            from pipeline.engine.paged.triton_four_bits import replace_linears
-
-            log.info("%d layers in 4 bits multiply by the kernel", replace_linears(model))
+        check_rotary(self.config)
+        kernels, flash = choose_kernels(self.device)
+        if kernels is not None:
+            replace_products(model, self.device)
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
@@ -211,30 +205,9 @@ def _only_device(model: Any) -> torch.device:
     return input_device(model)
 
 
-def _check_rotary(config: Any) -> None:
-    """Refuse rotary frequencies that depend on the longest row so far."""
-    if is_dynamic(config):
-        raise NotImplementedError("rotary frequencies that change with the length")
-
-
 def _can_capture(model: Any) -> bool:
     """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, a mixture at its routing."""
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     config = model.config.get_text_config()
     mixture = any(getattr(config, name, None) for name in experts)
     return not mixture and not any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-
-
-@functools.cache
-def _gpu_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
-    """Import Triton's kernels, where they run, and say whether FlashAttention does."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None, False
-    if torch.cuda.get_device_capability(device) < AMPERE:
-        return None, False
-    try:
-        from pipeline.engine.paged import triton_kernels as kernels
-    except ImportError as error:
-        log.info("Without Triton's kernels: %s", error)
-        return None, torch.version.hip is None
-    return kernels, torch.version.hip is None

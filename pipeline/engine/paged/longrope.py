@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.engine.model_facts import rope_switch
+from pipeline.engine.thresholds import is_dynamic
 
 
 class LongRope:
@@ -48,3 +49,9 @@ def _frequencies(module: nn.Module, switch: int) -> tuple[Tensor, Tensor]:
         made.append(module.inv_freq.clone())  # type: ignore[operator]
     module(torch.zeros(1, 1, 1, device=places.device), torch.zeros_like(places))  # as it was
     return made[0], made[1]
+
+
+def check_rotary(config: Any) -> None:
+    """Refuse rotary frequencies that depend on the longest row so far."""
+    if is_dynamic(config):
+        raise NotImplementedError("rotary frequencies that change with the length")
