@@ -2,6 +2,7 @@
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.common.terminal import answer
@@ -43,6 +44,10 @@ def _print_facts(plan: Plan, out: Console) -> None:
     out.print(f"Shape from {plan.facts_source}", highlight=False)
     for difference in plan.facts_differences:
         out.print(f"  [yellow]differs[/yellow] {difference}; the config.json is used", highlight=False)
+    if plan.estimated:
+        out.print(f"  [yellow]estimated[/yellow] {escape(plan.estimated)}", highlight=False)
+    if plan.refused:
+        out.print(f"  [red]A job would be refused[/red]: {escape(plan.refused)}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -66,7 +71,7 @@ def _parts_table(plan: Plan) -> Table:
 
 
 def _reasons_table(plan: Plan) -> Table:
-    bits = min(STORED_BITS[reason.dtype] for reason in plan.reasons)  # the linear layers'
+    bits = min(STORED_BITS.get(reason.dtype, 64) for reason in plan.reasons)  # the linear layers'
     table = _table(
         f"Why {megabytes(plan.footprint_bytes)} and not {megabytes(plan.simple_bytes)} (parameters × {bits} ÷ 8)",
         "what",
@@ -178,7 +183,7 @@ def _print_lines(plans: list[Plan], out: Console) -> None:
     for model in dict.fromkeys(plan.model for plan in plans):
         own = [plan for plan in plans if plan.model == model]
         out.print(_lines_table(own))
-        if own[0].facts_differences:
+        if own[0].facts_differences or own[0].estimated or any(plan.refused for plan in own):
             _print_facts(own[0], out)
         out.print(f"Best choice that fits, for {model}: {_best(own[0])}", highlight=False)
     out.print("weights: with what quantization keeps beside them.", highlight=False)

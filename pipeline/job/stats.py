@@ -13,8 +13,8 @@ from pipeline.engine.limits import Limits
 from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
-from pipeline.memory.architecture import in_context, known_architecture
 from pipeline.memory.compare import Setup, compared, predicted
+from pipeline.memory.facts import job_architecture
 from pipeline.memory.measured import Peaks, devices
 
 
@@ -54,9 +54,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
 def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     """Collect what decides the job's memory, beside its prompts."""
     return Setup(
-        None
-        if ready.loaded.format
-        else known_architecture(in_context(ready.model.config.to_dict(), config.model.context)),
+        job_architecture(config.model, config.models_dir),
         ready.quant,
         ready.gpus,
         packed=ready.packed,

@@ -57,7 +57,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     seen: set[int] = set()
     for path, module in model.named_modules():
-        kind = _kind(path, module, head)
+        kind = kind_of(path, module, head)
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -151,7 +151,8 @@ class PeakSampler:
             self._largest = max(self._largest, resident_bytes())
 
 
-def _kind(path: str, module: nn.Module, head: nn.Module | None) -> str:
+def kind_of(path: str, module: nn.Module, head: nn.Module | None) -> str:
+    """Name what a module's weights are for: one of KINDS, but for buffers."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if module is head:

@@ -66,7 +66,7 @@ def activation_bytes(
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8:
-        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
     return max(mlp, attention, norm, int8)
 
@@ -88,7 +88,7 @@ def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, c
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8:
-        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         results = 4 + 2 + (0 if dtype == "float16" else element)
         int8 = tokens * (element * (4 * hidden + inner) + hidden + results * widest)
     return max(mlp, attention, norm, int8) + len(set(arch.windows)) * tokens * columns
@@ -117,7 +117,7 @@ def _workspace_bytes(gpu: Gpu) -> int:
 @cache
 def largest_quantizable(arch: Architecture) -> int:
     """Count the weights of the largest linear layer that is not the output head."""
-    return max(w.count for w in weights(arch) if w.quantizable)
+    return max((w.count for w in weights(arch) if w.quantizable), default=0)
 
 
 def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:

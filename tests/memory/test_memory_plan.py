@@ -361,7 +361,7 @@ def test_only_one_matrix_at_a_time_is_held_twice_while_loading(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba'.*knows gemma3_text, llama"),
+        ({"model_type": "mamba"}, "'mamba'.*formulas for gemma3_text, llama"),
         (tiny("llama") | {"hidden_size": None}, "hidden_size=None"),
     ],
 )
