@@ -16,6 +16,7 @@ from pipeline.job.load import Ready
 from pipeline.memory.compare import Setup, compared, predicted
 from pipeline.memory.facts import job_architecture
 from pipeline.memory.measured import Peaks, devices
+from pipeline.models.loading import Loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory
-        | _compare(memory, _setup(config, ready, limits), taken.engine, ready.loaded.bare_bytes),
+        "memory": memory | _compare(memory, _setup(config, ready, limits), taken.engine, ready.loaded),
         "engine": taken.engine.summary(),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
     }
@@ -64,20 +64,28 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, bare_bytes: int) -> dict[str, Any]:
-    """Put what was predicted beside what was measured.
-
-    Args:
-        bare_bytes: the resident set before the first weight; on a CPU the peaks are what came on top.
-    """
+def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, loaded: Loaded) -> dict[str, Any]:
+    """Put what was predicted beside what was measured: on a CPU the peaks are what came on top of the bare process."""
+    loading, bare_bytes = _loading(memory["load_peak"], setup.gpus, loaded), loaded.bare_bytes
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
         "kv_cache": engine.peak_kv_cache_bytes,
-        "load_peak": _grown(memory["load_peak"], setup.gpus, bare_bytes),
+        **loading,
         "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
     }
     return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
+
+
+def _loading(peaks: dict[str, Any], gpus: tuple[Gpu, ...], loaded: Loaded) -> dict[str, int | None]:
+    """Tell what had to be free while loading from what was only mapped; None where the system does not."""
+    grown = _grown(peaks, gpus, loaded.bare_bytes)
+    if gpus:
+        return {"load_peak": grown, "load_mapped": 0}
+    held, bare = peaks["anonymous_bytes"], loaded.bare_anonymous_bytes
+    if grown is None or held is None or bare is None:
+        return dict.fromkeys(("load_peak", "load_mapped"))
+    return {"load_peak": held - bare, "load_mapped": max(0, grown - (held - bare))}
 
 
 def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int | None:
@@ -113,6 +121,7 @@ def _show_memory(memory: dict[str, Any]) -> None:
         "quantization_state": "quantization state",
         "kv_cache": "KV cache",
         "load_peak": "load peak",
+        "load_mapped": "mapped file",
         "run_peak": "run peak",
     }
     rows = []

@@ -258,6 +258,8 @@ def best_choice(
     for candidate in _candidates(workload, others):
         for name, asked in quants.items():
             quant = candidate.settled(asked)
+            if _refused(candidate.facts.architecture, quant) is not None:
+                continue
             verdict = _verdict(candidate, quant)
             if verdict.status == FITS:
                 total = need(candidate, quant, 1).total_bytes
