@@ -52,10 +52,10 @@ def count_architecture(config: Mapping[str, Any]) -> Architecture:
 def _counted(config: str) -> Architecture:
     kept = cache_folder() / "architectures" / f"{_digest(config)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none is kept, or it is damaged
-        return _architecture(json.loads(kept.read_text(encoding="utf-8")))
+        return read_answer(json.loads(kept.read_text(encoding="utf-8")))
     answer = _ask(config)
     try:
-        found = _architecture(answer)
+        found = read_answer(answer)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"the model of this config cannot be counted ({error})", MEASURE) from error
     _keep(kept, answer)
@@ -125,7 +125,7 @@ def _ask(config: str) -> dict[str, Any]:
     return dict(answer)
 
 
-def _architecture(answer: Mapping[str, Any]) -> Architecture:
+def read_answer(answer: Mapping[str, Any]) -> Architecture:
     """Read what counting.py wrote."""
     sizes = dict(answer)
     if sizes["dtype"] not in ELEMENT_BYTES:

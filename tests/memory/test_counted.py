@@ -50,7 +50,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def count_here(config: dict[str, Any]) -> Architecture:
     """Count in this process, through the writer and the reader of what is kept."""
-    return counted._architecture(json.loads(json.dumps(counting.count(config))))
+    return counted.read_answer(json.loads(json.dumps(counting.count(config))))
 
 
 def load(folder: str, name: str) -> Any:
