@@ -16,7 +16,6 @@ from pipeline.job.load import Ready
 from pipeline.memory.compare import Setup, compared, predicted
 from pipeline.memory.facts import job_architecture
 from pipeline.memory.measured import Peaks, devices
-from pipeline.models.loading import Loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory | _compare(memory, _setup(config, ready, limits), taken.engine, ready.loaded),
+        "memory": memory | _compare(memory, _setup(config, ready, limits), taken.engine, ready),
         "engine": taken.engine.summary(),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
     }
@@ -64,9 +63,9 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, loaded: Loaded) -> dict[str, Any]:
+def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, ready: Ready) -> dict[str, Any]:
     """Put what was predicted beside what was measured: on a CPU the peaks are what came on top of the bare process."""
-    loading, bare_bytes = _loading(memory["load_peak"], setup.gpus, loaded), loaded.bare_bytes
+    loading, bare_bytes = _loading(memory["load_peak"], ready), ready.loaded.bare_bytes
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
@@ -77,8 +76,9 @@ def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, loaded: 
     return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
 
 
-def _loading(peaks: dict[str, Any], gpus: tuple[Gpu, ...], loaded: Loaded) -> dict[str, int | None]:
+def _loading(peaks: dict[str, Any], ready: Ready) -> dict[str, int | None]:
     """Tell what had to be free while loading from what was only mapped; None where the system does not."""
+    loaded, gpus = ready.loaded, ready.gpus
     grown = _grown(peaks, gpus, loaded.bare_bytes)
     if gpus:
         return {"load_peak": grown, "load_mapped": 0}
