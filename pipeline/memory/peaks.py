@@ -28,7 +28,7 @@ CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and wor
 # the heap that 8-bit products leave in pieces.
 HOST_RUNTIME_BYTES = 36 * MIB
 INT8_HEAP_BYTES = 48 * MIB
-LOADING_BYTES = 4 * MIB  # what loading takes beside weights that are not quantized
+LOADING_BYTES = 4 * MIB  # what loading takes beside weights that are not in 4 bits
 # float32 copies of a logit while sampling: scaled, probabilities, their sums; on a GPU also what _invert makes.
 SAMPLING_BYTES, GPU_SAMPLING_BYTES = 12, 17
 
@@ -238,7 +238,7 @@ def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: boo
     file_bytes, view_bytes = checkpoint_bytes(arch), _view_bytes(arch, quant, packed)
     if view_bytes == file_bytes:
         return LoadPeak(0, file_bytes, context=0)
-    beside = HOST_RUNTIME_BYTES if quant.quantized else LOADING_BYTES
+    beside = HOST_RUNTIME_BYTES if quant.four_bit else LOADING_BYTES
     held = stored_bytes + beside + (packed_bytes(arch, quant) if packed else 0)
     return LoadPeak(held - (view_bytes if 2 * view_bytes > file_bytes else 0), file_bytes, context=0)
 
