@@ -1,7 +1,10 @@
 """Predicted beside measured memory: `python benchmarks/memory_table.py [MODEL_FOLDER]`
 
 Runs a job for each quantization and number of rows, each in its own process, and prints what stats.json
-says as a Markdown table. Growth is of the resident set over the bare process. --quants, --rows choose.
+says as a Markdown table. Growth is over the bare process. --quants, --rows choose.
+
+    --shape llama1b    random weights in the shape of a model of conf/, in a temporary folder
+    --architectures    what is counted from a config beside tiny models of every architecture, no jobs
 """
 
 import argparse
@@ -9,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,30 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--quants", nargs="+", default=QUANTS)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--shape")
+    parser.add_argument("--architectures", action="store_true")
     chosen = parser.parse_args()
-    print("| quant | rows | weights | state | KV cache | load peak | run peak | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for quant in chosen.quants:
-        for rows in chosen.rows:
-            print(line(quant, rows, job(chosen.model, quant, rows)), flush=True)
+    if chosen.architectures:
+        import memory_architectures
+
+        print(memory_architectures.table())
+    elif chosen.shape:
+        import memory_shapes
+
+        with tempfile.TemporaryDirectory() as folder:
+            memory_shapes.write_checkpoint(chosen.shape, Path(folder) / chosen.shape, Path(chosen.model))
+            jobs(str(Path(folder) / chosen.shape), chosen.quants, chosen.rows)
+    else:
+        jobs(chosen.model, chosen.quants, chosen.rows)
+
+
+def jobs(model: str, quants: Iterable[str], row_counts: Iterable[int]) -> None:
+    """Print a line for each quantization and number of rows."""
+    print("| quant | rows | weights | state | KV cache | load peak | mapped | run peak | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for quant in quants:
+        for rows in row_counts:
+            print(line(quant, rows, job(model, quant, rows)), flush=True)
     print("\nMB, predicted / measured (error)")
 
 

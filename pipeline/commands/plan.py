@@ -17,15 +17,18 @@ from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
 from pipeline.models.at_hand import expect_generation, tokenizer_folder
 from pipeline.prompts.lengths import expect_lengths
 
-EXAMPLES = {"model": "llama", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
+EXAMPLES = {"model": "llama", "model.name": "ORG/NAME", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
 HELP = """\
   python -m pipeline plan model=llama quant=nf4 prompts=jokes.jsonl     on this machine
   python -m pipeline plan model=llama quant=all memory=24GB             on a GPU of that size
+  python -m pipeline plan model.name=ORG/A,ORG/B,FOLDER memory=24GB     which of these fits
 
 Needs no weights, no GPU and no network: it answers from the facts in conf/model/, or from a config.json
-that is at hand.
+that is at hand; the hub is asked for that file alone. An architecture without a formula is counted once, in a
+process of its own, from its config and without its code.
 
   model=a,b quant=c,d   every combination; model=all and quant=all take all that there are
+  model.name=A,B        likewise, names on the hub and folders
   memory=24GB           plan for a GPU of that size instead of this machine
   json=FILE             write the figures, in bytes; json=- prints them instead of the tables
 
@@ -37,7 +40,7 @@ All other arguments are a job's: prompts=, limit=, generation.max_new_tokens=, e
 class Arguments:
     """Hold the command line, taken apart."""
 
-    models: list[str | None]  # None is the config's own choice
+    models: list[tuple[str, ...]]  # arguments that choose one; () is the config's own choice
     quants: list[str | None]
     memory: str | None
     json_file: str | None
@@ -52,7 +55,14 @@ def parse(arguments: list[str]) -> Arguments:
     """
     given, others = take_own(arguments, EXAMPLES, job_keys())
     own = {key: values[-1] for key, values in given.items()}
-    models = _choices("model", own.get("model"), options("model"))
+    named = own["model.name"].split(",") if "model.name" in own else [None]
+    models = [
+        tuple(
+            f"{key}={value}" for key, value in (("model", choice), ("model.name", name)) if value is not None
+        )
+        for choice in _choices("model", own.get("model"), options("model"))
+        for name in named
+    ]
     quants = _choices("quant", own.get("quant"), list(QUANTS))
     overrides = [other for other in others if other not in ("-m", "--multirun")]
     return Arguments(models, quants, own.get("memory"), own.get("json"), overrides)
@@ -75,7 +85,7 @@ def plans(arguments: Arguments) -> list[Plan]:
     """
     # A composition costs 0.1 s, and a model does not depend on the quantization: one of each at a time.
     pairs = zip_longest(arguments.models, arguments.quants)
-    configs = [_config(arguments, model, quant) for model, quant in pairs]
+    configs = [_config(arguments, model or arguments.models[0], quant) for model, quant in pairs]
     models = dict(zip(arguments.models, configs, strict=False))
     device = _device(arguments, next(iter(models.values())))
     quants = dict(zip(arguments.quants, (config.quant for config in configs), strict=False))
@@ -84,13 +94,14 @@ def plans(arguments: Arguments) -> list[Plan]:
         def workload(config: Config, name: str | None) -> Workload:
             return _workload(replace(config, prompts=prompts), name, device, arguments)
 
-        workloads = [workload(config, name) for name, config in models.items()]
+        workloads = [workload(config, _short(chosen)) for chosen, config in models.items()]
 
         @cache
         def others() -> list[Workload]:
             known = {each.model: each for each in workloads}
             return [
-                known.get(name) or workload(_config(arguments, name, None), name) for name in options("model")
+                known.get(name) or workload(_config(arguments, (f"model={name}",), None), name)
+                for name in options("model")
             ]
 
         return [
@@ -101,9 +112,14 @@ def plans(arguments: Arguments) -> list[Plan]:
         ]
 
 
-def _config(arguments: Arguments, model: str | None, quant: str | None) -> Config:
-    chosen = [f"{group}={name}" for group, name in (("model", model), ("quant", quant)) if name is not None]
+def _config(arguments: Arguments, model: tuple[str, ...], quant: str | None) -> Config:
+    chosen = [*model, *([] if quant is None else [f"quant={quant}"])]
     return expect_generation(read_config([*arguments.overrides, *chosen]))
+
+
+def _short(model: tuple[str, ...]) -> str | None:
+    """Call a model as `model=` does; None where its own name has to do."""
+    return model[0].removeprefix("model=") if len(model) == 1 and model[0].startswith("model=") else None
 
 
 def _device(arguments: Arguments, config: Config) -> Device:

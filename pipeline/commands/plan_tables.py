@@ -2,6 +2,7 @@
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.common.terminal import answer
@@ -43,6 +44,10 @@ def _print_facts(plan: Plan, out: Console) -> None:
     out.print(f"Shape from {plan.facts_source}", highlight=False)
     for difference in plan.facts_differences:
         out.print(f"  [yellow]differs[/yellow] {difference}; the config.json is used", highlight=False)
+    if plan.estimated:
+        out.print(f"  [yellow]estimated[/yellow] {escape(plan.estimated)}", highlight=False)
+    if plan.refused:
+        out.print(f"  [red]A job would be refused[/red]: {escape(plan.refused)}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -66,7 +71,7 @@ def _parts_table(plan: Plan) -> Table:
 
 
 def _reasons_table(plan: Plan) -> Table:
-    bits = min(STORED_BITS[reason.dtype] for reason in plan.reasons)  # the linear layers'
+    bits = min(STORED_BITS.get(reason.dtype, 64) for reason in plan.reasons)  # the linear layers'
     table = _table(
         f"Why {megabytes(plan.footprint_bytes)} and not {megabytes(plan.simple_bytes)} (parameters × {bits} ÷ 8)",
         "what",
@@ -122,9 +127,11 @@ def _needs_table(plan: Plan) -> Table:
 
 
 def _print_load_peak(plan: Plan, out: Console) -> None:
-    mapped = plan.load_peak.mapped
-    text = f", and up to {megabytes(mapped)} of mapped files that the system can take back" if mapped else ""
-    out.print(f"Load peak: {megabytes(plan.load_peak.needed)}{text} (estimate)", highlight=False)
+    load = plan.load_peak
+    text = (
+        f", and {megabytes(load.mapped)} only mapped, which the system can take back" if load.mapped else ""
+    )
+    out.print(f"Load peak: {megabytes(load.needed)} have to be free (estimate){text}", highlight=False)
 
 
 def _print_prompts(plan: Plan, out: Console) -> None:
@@ -175,15 +182,27 @@ def _best(plan: Plan) -> str:
 def _print_lines(plans: list[Plan], out: Console) -> None:
     device = plans[0].device
     out.print(f"Memory in GB, on {device.name} with {gigabytes(device.free_bytes)} free", highlight=False)
-    for model in dict.fromkeys(plan.model for plan in plans):
+    models = list(dict.fromkeys(plan.model for plan in plans))
+    for model in models:
         own = [plan for plan in plans if plan.model == model]
         out.print(_lines_table(own))
-        if own[0].facts_differences:
+        if own[0].facts_differences or own[0].estimated or any(plan.refused for plan in own):
             _print_facts(own[0], out)
-        out.print(f"Best choice that fits, for {model}: {_best(own[0])}", highlight=False)
+    out.print(_best_table([next(plan for plan in plans if plan.model == model) for model in models]))
     out.print("weights: with what quantization keeps beside them.", highlight=False)
     out.print("at once: how many of the longest prompts fit together.", highlight=False)
     _print_prompts(plans[0], out)
+
+
+def _best_table(plans: list[Plan]) -> Table:
+    """Say of each model what comes nearest to its own answers and fits, in lines of at most 80 columns."""
+    table = _table("\nWhich of these fits, and as what", "model", "best choice that fits", "1 row", "at once")
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+    for plan in plans:
+        best = plan.best
+        sizes = (in_gigabytes(best.total_bytes), f"{best.rows:,}") if best else ("", "")
+        table.add_row(escape(plan.model), _best(plan), *sizes)
+    return table
 
 
 def _lines_table(plans: list[Plan]) -> Table:

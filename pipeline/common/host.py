@@ -73,6 +73,13 @@ def host_free_bytes() -> int:
     return max(0, min([free, *control_group_rests(), *resource_rests()]))
 
 
+def anonymous_bytes() -> int | None:
+    """Return what of the resident set is no page of a file, and so has to be free; None where nothing says so."""
+    memory = psutil.Process().memory_info()
+    shared: int | None = getattr(memory, "shared", None)
+    return None if shared is None else int(memory.rss) - shared
+
+
 def resident_bytes() -> int:
     """Return this process's resident set now."""
     return int(psutil.Process().memory_info().rss)

@@ -10,6 +10,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.load import Ready
 from pipeline.memory.capacity import Capacity, capacity, context_tokens
+from pipeline.memory.facts import job_architecture
 from pipeline.prompts.chat import eos_token_ids
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
     room = capacity(
         ready.model,
         ready.quant,
+        arch=job_architecture(config.model, config.models_dir),
         limits=forward.limits,
         fraction=settings.memory_fraction,
         prefill_tokens=settings.prefill_tokens,

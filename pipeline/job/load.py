@@ -14,6 +14,7 @@ from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
 from pipeline.memory.measured import (
+    LOADING_SAMPLE_SEC,
     Peaks,
     PeakSampler,
     footprint_bytes,
@@ -80,7 +81,7 @@ def load(config: Config) -> Ready:
     """
     terminal.say(f"Loading {config.model.name}")
     return_large_blocks()
-    with PeakSampler() as sampler:
+    with PeakSampler(LOADING_SAMPLE_SEC, apart=True) as sampler:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0

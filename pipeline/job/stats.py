@@ -10,11 +10,12 @@ from pipeline.common.host import resident_bytes
 from pipeline.common.units import megabytes
 from pipeline.config.schema import Config
 from pipeline.engine.limits import Limits
+from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
 from pipeline.job.meters import Taken
-from pipeline.memory.architecture import in_context, known_architecture
 from pipeline.memory.compare import Setup, compared, predicted
+from pipeline.memory.facts import job_architecture
 from pipeline.memory.measured import devices
 
 
@@ -33,7 +34,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory | _compare(memory, _setup(config, ready, limits), taken, ready.loaded.bare_bytes),
+        "memory": memory | _compare(memory, _setup(config, ready, limits), taken.engine, ready),
         "engine": taken.engine.summary(),
         "others_mean_cores": round(taken.others_mean_cores, 2),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
@@ -43,9 +44,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
 def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     """Collect what decides the job's memory, beside its prompts."""
     return Setup(
-        None
-        if ready.loaded.format
-        else known_architecture(in_context(ready.model.config.to_dict(), config.model.context)),
+        job_architecture(config.model, config.models_dir),
         ready.quant,
         ready.gpus,
         packed=ready.packed,
@@ -55,20 +54,29 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, taken: Taken, bare_bytes: int) -> dict[str, Any]:
-    """Put what was predicted beside what was measured.
-
-    Args:
-        bare_bytes: the resident set before the first weight; on a CPU the peaks are what came on top.
-    """
+def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, ready: Ready) -> dict[str, Any]:
+    """Put what was predicted beside what was measured: on a CPU the peaks are what came on top of the bare process."""
+    loading, bare_bytes = _loading(memory["load_peak"], ready), ready.loaded.bare_bytes
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
-        "kv_cache": taken.engine.peak_kv_cache_bytes,
-        "load_peak": _grown(memory["load_peak"], setup.gpus, bare_bytes),
+        "kv_cache": engine.peak_kv_cache_bytes,
+        **loading,
         "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
     }
-    return {"bare_bytes": bare_bytes, **compared(predicted(setup, taken.engine), measured)}
+    return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
+
+
+def _loading(peaks: dict[str, Any], ready: Ready) -> dict[str, int | None]:
+    """Tell what had to be free while loading from what was only mapped; None where the system does not."""
+    loaded, gpus = ready.loaded, ready.gpus
+    grown = _grown(peaks, gpus, loaded.bare_bytes)
+    if gpus:
+        return {"load_peak": grown, "load_mapped": 0}
+    held, bare = peaks["anonymous_bytes"], loaded.bare_anonymous_bytes
+    if grown is None or held is None or bare is None:
+        return dict.fromkeys(("load_peak", "load_mapped"))
+    return {"load_peak": held - bare, "load_mapped": max(0, grown - (held - bare))}
 
 
 def _grown(peaks: dict[str, Any], gpus: tuple[Gpu, ...], bare_bytes: int) -> int | None:
@@ -104,6 +112,7 @@ def _show_memory(memory: dict[str, Any]) -> None:
         "quantization_state": "quantization state",
         "kv_cache": "KV cache",
         "load_peak": "load peak",
+        "load_mapped": "mapped file",
         "run_peak": "run peak",
     }
     rows = []

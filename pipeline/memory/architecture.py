@@ -1,5 +1,9 @@
-"""Read the shape of a model from its facts in conf/model/ or from a config.json: both use the same keys."""
+"""Read the shape of a model from its facts in conf/model/ or from a config.json: both use the same keys.
 
+The families that stand here have formulas; the model of any other config is counted (counted.py).
+"""
+
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -48,6 +52,33 @@ _FAMILIES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of the loaded model."""
+
+    name: str
+    part: str  # embedding, attention, mlp, norm, head, other or buffers
+    shape: tuple[int, ...]
+    quantizable: bool = False  # a linear layer that is not the output head
+    dtype: str | None = None  # the same whatever the model is loaded in; None: as the model
+    element_bytes: int = 4  # in that dtype
+    wide_in: tuple[str, ...] = ()  # dtypes of the model in which this tensor stays float32
+
+    @property
+    def count(self) -> int:
+        """Count its scalars."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: thousands of weights are slow to hash
+class Counted:
+    """Hold what was counted in a model that has no formula."""
+
+    weights: tuple[Weight, ...]
+    note: str | None  # what of it is an estimate
+    refused: str | None  # why a job would be refused
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Hold all that decides how many bytes a decoder-only model takes. Counts are of scalars, heads or layers."""
 
@@ -63,39 +94,43 @@ class Architecture:
     tie_word_embeddings: bool
     dtype: str  # the checkpoint's own: float32, float16 or bfloat16
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None is full attention
-    rotary_dim: int  # how many of head_dim are rotated
-    rotary_sets: int
-    qkv_bias: bool
-    output_bias: bool  # on the attention's output matrix
-    mlp_bias: bool
-    qk_norm: bool
-    norms: int
-    fused: bool
-    embed_scale: bool
+    layer_keys: tuple[int, ...]  # scalars of one token's keys and values, by layer
+    counted: Counted | None = None  # None: by formula, from what follows
+    rotary_dim: int = 0  # how many of head_dim are rotated
+    rotary_sets: int = 0
+    qkv_bias: bool = False
+    output_bias: bool = False  # on the attention's output matrix
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norms: int = 0
+    fused: bool = False
+    embed_scale: bool = False
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
         """Read the keys of a config.json, or of conf/model, with transformers' defaults for those that are absent.
 
         Raises:
-            ConfigError: the model type is not known here, it is more than its text, or a size is wrong.
+            ConfigError: there is no formula for it, or a size is wrong.
         """
         model_type = str(config.get("model_type"))
-        if "text_config" in config:  # a vision tower is loaded with it, and takes memory, too
-            raise ConfigError(
-                f"model_type {model_type!r}: the memory plan knows models of text alone", MEASURE
-            )
-        if (family := _FAMILIES.get(model_type)) is None:
+        if not has_formula(config):
             known = ", ".join(sorted(_FAMILIES))
-            raise ConfigError(f"model_type {model_type!r}: the memory plan knows {known}", MEASURE)
+            raise ConfigError(f"model_type {model_type!r}: there are formulas for {known}", MEASURE)
+        family = _FAMILIES[model_type]
         try:
             return cls(**_fields(config, model_type, family))
         except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"not a model's config ({error})", "Copy or download it again") from error
 
 
+def has_formula(config: Mapping[str, Any]) -> bool:
+    """Say whether a config is of a family above; one of more than text (`text_config`) is not."""
+    return config.get("model_type") in _FAMILIES and "text_config" not in config
+
+
 def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """Read a config as `Architecture.read` does; None for a model that the memory plan does not know."""
+    """Read a config as `Architecture.read` does; None where there is no formula, or it is wrong."""
     try:
         return Architecture.read(config)
     except ConfigError:
@@ -104,7 +139,14 @@ def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
 
 def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, Any]:
     """Give a config the context that a job asks for (model.context)."""
-    return config if context is None else {**config, "max_position_embeddings": context}
+    if context is None:
+        return config
+    if isinstance(text := config.get("text_config"), Mapping):
+        return {**config, "text_config": in_context(text, context)}
+    return {**config, "max_position_embeddings": context}
+
+
+_DERIVED = ("layer_keys", "counted")
 
 
 def differences(facts: Architecture, found: Architecture) -> list[str]:
@@ -112,7 +154,7 @@ def differences(facts: Architecture, found: Architecture) -> list[str]:
     return [
         f"{f.name}: {getattr(facts, f.name)} in conf/model, {getattr(found, f.name)} in config.json"
         for f in fields(Architecture)
-        if getattr(facts, f.name) != getattr(found, f.name)
+        if f.name not in _DERIVED and getattr(facts, f.name) != getattr(found, f.name)
     ]
 
 
@@ -121,6 +163,7 @@ def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict
     head_dim = _size(config, "head_dim", family.head_dim or hidden // heads)
     windows = _windows(config, family)
     bias = bool(config.get("attention_bias", False))
+    key_heads = _size(config, "num_key_value_heads", heads)
     return {
         "model_type": model_type,
         "vocab_size": _size(config, "vocab_size"),
@@ -128,7 +171,7 @@ def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict
         "intermediate_size": _size(config, "intermediate_size"),
         "num_hidden_layers": len(windows),
         "num_attention_heads": heads,
-        "num_key_value_heads": _size(config, "num_key_value_heads", heads),
+        "num_key_value_heads": key_heads,
         "head_dim": head_dim,
         "max_position_embeddings": _size(config, "max_position_embeddings"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", family.tied)),
@@ -143,6 +186,7 @@ def _fields(config: Mapping[str, Any], model_type: str, family: _Family) -> dict
         "norms": family.norms,
         "fused": family.fused,
         "embed_scale": family.embed_scale,
+        "layer_keys": (2 * key_heads * head_dim,) * len(windows),
     }
 
 

@@ -34,7 +34,10 @@ class Place:
 
     def part(self, arch: Architecture) -> Architecture:
         """Return the model as far as this device's keys and values go: with its layers only."""
-        return replace(arch, windows=tuple(arch.windows[layer] for layer in self.layers))
+        windows = tuple(arch.windows[layer] for layer in self.layers)
+        return replace(
+            arch, windows=windows, layer_keys=tuple(arch.layer_keys[layer] for layer in self.layers)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def capacity(
     model: Any,
     quant: QuantConfig,
     *,
+    arch: Architecture | None,
     limits: Limits,
     fraction: float,
     prefill_tokens: int,
@@ -81,12 +85,13 @@ def capacity(
     """Decide the rows and tokens in flight: as asked, else what the free memory holds beside the work of a pass.
 
     Args:
+        arch: None where the model could not be predicted: then its config is read as that of the commonest kind.
         limits: of the way that keys and values are held.
         fraction: of the free memory, for keys and values and the work of a pass.
         context: of one row, where it is not the config's own.
     """
     rows = max_rows or limits.max_rows
-    arch = kv_architecture(in_context(model.config.get_text_config().to_dict(), context))
+    arch = arch or kv_architecture(in_context(model.config.get_text_config().to_dict(), context))
     if arch is None:
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)
     found = places(model)
@@ -166,7 +171,7 @@ def tokens_that_fit(
     In rectangles, sliding layers count no more than their window; each row has a chunk allocated ahead.
     """
     per_token = sum(kv_bytes_per_token(arch, quant).values())
-    low, high = 1, max(1, budget_bytes // per_token)
+    low, high = 1, max(1, budget_bytes // max(per_token, 1))
     if limits.cuts_windows and any(arch.windows):  # a row can be longer than its full attention would let it
         high = max(high, rows * arch.max_position_embeddings)
     while low < high:
@@ -186,11 +191,7 @@ def _equal(tokens: int, rows: int, limits: Limits) -> tuple[int, int]:
 
 
 def kv_architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """Read the config of the part that makes text.
-
-    One that the memory plan does not know is read as a Llama of the same sizes, whose keys and values are the
-    common kind.
-    """
+    """Read the config of the part that makes text, where there is no formula as that of a Llama of the same sizes."""
     for kind in (config.get("model_type"), "llama"):
         if (arch := known_architecture({**config, "model_type": kind})) is not None:
             return arch

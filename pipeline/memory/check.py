@@ -53,16 +53,16 @@ def _refusal(config: Config, facts: Facts, free_bytes: int) -> tuple[str, str] |
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
     workload = Workload(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
     quant = workload.settled(config.quant)
-    loads = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights).needed
+    loading = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights)
     runs = need(workload, quant, 1).total_bytes
-    if max(loads, runs) <= free_bytes:
+    if max(loading.needed, runs) <= free_bytes:
         return None
     best = best_choice(workload, SUGGESTED, lambda: [])
     instead = (
         f"quant={best.quant} would fit" if best else "No quantization of it would fit: take a smaller model"
     )
     return (
-        f"{facts.name}: loading it takes {megabytes(loads)} and running one row at least {megabytes(runs)}, "
+        f"{facts.name}: loading it takes {loading.words} and running one row at least {megabytes(runs)}, "
         f"and {megabytes(free_bytes)} of this machine's memory are free",
         f"{instead}; `python -m pipeline plan` with the same arguments shows what takes how much.",
     )

@@ -3,17 +3,22 @@
 The network is asked only about a model that conf/ does not know.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.model_files import CONFIG, local_folder, staged_folder
 from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import checkpoint_format, label
 from pipeline.memory.architecture import MEASURE, Architecture, differences, in_context
+from pipeline.memory.counted import architecture_of
 from pipeline.models.checkpoint import Checkpoint, fetch_config, find_checkpoint
 from pipeline.models.config_checks import check_adapter, check_context
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +61,40 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
     return Facts(model.name, found, str(path), tuple(differences(known, found)) if known else ())
 
 
+def job_architecture(model: ModelConfig, models_dir: str) -> Architecture | None:
+    """Find what a job's memory is predicted from; None where it is not, as the log says."""
+    try:
+        return find_facts(model, models_dir).architecture
+    except ConfigError as error:
+        log.info("The job's memory is not predicted: %s", error)
+        return None
+
+
 def _read(checkpoint: Checkpoint, context: int | None) -> Architecture:
     path = checkpoint.config_path
     with _as_config_error():
         config = checkpoint.read_config()
         checkpoint.read_generation()
         check_context(config, context, str(path))
+    check_plain(config, str(path))
     try:
-        found = Architecture.read(in_context(config, context))
+        return architecture_of(in_context(config, context))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.found}", error.fix) from error
+
+
+def check_plain(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a config whose weights are quantized already: nothing here knows what they take.
+
+    Raises:
+        ConfigError: they are.
+    """
     if (stored := checkpoint_format(config)) is not None:
         raise ConfigError(
-            f"{path}: its weights are quantized already, {label(stored)}, and the memory plan does not know what "
-            "they take",
+            f"{source}: its weights are quantized already, {label(stored)}, and what they take is known once they "
+            "are loaded",
             MEASURE,
         )
-    return found
 
 
 @contextmanager

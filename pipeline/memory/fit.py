@@ -106,6 +106,8 @@ class Plan:
     quant: str
     facts_source: str
     facts_differences: tuple[str, ...]
+    estimated: str | None  # what of the counts is none, and why
+    refused: str | None  # why a job would be
     parameters: int
     parts: tuple[plan.Part, ...]
     footprint_bytes: int
@@ -133,6 +135,8 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
         quant=name,
         facts_source=workload.facts.source,
         facts_differences=workload.facts.differences,
+        estimated=arch.counted.note if arch.counted else None,
+        refused=_refused(arch, quant),
         parameters=plan.parameters(arch),
         parts=plan.parts(arch, quant),
         footprint_bytes=plan.footprint_bytes(arch, quant),
@@ -154,6 +158,15 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
         verdict=_verdict(workload, quant),
         best=best,
     )
+
+
+def _refused(arch: Architecture, quant: QuantConfig) -> str | None:
+    """Say why a job would be refused, whatever the memory; None if it would not."""
+    if arch.counted is not None and arch.counted.refused is not None:
+        return arch.counted.refused
+    if quant.quantized and plan.quantized_share(arch) == 0:
+        return f"quant={quant.method.value} quantizes none of its weights"
+    return None
 
 
 def need(workload: Workload, quant: QuantConfig, rows: int) -> Need:
@@ -245,6 +258,8 @@ def best_choice(
     for candidate in _candidates(workload, others):
         for name, asked in quants.items():
             quant = candidate.settled(asked)
+            if _refused(candidate.facts.architecture, quant) is not None:
+                continue
             verdict = _verdict(candidate, quant)
             if verdict.status == FITS:
                 total = need(candidate, quant, 1).total_bytes
@@ -268,11 +283,12 @@ def _reasons(arch: Architecture, quant: QuantConfig) -> Iterator[Reason]:
     """Say what is quantized, what is not, and what is kept beside it."""
     if not quant.quantized:
         return
+    rest = "biases and buffers" if arch.counted is None else "other layers, biases and buffers"
     labels = {"embedding": "embedding and output head", "head": "embedding and output head", "norm": "norms"}
     sums: dict[tuple[str, str], list[int]] = {}
     for part in plan.parts(arch, quant):
         quantized = part.dtype == quant.method.value
-        label = "linear layers" if quantized else labels.get(part.part, "biases and buffers")
+        label = "linear layers" if quantized else labels.get(part.part, rest)
         entry = sums.setdefault((label, part.dtype), [0, 0])
         entry[0] += part.parameters if part.part != "buffers" else 0
         entry[1] += part.bytes

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.common.host import resident_bytes
+from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.engine.accelerators import used_indices
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other", "buffers")
+LOADING_SAMPLE_SEC = 0.01
 SAMPLE_SEC = 0.05  # a peak shorter than this can be missed, where the kernel keeps none
 
 
@@ -40,6 +41,7 @@ class Peaks:
 
     host_bytes: int | None  # resident set
     host_exact: bool  # kept by the kernel; else the largest sample
+    anonymous_bytes: int | None  # of it, what is no page of a file: the largest sample, where they were taken
     devices: list[DeviceMemory]
 
 
@@ -57,7 +59,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     seen: set[int] = set()
     for path, module in model.named_modules():
-        kind = _kind(path, module, head)
+        kind = kind_of(path, module, head)
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -111,12 +113,15 @@ def reset_peaks() -> bool:
 class PeakSampler:
     """Measure the peaks of a phase: `with PeakSampler() as sampler: …; sampler.peaks()`.
 
-    The kernel's own peak is exact; where it cannot be reset, a thread samples the resident set.
+    The kernel's own peak is exact; where it cannot be reset, a thread samples the resident set. So it does with
+    `apart`, to tell pages of files, which the system can take back, from what has to be free.
     Phases may follow each other but not overlap: a new one resets the peaks of all.
     """
 
-    def __init__(self, sample_sec: float = SAMPLE_SEC) -> None:
+    def __init__(self, sample_sec: float = SAMPLE_SEC, *, apart: bool = False) -> None:
         self.sample_sec = sample_sec
+        self._apart = apart
+        self._anonymous: int | None = None
         self._exact = False
         self._largest = 0
         self._done = threading.Event()
@@ -125,8 +130,8 @@ class PeakSampler:
 
     def __enter__(self) -> Self:
         self._exact = reset_peaks()
-        if not self._exact:
-            self._largest = resident_bytes()
+        if not self._exact or self._apart:
+            self._look()
             self._thread = threading.Thread(target=self._sample, name="peak-sampler", daemon=True)
             self._thread.start()
         return self
@@ -134,24 +139,31 @@ class PeakSampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._final = self.peaks()
         self._done.set()
         if self._thread is not None:
             self._thread.join()
+        self._final = self.peaks()
 
     def peaks(self) -> Peaks:
         """Return the peaks so far, or those of the whole phase once it has ended."""
         if self._final is not None:
             return self._final
-        self._largest = max(self._largest, resident_bytes())
-        return Peaks(peak_resident_bytes() if self._exact else self._largest, self._exact, devices())
+        self._look()
+        host = peak_resident_bytes() if self._exact else self._largest
+        return Peaks(host, self._exact, self._anonymous, devices())
 
     def _sample(self) -> None:
         while not self._done.wait(self.sample_sec):
-            self._largest = max(self._largest, resident_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        self._largest = max(self._largest, resident_bytes())
+        if self._apart and (now := anonymous_bytes()) is not None:
+            self._anonymous = max(self._anonymous or 0, now)
 
 
-def _kind(path: str, module: nn.Module, head: nn.Module | None) -> str:
+def kind_of(path: str, module: nn.Module, head: nn.Module | None) -> str:
+    """Name what a module's weights are for: one of KINDS, but for buffers."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if module is head:

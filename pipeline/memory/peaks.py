@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from pipeline.common.gpu import Gpu
-from pipeline.common.units import MIB
+from pipeline.common.units import MIB, megabytes
 from pipeline.config.quant import BLOCK, ELEMENT_BYTES, Dtype, QuantConfig
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import (
@@ -28,6 +28,7 @@ CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and wor
 # the heap that 8-bit products leave in pieces.
 HOST_RUNTIME_BYTES = 36 * MIB
 INT8_HEAP_BYTES = 48 * MIB
+LOADING_BYTES = 4 * MIB  # what loading takes beside weights that are not in 4 bits
 # float32 copies of a logit while sampling: scaled, probabilities, their sums; on a GPU also what _invert makes.
 SAMPLING_BYTES, GPU_SAMPLING_BYTES = 12, 17
 
@@ -66,7 +67,7 @@ def activation_bytes(
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8:
-        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
     return max(mlp, attention, norm, int8)
 
@@ -88,7 +89,7 @@ def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, c
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8:
-        widest = max(w.shape[0] for w in weights(arch) if w.quantizable)
+        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         results = 4 + 2 + (0 if dtype == "float16" else element)
         int8 = tokens * (element * (4 * hidden + inner) + hidden + results * widest)
     return max(mlp, attention, norm, int8) + len(set(arch.windows)) * tokens * columns
@@ -117,7 +118,7 @@ def _workspace_bytes(gpu: Gpu) -> int:
 @cache
 def largest_quantizable(arch: Architecture) -> int:
     """Count the weights of the largest linear layer that is not the output head."""
-    return max(w.count for w in weights(arch) if w.quantizable)
+    return max((w.count for w in weights(arch) if w.quantizable), default=0)
 
 
 def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
@@ -205,8 +206,8 @@ def _host_bytes(quant: QuantConfig) -> int:
 class LoadPeak:
     """Hold what loading takes at its fullest. Bytes."""
 
-    held: int  # in tensors; on a host, with what the libraries take
-    mapped: int  # file pages that the system can take back at will
+    held: int  # has to be free: tensors; on a host, with what the libraries take
+    mapped: int  # pages of the checkpoint's file, which the system can take back at any time
     context: int  # of the GPUs, which torch's counters leave out
 
     @property
@@ -214,22 +215,51 @@ class LoadPeak:
         """Return what has to be free."""
         return self.held + self.context
 
+    @property
+    def words(self) -> str:
+        """Say what has to be free, and what is only mapped."""
+        mapped = (
+            f" (beside {megabytes(self.mapped)} of its file, which are only mapped)" if self.mapped else ""
+        )
+        return megabytes(self.needed) + mapped
+
 
 def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: bool = False) -> LoadPeak:
     """Estimate the weights as they will be stored; on a GPU beside them what quantizing the largest one takes.
 
-    On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those
-    very pages: nothing is held twice, unless they are packed.
+    On a host the checkpoint's file is mapped while it is read. Weights that stay as they are, are those very pages,
+    and nothing of size has to be free for them, unless they are packed, or copied out of the file at the end
+    (engine/host_memory.py): then only a smaller part of it is still in use.
     """
     stored_bytes = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
     if gpus:
         held = stored_bytes + len(gpus) * quantizing_bytes(arch, quant)
         return LoadPeak(held, mapped=0, context=len(gpus) * CUDA_CONTEXT_BYTES)
-    as_is = not quant.quantized and plain_dtype(arch, quant) == arch.dtype
-    if packed:
-        stored_bytes += packed_bytes(arch, quant)
-        as_is = as_is and plain_dtype(arch, quant) != BF16
-    return LoadPeak(stored_bytes + HOST_RUNTIME_BYTES, 0 if as_is else checkpoint_bytes(arch), context=0)
+    file_bytes, view_bytes = checkpoint_bytes(arch), _view_bytes(arch, quant, packed)
+    if view_bytes == file_bytes:
+        return LoadPeak(0, file_bytes, context=0)
+    beside = HOST_RUNTIME_BYTES if quant.four_bit else LOADING_BYTES
+    held = stored_bytes + beside + (packed_bytes(arch, quant) if packed else 0)
+    return LoadPeak(held - (view_bytes if 2 * view_bytes > file_bytes else 0), file_bytes, context=0)
+
+
+def _view_bytes(arch: Architecture, quant: QuantConfig, packed: bool) -> int:
+    """Predict how much of the loaded model is still pages of the checkpoint's file, on a host.
+
+    Neither what is quantized, converted or packed, nor experts, which are put together from many tensors.
+    """
+    dtype = plain_dtype(arch, quant)
+    if dtype != arch.dtype:
+        return 0
+    moved = packed and dtype == BF16
+    return ELEMENT_BYTES[dtype] * sum(
+        w.count
+        for w in weights(arch)
+        if w.part != "buffers"
+        and len(w.shape) < 3
+        and not (w.quantizable and (quant.quantized or moved))
+        and not (w.part == "head" and moved)
+    )
 
 
 def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:

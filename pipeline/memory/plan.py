@@ -11,21 +11,7 @@ from functools import cache
 
 from pipeline.config.quant import BLOCK, ELEMENT_BYTES, STATE_BLOCK, Dtype, QuantConfig
 from pipeline.engine.limits import CPU, Limits
-from pipeline.memory.architecture import Architecture
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One tensor of the loaded model."""
-
-    name: str
-    part: str  # embedding, attention, mlp, norm, head or buffers
-    shape: tuple[int, ...]
-    quantizable: bool = False  # a linear layer that is not the output head
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
+from pipeline.memory.architecture import Architecture, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +28,11 @@ class Part:
 def weights(arch: Architecture) -> tuple[Weight, ...]:
     """List every parameter and buffer that the model registers, in the order of its layers.
 
-    Source: the modeling files of transformers 5. A head that is tied to the embedding is not held twice.
+    A family's formula is from the modeling files of transformers 5; others were counted. A head that is tied to the
+    embedding is not held twice.
     """
+    if arch.counted is not None:
+        return arch.counted.weights
     hidden = arch.hidden_size
     found = [Weight("embed_tokens", "embedding", (arch.vocab_size, hidden))]
     for layer in range(arch.num_hidden_layers):
@@ -52,7 +41,10 @@ def weights(arch: Architecture) -> tuple[Weight, ...]:
     if not arch.tie_word_embeddings:
         found.append(Weight("lm_head", "head", (arch.vocab_size, hidden)))
     for i in range(arch.rotary_sets):  # the frequencies in use, and the original ones
-        found += [Weight(f"rotary_emb.{i}.{name}", "buffers", (arch.rotary_dim // 2,)) for name in _ROTARY]
+        found += [
+            Weight(f"rotary_emb.{i}.{name}", "buffers", (arch.rotary_dim // 2,), dtype=Dtype.float32.value)
+            for name in _ROTARY
+        ]
     if arch.embed_scale:
         found.append(Weight("embed_tokens.embed_scale", "buffers", ()))
     return tuple(found)
@@ -104,12 +96,14 @@ def plain_dtype(arch: Architecture, quant: QuantConfig) -> str:
 
 
 def stored(weight: Weight, arch: Architecture, quant: QuantConfig) -> tuple[str, int]:
-    """Return the dtype and the bytes of one tensor. Rotary frequencies stay float32."""
-    if weight.part == "buffers" and weight.shape:
-        return "float32", 4 * weight.count
+    """Return the dtype and the bytes of one tensor."""
     if weight.quantizable and quant.quantized:
         return quant.method.value, quant.stored_bytes(weight.count)
+    if weight.dtype is not None:
+        return weight.dtype, weight.element_bytes * weight.count
     dtype = plain_dtype(arch, quant)
+    if dtype in weight.wide_in:
+        dtype = Dtype.float32.value
     return dtype, ELEMENT_BYTES[dtype] * weight.count
 
 
@@ -165,10 +159,12 @@ def checkpoint_bytes(arch: Architecture) -> int:
 def kv_bytes_per_token(arch: Architecture, quant: QuantConfig) -> dict[int | None, int]:
     """Predict the bytes of one token's keys and values, by kind of layer: its sliding window in tokens, None is full.
 
-    2 · H_kv · D · element bytes, times the layers of that kind.
+    2 · H_kv · D · element bytes in each layer of a known family.
     """
-    layer = _kv_layer_bytes(arch, quant)
-    return {window: layer * arch.windows.count(window) for window in dict.fromkeys(arch.windows)}
+    kinds: dict[int | None, int] = {}
+    for window, scalars in zip(arch.windows, arch.layer_keys, strict=True):
+        kinds[window] = kinds.get(window, 0) + scalars * ELEMENT_BYTES[plain_dtype(arch, quant)]
+    return kinds
 
 
 def kv_cache_bytes(
@@ -189,17 +185,11 @@ def kv_cache_bytes(
         rectangles: of each its rows, and the tokens of its longest row when it was made.
         prefilling: sliding layers still hold every column.
     """
-    layer = _kv_layer_bytes(arch, quant)
-    kinds = {window: arch.windows.count(window) for window in dict.fromkeys(arch.windows)}
+    kinds = kv_bytes_per_token(arch, quant)
     total = 0
     for rows, tokens in rectangles:
-        for window, layers in kinds.items():
+        for window, token_bytes in kinds.items():
             whole = window is None or prefilling or not limits.cuts_windows
             kept = tokens if whole or window is None else min(tokens, window - 1)
-            total += layer * layers * rows * (kept + limits.chunk)
+            total += token_bytes * rows * (kept + limits.chunk)
     return total
-
-
-def _kv_layer_bytes(arch: Architecture, quant: QuantConfig) -> int:
-    """Predict one token in one layer."""
-    return 2 * arch.num_key_value_heads * arch.head_dim * ELEMENT_BYTES[plain_dtype(arch, quant)]

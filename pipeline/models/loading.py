@@ -22,7 +22,7 @@ from transformers import logging as transformers_logging
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.common.host import resident_bytes
+from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import as_quant, bitsandbytes_settings
@@ -57,6 +57,7 @@ class Loaded:
     revision: str | None  # the hub's commit; None for a folder
     load_sec: float
     bare_bytes: int  # resident set before the first weight: Python, its libraries and the tokenizer
+    bare_anonymous_bytes: int | None  # of it, what is no page of a file
     quantized_share: float | None  # of its weights; None where none was to be
     own_settings: OwnSettings  # what the model suggests to generate with
     format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
@@ -103,12 +104,12 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     quant = as_quant(checkpoint.read_config(), quant)
     quant = settle_here(quant, checkpoint, model.device_map)
     _import_libraries(checkpoint, model, quant)
-    bare = resident_bytes()
+    bare = resident_bytes(), anonymous_bytes()
     network = _read_weights(checkpoint, model, quant, stored)
     share = check_quantized(network, quant, checkpoint) if quant.quantized else None
     load_sec = time.perf_counter() - start
     return Loaded(
-        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, bare, share, own, stored
+        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, *bare, share, own, stored
     )
 
 

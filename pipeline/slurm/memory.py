@@ -6,7 +6,7 @@ from pipeline.config.quant import settle_dtypes
 from pipeline.config.schema import Config, SubmitConfig
 from pipeline.memory.facts import find_facts
 from pipeline.memory.peaks import load_peak
-from pipeline.memory.plan import kv_bytes_per_token
+from pipeline.memory.plan import footprint_bytes, kv_bytes_per_token, quant_state_bytes
 
 PYTHON_BYTES = GIB  # resident before any weight: Python, torch and transformers, rounded up
 
@@ -23,7 +23,10 @@ def needed_bytes(config: Config, gpus: int) -> int:
     cards = (Gpu("cuda", "a GPU of the cluster"),) * gpus
     quant = settle_dtypes(config.quant, arch.dtype, cards)
     row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
-    return load_peak(arch, quant, gpus=cards).needed + row + (0 if gpus else PYTHON_BYTES)
+    weights = footprint_bytes(arch, quant) + quant_state_bytes(
+        arch, quant
+    )  # which may be only mapped by the load
+    return max(load_peak(arch, quant, gpus=cards).needed, weights) + row + (0 if gpus else PYTHON_BYTES)
 
 
 def memory_warning(name: str, need: int, submit: SubmitConfig) -> str | None:

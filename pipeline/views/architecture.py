@@ -1,29 +1,24 @@
 """Show the module tree of a model as it will be loaded, from its config alone: no weight is read or made.
 
-transformers builds the model on torch's meta device, and its quantizer puts bitsandbytes' layers in, as
-`from_pretrained` would. Bytes are those of the stored tensors.
+models/meta.py builds it. Bytes are those of the stored tensors.
 """
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from pipeline.common.errors import ConfigError, LoadError
-from pipeline.config.model_files import CONFIG
-from pipeline.config.quant import Dtype, QuantConfig, quant_name
+from pipeline.config.quant import QuantConfig, quant_name
 from pipeline.config.schema import ModelConfig
-from pipeline.config.stored_format import checkpoint_format, label
-from pipeline.memory.architecture import MEASURE, known_architecture
+from pipeline.memory.facts import check_plain, job_architecture
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
 from pipeline.models.checkpoint import find_checkpoint, locate
 from pipeline.models.config_checks import check_adapter
-from pipeline.models.loading import quantization, quiet_transformers
+from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
+from pipeline.models.meta import build_on_meta
 from pipeline.models.quantized_share import QuantizedShare, quantized_share
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
@@ -72,15 +67,10 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
     """
     quiet_transformers()
     config, source = model_config(model, models_dir)
-    if (stored := checkpoint_format(config.to_dict())) is not None:
-        raise ConfigError(
-            f"{source}: the weights are quantized already, {label(stored)}, and what they take is known once they "
-            "are loaded",
-            MEASURE,
-        )
+    check_plain(config.to_dict(), source)
     network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
     tree = _tree("", network, quant, set())
-    arch = known_architecture(config.to_dict())
+    arch = job_architecture(model, models_dir)
     return ArchitectureView(
         model=model.name,
         source=source,
@@ -124,46 +114,6 @@ def model_config(model: ModelConfig, models_dir: str) -> tuple[PreTrainedConfig,
             f"{path}: transformers cannot read it: {first_line(error)}", checkpoint.again
         ) from error
     return config, str(path)
-
-
-def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
-    """Build the model with tensors that have a shape and a dtype but no memory.
-
-    Raises:
-        ConfigError: transformers does not know it as a causal language model.
-        LoadError: its sizes do not belong together.
-    """
-    own = getattr(config, "dtype", None) or torch.float32
-    dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
-    try:
-        with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
-        raise ConfigError(
-            f"{config.model_type}: not a causal language model of this transformers "
-            f"({str(error).splitlines()[0][:200]})",
-            "Choose another model",
-        ) from error
-    except Exception as error:
-        raise LoadError(
-            f"{config.model_type}: transformers cannot make a model of this config: {first_line(error)}",
-            f"Copy or download {CONFIG} again, or choose another model",
-        ) from error
-    if (settings := quantization(quant)) is not None:
-        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-        quantizer.preprocess_model(network, device_map=None)
-        _cast_biases(network, dtype)
-    return network
-
-
-def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:
-    """Give biases the model's dtype: in bitsandbytes' layers they are float32 until they are loaded."""
-    for module in network.modules():
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
 def pruned(node: Node, depth: int) -> Node:

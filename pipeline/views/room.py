@@ -8,10 +8,12 @@ from huggingface_hub import constants
 
 from pipeline.common.errors import ConfigError, LoadError, PipelineError
 from pipeline.common.units import GB, gigabytes, megabytes
-from pipeline.config.quant import SMALLEST, QuantConfig
+from pipeline.config.quant import SMALLEST, settle_dtypes
 from pipeline.config.schema import Config
 from pipeline.config.stored_format import label
 from pipeline.memory.devices import find_device
+from pipeline.memory.facts import job_architecture
+from pipeline.memory.peaks import load_peak
 from pipeline.models.checkpoint import find_checkpoint
 from pipeline.models.loading_checks import check_format
 from pipeline.views.architecture import ArchitectureView, architecture_view
@@ -37,15 +39,15 @@ def check_room(config: Config) -> list[Check]:
         view = architecture_view(config.model, config.quant, config.models_dir)
     except PipelineError as error:
         return [refused("model config", error), _check_outputs(config)]
-    made = [*_check_quantized(view), _check_memory(view, config.quant)]
+    made = [*_check_quantized(view), _check_memory(view, config)]
     local = checkpoint is not None and checkpoint.revision is None
     if not (local or (checkpoint is not None and checkpoint.has_weights)):
         made.append(_check_download(config, view.parameters))
     return [*made, _check_outputs(config)]
 
 
-def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
-    need = view.bytes + (view.quant_state_bytes or 0)
+def _check_memory(view: ArchitectureView, config: Config) -> Check:
+    quant, need = config.quant, view.bytes + (view.quant_state_bytes or 0)
     words = f"{megabytes(need)} of weights"
     try:
         device = find_device(None)
@@ -53,6 +55,10 @@ def _check_memory(view: ArchitectureView, quant: QuantConfig) -> Check:
         fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
         return Check("memory", State.yellow, f"{words}. {error.found}", fix)
     gpus, free = device.gpus, device.free_bytes
+    if (arch := job_architecture(config.model, config.models_dir)) is not None:
+        settled = settle_dtypes(quant, arch.dtype, gpus)
+        loading = load_peak(arch, settled, gpus=gpus, packed=config.engine.pack_weights)
+        need, words = max(need, loading.needed), f"{words}, loading them takes {loading.words}"
     where = f"{gigabytes(free)} free on {device.name}"
     more = "python -m pipeline plan says what else would fit."
     if need < 0.8 * free:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from pipeline.commands.door import main
@@ -35,22 +36,23 @@ def with_images() -> transformers.Gemma3Config:
     return transformers.Gemma3Config(text_config=TEXT, vision_config=VISION, dtype="bfloat16")
 
 
-def test_a_model_of_more_than_text_is_predicted_by_nobody(
+def test_a_model_of_more_than_text_is_predicted_with_its_vision_tower(
     with_images: transformers.Gemma3Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plan, a job's setup, a sweep's cells and the tree agree, from the file and from the loaded config."""
+    """The plan, a sweep's cells and the tree agree with the model, whose tower is loaded with it."""
     with_images.save_pretrained(tmp_path)
     config = read_config([f"model.name={tmp_path}"])
-    alone = "'gemma3': the memory plan knows models of text alone"
-    with pytest.raises(ConfigError, match=alone):
-        find_facts(config.model, config.models_dir)
-    with pytest.raises(ConfigError, match=alone):
-        needed_bytes(config, gpus=1)
-    assert main(["plan", f"model.name={tmp_path}", "memory=24GB"]) == 2
-    assert alone in capsys.readouterr().err
-    assert known_architecture(with_images.to_dict()) is None
+    facts = find_facts(config.model, config.models_dir)
+    assert main(["plan", f"model.name={tmp_path}", "memory=24GB", "json=-"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    real = transformers.AutoModelForCausalLM.from_config(with_images, dtype=torch.bfloat16)
+    assert real.model.vision_tower is not None
     view = architecture_view(config.model, config.quant, config.models_dir)
-    assert (view.predicted_bytes, view.windows) == (None, [])
+    assert real.get_memory_footprint() == plan["footprint_bytes"] == view.predicted_bytes == view.bytes
+    assert view.windows == list(facts.architecture.windows) == 2 * [*(64,) * 5, None]
+    assert needed_bytes(config, gpus=1) > real.get_memory_footprint()
+    longer = read_config([f"model.name={tmp_path}", "model.context=4096"]).model
+    assert find_facts(longer, config.models_dir).architecture.max_position_embeddings == 4096
 
 
 def test_keys_and_values_are_those_of_the_text_part(with_images: transformers.Gemma3Config) -> None:

@@ -27,6 +27,7 @@ from pipeline.engine.scheduler import Sample
 from pipeline.memory.architecture import Architecture, differences
 from pipeline.memory.peaks import activation_bytes, load_peak, run_peak
 from pipeline.memory.plan import (
+    checkpoint_bytes,
     footprint_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
@@ -312,11 +313,25 @@ def test_a_peak_is_the_sum_of_its_parts() -> None:
     assert (peak.footprint, peak.kv_cache) == (footprint_bytes(arch, quant), 10**9)
 
 
-def test_loading_maps_the_file_on_a_host_unless_it_stays_as_it_is() -> None:
-    as_is, converted = (load_peak(facts("smollm2"), QUANTS[name], gpus=()) for name in ("none", "fp32"))
-    assert (as_is.mapped, converted.mapped) == (0, 269_030_016)
-    assert as_is.needed > 269_030_272
+def test_weights_that_stay_as_they_are_on_a_host_are_only_mapped() -> None:
+    arch = facts("smollm2")
+    as_is, converted = (load_peak(arch, QUANTS[name], gpus=()) for name in ("none", "fp32"))
+    packed = load_peak(arch, QUANTS["none"], gpus=(), packed=True)
+    assert {each.mapped for each in (as_is, converted, packed)} == {269_030_016}
+    assert as_is.needed == 0
     assert converted.needed > 538_060_288
+    assert packed.needed > 269_030_272  # and the head, which is the embedding, a second time
+
+
+def test_of_a_file_that_is_mostly_embedding_the_embedding_stays_mapped() -> None:
+    """It is the larger part of Gemma-3-270M, and is not copied out of the file."""
+    arch, quant = facts("gemma"), QUANTS["nf4"]
+    wide = replace(arch, vocab_size=4 * arch.vocab_size)
+    embedding = 2 * wide.vocab_size * wide.hidden_size
+    assert 2 * embedding > checkpoint_bytes(wide)
+    stored = footprint_bytes(wide, quant) + quant_state_bytes(wide, quant)
+    assert load_peak(wide, quant, gpus=()).needed < stored - embedding + 40 * 2**20
+    assert load_peak(arch, quant, gpus=()).mapped == checkpoint_bytes(arch)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +376,7 @@ def test_only_one_matrix_at_a_time_is_held_twice_while_loading(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba'.*knows gemma3_text, llama"),
+        ({"model_type": "mamba"}, "'mamba'.*formulas for gemma3_text, llama"),
         (tiny("llama") | {"hidden_size": None}, "hidden_size=None"),
     ],
 )

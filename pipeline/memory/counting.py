@@ -1,0 +1,267 @@
+"""Count a model's tensors in a process of its own: `python -m pipeline.memory.counting < config.json`.
+
+It needs torch, builds the model on the meta device and answers in JSON, which counted.py reads. What a config.json
+says may be hostile: no code that comes with a model is run, nothing is fetched, and memory and time are bounded.
+"""
+
+import copy
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import _config as fx_settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING, DynamicCache
+
+from pipeline.common.errors import LoadError, PipelineError
+from pipeline.common.units import GIB
+from pipeline.config.quant import QUANTS
+from pipeline.engine.attention import ATTENTION
+from pipeline.engine.model_facts import layer_windows
+from pipeline.memory.counted import LIMIT_SEC
+from pipeline.memory.measured import kind_of
+from pipeline.models.layer_checks import check_layers
+from pipeline.models.loading import quiet_transformers
+from pipeline.models.loading_checks import first_line
+from pipeline.models.meta import build_on_meta
+
+# Two of the plain dtypes: what is in another one in both, is so whatever the model is loaded in.
+_BF16, _FP16 = "bfloat16", "float16"
+_INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+LIMIT_BYTES = 4 * GIB  # ten times what the largest model takes, and some for libraries
+_TOKENS = 2  # in the pass that makes keys and values
+
+
+def count(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Count what a config's model holds, for `counted.py` to make an `Architecture` of.
+
+    Raises:
+        PipelineError: transformers knows no such model, or can make none of this config.
+    """
+    config = _config(values)
+    own = config.dtype or torch.float32
+    network = build_on_meta(config, QUANTS["bf16"]).eval()
+    text = config.get_text_config(decoder=True)
+    weights = list(_weights(network, _quantized_shapes(config)))
+    return {
+        **_sizes(network, text),
+        "dtype": str(own).removeprefix("torch."),
+        "weights": weights,
+        **_layer_keys(network, text),  # last: a pass may change buffers
+        "refused": _refused(config),
+    }
+
+
+def _config(values: Mapping[str, Any]) -> Any:
+    """Read a config as transformers does, but for keys that choose code to run."""
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        own = "needs Python code that comes with the model, and a plan runs none"
+        new = "this transformers does not know it"
+        raise LoadError(
+            f"model_type {kind!r}: {own if 'auto_map' in values else new}",
+            "Choose another model, or upgrade transformers (pip install -U transformers)",
+        )
+    kept = {key: value for key, value in values.items() if key != "auto_map" and "implementation" not in key}
+    try:
+        return CONFIG_MAPPING[str(kind)].from_dict(kept)
+    except Exception as error:
+        raise LoadError(
+            f"transformers cannot read it: {first_line(error)}", "Copy or download it again"
+        ) from error
+
+
+def _refused(config: Any) -> str | None:
+    """Say why a job would be refused by the layers; None if it would not."""
+    try:
+        check_layers(config, "")
+    except LoadError as error:
+        return error.found.removeprefix(": ")
+    return None
+
+
+def _sizes(network: Any, text: Any) -> dict[str, Any]:
+    """Read the sizes that estimates of activations and logits take."""
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    heads = _whole(text, "num_attention_heads") or 1
+    hidden = _whole(text, "hidden_size") or embedding.weight.shape[-1]
+    chosen = _whole(text, "num_experts_per_tok") or 1
+    inner = [_whole(text, key) for key in _INNER] + [chosen * _whole(text, "moe_intermediate_size")]
+    return {
+        "model_type": text.model_type,
+        "vocab_size": (embedding if head is None else head).weight.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": max(inner) or 4 * hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": _whole(text, "num_key_value_heads") or heads,
+        "head_dim": _whole(text, "head_dim") or max(1, hidden // heads),
+        "max_position_embeddings": _whole(text, "max_position_embeddings") or 1 << 30,
+        "tie_word_embeddings": head is not None and head.weight is embedding.weight,
+    }
+
+
+def _whole(text: Any, key: str) -> int:
+    """Read a size; of one for each layer, the largest; 0 where there is none for all of them."""
+    try:
+        value = getattr(text, key, None)
+    except (AttributeError, RuntimeError):  # it differs by layer, and each has a config of its own
+        return 0
+    if isinstance(value, list | tuple):
+        value = max((each for each in value if isinstance(each, int)), default=0)
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _quantized_shapes(config: Any) -> dict[str, list[int]]:
+    """Find the weights that bitsandbytes quantizes, [out, in]: some models hold theirs the other way round."""
+    network = build_on_meta(config, QUANTS["nf4"])
+    return {
+        name: list(weight.shape)
+        for name, weight in network.named_parameters()
+        if type(weight).__name__ == "Params4bit"
+    }
+
+
+def _weights(network: Any, quantized: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
+    """List every parameter and buffer once: the fields of `architecture.Weight`."""
+    wide = {dtype: _kept_wide(network, dtype) for dtype in (_BF16, _FP16)}
+    head = network.get_output_embeddings()
+    seen = set[int]()
+    for path, module in network.named_modules():
+        part = kind_of(path, module, head)
+        held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for own, tensor in held:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            name = f"{path}.{own}" if path else own
+            is_buffer = not isinstance(tensor, torch.nn.Parameter)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            loaded = own not in module._non_persistent_buffers_set
+            yield {
+                "name": name,
+                "part": "buffers" if is_buffer else part,
+                "shape": quantized.get(name, list(tensor.shape)),
+                "quantizable": name in quantized,
+                "dtype": None if dtype == _BF16 else dtype,
+                "element_bytes": tensor.element_size(),
+                "wide_in": [kind for kind, names in wide.items() if loaded and names and names.search(name)],
+            }
+
+
+def _kept_wide(network: Any, dtype: str) -> re.Pattern[str] | None:
+    """Match what transformers keeps in float32 when it loads such a model in this dtype, as it does itself."""
+    plan = network._get_dtype_plan(getattr(torch, dtype))
+    return re.compile("|".join(name.replace("*", ".*") for name in plan)) if plan else None
+
+
+def _layer_keys(network: Any, text: Any) -> dict[str, Any]:
+    """Count the scalars of one token's keys and values in each layer, by a pass that makes them without memory.
+
+    In the ways that a job takes: by the engine's own attention, which drops what has left a window, else by the
+    model's, which keeps all. Where both fail, they are those of the config's sizes, and the note says why.
+    """
+    if hasattr(network, "set_experts_implementation"):
+        network.set_experts_implementation("batched_mm")  # others ask how many tokens each expert has
+    fx_settings.meta_nonzero_assume_all_nonzero = True
+    why = ""
+    for way in (_attended, _cached):
+        try:
+            keys, windows = way(network, text)
+        except Exception as error:  # noqa: BLE001  any code of transformers runs in it
+            why = first_line(error)
+        else:
+            return {"layer_keys": keys, "windows": windows, "note": None}
+    heads = _whole(text, "num_key_value_heads") or _whole(text, "num_attention_heads")
+    size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
+    layers = _whole(text, "num_hidden_layers")
+    note = f"keys and values are estimated from the config's sizes: {why}"
+    return {"layer_keys": [2 * heads * size] * layers, "windows": [None] * layers, "note": note}
+
+
+def _attended(network: Any, text: Any) -> tuple[list[int], list[int | None]]:
+    """Count what the engine's attention is given, in each layer."""
+    windows = layer_windows(text)
+    shapes = _Shapes(windows)
+    before = text._attn_implementation
+    network.set_attn_implementation(ATTENTION)
+    try:
+        _pass(network, batch=shapes, use_cache=False)
+    finally:
+        network.set_attn_implementation(before)
+    return [shapes.scalars[layer] for layer in range(len(windows))], list(windows)
+
+
+def _cached(network: Any, text: Any) -> tuple[list[int], list[int | None]]:
+    """Count what the model puts into a cache of transformers."""
+    cache = DynamicCache(config=copy.deepcopy(text))
+    _pass(network, past_key_values=cache, use_cache=True)
+    found = [_scalars(layer) for layer in cache.layers]
+    found += [0] * (_whole(text, "num_hidden_layers") - len(found))
+    return found, [None] * len(found)
+
+
+def _pass(network: Any, **given: Any) -> None:
+    """Run a pass over a few tokens that have no values."""
+    if "position_ids" in inspect.signature(network.forward).parameters:
+        given["position_ids"] = torch.arange(_TOKENS, device="meta")[None]
+    with torch.no_grad(), torch.device("meta"), _Unasked():  # type: ignore[no-untyped-call]
+        network(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64), **given)
+
+
+@dataclass(slots=True)
+class _Shapes:
+    """Stand in for the engine's pass, and note how large a token's keys and values are."""
+
+    windows: tuple[int | None, ...]
+    scalars: dict[int, int] = field(default_factory=dict)  # by layer
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attend to nothing. query [N, H, D], key and value [N, H_kv, D] → [N, H, D of the values]."""
+        self.scalars[layer] = (key.numel() + value.numel()) // len(key)
+        return query.new_empty(*query.shape[:2], value.shape[-1])
+
+
+class _Unasked(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answer True where code asks for the value of a tensor that has none, as of a mask whether all of it is set."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _scalars(layer: Any) -> int:
+    """Count what a layer of the cache holds for one token."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(tensor.numel() // _TOKENS for tensor in held if isinstance(tensor, Tensor))
+
+
+def main() -> None:
+    """Read a config and write what its model holds, or what is wrong with it."""
+    _bound()
+    quiet_transformers()
+    try:
+        answer = count(json.load(sys.stdin))
+    except PipelineError as error:
+        answer = {"error": [error.found, error.fix]}
+    json.dump(answer, sys.stdout)
+
+
+def _bound() -> None:
+    """Let no config take the machine's memory or time. Data, as libraries map far more addresses than they use."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_BYTES, LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SEC, LIMIT_SEC))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Build a model on torch's meta device: tensors that have a shape and a dtype but no memory.
+
+transformers builds it, and its quantizer puts bitsandbytes' layers in, as `from_pretrained` would.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_tie_weights
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from pipeline.common.errors import ConfigError, LoadError
+from pipeline.config.model_files import CONFIG
+from pipeline.config.quant import Dtype, QuantConfig
+from pipeline.models.loading import quantization
+from pipeline.models.loading_checks import first_line
+
+
+def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
+    """Build the model of a transformers config as `quant` would load it.
+
+    Raises:
+        ConfigError: transformers does not know it as a causal language model.
+        LoadError: its sizes do not belong together.
+    """
+    own = getattr(config, "dtype", None) or torch.float32
+    dtype = own if quant.dtype is Dtype.auto else getattr(torch, quant.dtype.value)
+    try:
+        with (
+            torch.device("meta"),
+            no_tie_weights(),
+        ):  # which weights are quantized is decided before they are tied
+            network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"{config.model_type}: not a causal language model of this transformers "
+            f"({str(error).splitlines()[0][:200]})",
+            "Choose another model",
+        ) from error
+    except Exception as error:
+        raise LoadError(
+            f"{config.model_type}: transformers cannot make a model of this config: {first_line(error)}",
+            f"Copy or download {CONFIG} again, or choose another model",
+        ) from error
+    if (settings := quantization(quant)) is not None:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+        quantizer.preprocess_model(network, device_map=None)
+        _cast_biases(network, dtype)
+    network.tie_weights()
+    return network
+
+
+def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give biases the model's dtype: in bitsandbytes' layers they are float32 until they are loaded."""
+    for module in network.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
