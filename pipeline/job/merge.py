@@ -18,7 +18,7 @@ from pipeline.common.terminal import say
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
-from pipeline.job.recorded import row_ids
+from pipeline.job.row_ids import row_ids
 from pipeline.job.rows import parse_row
 from pipeline.job.shards import combine
 from pipeline.job.stored import read_manifest, read_stats

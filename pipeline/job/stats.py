@@ -10,7 +10,6 @@ from pipeline.common.host import resident_bytes
 from pipeline.common.units import megabytes
 from pipeline.config.schema import Config
 from pipeline.engine.limits import Limits
-from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
 from pipeline.job.meters import Taken
@@ -34,7 +33,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory | _compare(memory, _setup(config, ready, limits), taken.engine, ready),
+        "memory": memory | _compare(memory, _setup(config, ready, limits), taken, ready),
         "engine": taken.engine.summary(),
         "others_mean_cores": round(taken.others_mean_cores, 2),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
@@ -54,17 +53,17 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, engine: EngineStats, ready: Ready) -> dict[str, Any]:
+def _compare(memory: dict[str, Any], setup: Setup, taken: Taken, ready: Ready) -> dict[str, Any]:
     """Put what was predicted beside what was measured: on a CPU the peaks are what came on top of the bare process."""
     loading, bare_bytes = _loading(memory["load_peak"], ready), ready.loaded.bare_bytes
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
-        "kv_cache": engine.peak_kv_cache_bytes,
+        "kv_cache": taken.engine.peak_kv_cache_bytes,
         **loading,
         "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
     }
-    return {"bare_bytes": bare_bytes, **compared(predicted(setup, engine), measured)}
+    return {"bare_bytes": bare_bytes, **compared(predicted(setup, taken.engine), measured)}
 
 
 def _loading(peaks: dict[str, Any], ready: Ready) -> dict[str, int | None]:
