@@ -24,6 +24,7 @@ class JobPaths:
         self.exports = folder / "exports"  # the same answers in other shapes
         self.events = folder / "slurm.jsonl"  # what Slurm did with it
         self.log = folder / "pipeline.log"
+        self.said = folder / "process.log"  # what a process said that nobody watched
         self.hydra = folder / ".hydra"
         self.config = self.hydra / "config.yaml"
         self.hydra_config = self.hydra / "hydra.yaml"
