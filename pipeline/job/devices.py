@@ -13,7 +13,6 @@ from pipeline.config.schema import Config, Resume
 from pipeline.job.fleet import Device, Fleet
 from pipeline.job.folder import JobFolder
 from pipeline.job.merge import check_whole, merge
-from pipeline.job.paths import JobPaths, shard_of
 from pipeline.memory.devices import visible_gpus
 from pipeline.prompts.count import count_job
 
@@ -30,13 +29,13 @@ def run_devices(config: Config, overrides: list[str], folder: Path) -> ExitStatu
         if config.resume is Resume.never:
             results.set_aside()
         check_whole(results)
-        totals = count_job(config, shards_there(folder) or len(devices)).totals
+        totals = count_job(config, results.split or len(devices)).totals
         status = Fleet(config, results, overrides, devices, totals, interrupt).run()
     if status is ExitStatus.RUN_AGAIN:
         assert interrupt.signal
         say(f"Stopped by {interrupt.signal.name}. The same command goes on from here.", style="yellow")
     else:
-        say(f"{merge(folder)} lines in {JobPaths(folder).rows}", style="green")
+        say(f"{merge(folder)} lines in {results.rows}", style="green")
     return status
 
 
@@ -61,16 +60,19 @@ def find_devices(config: Config) -> list[Device]:
 
 
 def _gpus(asked: str) -> list[Device]:
-    found = len(visible_gpus())
-    if found == 0 or (asked != "all" and int(asked) > found):
+    found = sum(gpu.backend == "cuda" for gpu in visible_gpus())  # others' drivers have other variables
+    if found == 0:
         raise ConfigError(
-            f"devices={asked}: {found or 'no'} GPUs are here",
-            "devices=2 model.device_map=cpu parts the cores." if found == 0 else "Ask for fewer.",
+            f"devices={asked}: no NVIDIA GPU is here", "devices=2 model.device_map=cpu parts the cores."
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name.strip() for name in visible.split(",") if name.strip()] or [str(i) for i in range(found)]
-    names = names[: found if asked == "all" else int(asked)]
-    return [Device(f"GPU {name}", {"CUDA_VISIBLE_DEVICES": name}, ()) for name in names]
+    if asked != "all" and int(asked) > found:
+        raise ConfigError(f"devices={asked}: {found} GPUs are here", "Ask for no more, or devices=all.")
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",") if listed else [str(number) for number in range(found)]
+    count = found if asked == "all" else int(asked)
+    return [
+        Device(f"GPU {name.strip()}", {"CUDA_VISIBLE_DEVICES": name.strip()}, ()) for name in names[:count]
+    ]
 
 
 def _cores(config: Config, asked: str) -> list[Device]:
@@ -83,9 +85,3 @@ def _cores(config: Config, asked: str) -> list[Device]:
     # Each measures what is free for itself, and all of them have to fit.
     memory = f"engine.memory_fraction={config.engine.memory_fraction / count:.4g}"
     return [Device(f"part {i} of the CPU", {"OMP_NUM_THREADS": threads}, (memory,)) for i in range(count)]
-
-
-def shards_there(folder: Path) -> int | None:
-    """Say into how many shards the folder's job was split before; None where it was not."""
-    splits = {place[1] for path in JobPaths(folder).shards if (place := shard_of(path))}
-    return max(splits) if splits else None  # where there are several, the merge says so

@@ -43,6 +43,12 @@ class JobPaths:
         found = [path for path in self.folder.glob("shard-*") if shard_of(path) and path.is_dir()]
         return sorted(found, key=lambda path: shard_of(path) or (0, 0))
 
+    @property
+    def split(self) -> int | None:
+        """Say into how many shards the job was split; None where it was not."""
+        splits = {place[1] for path in self.shards if (place := shard_of(path))}
+        return max(splits, default=None)  # where there are several, a merge says so
+
     def shard(self, part: int, parts: int) -> Path:
         """Name the folder of one shard."""
         return self.folder / f"shard-{part}-of-{parts}"

@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 from job_helper import ROOT, arguments, environment, outputs, run_job, texts, write_rows
+from machines import H100, T4
 
 from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
@@ -100,7 +101,7 @@ def test_when_every_process_fails_the_error_says_what_the_last_one_said(tiny_dir
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        (["devices=2"], "no GPUs are here"),
+        (["devices=2"], "no NVIDIA GPU is here"),
         (["devices=all", "model.device_map=cpu"], "one CPU"),
         (["devices=2", "model.device_map=cuda:1"], "a device each"),
         (["devices=2", "model.device_map=cpu", "prompts=-"], "once only"),
@@ -111,6 +112,25 @@ def test_when_every_process_fails_the_error_says_what_the_last_one_said(tiny_dir
 def test_devices_that_make_no_sense_are_refused(settings, wrong, tmp_path):
     with pytest.raises(ConfigError, match=wrong):
         find_devices(read_config(["prompts=p.jsonl", *settings]))
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked", "names"),
+    [
+        (None, "all", ["0", "1", "2"]),
+        (None, "2", ["0", "1"]),
+        ("5, GPU-1f22a253,7", "2", ["5", "GPU-1f22a253"]),
+    ],
+)
+def test_each_process_sees_one_gpu_of_those_that_the_job_may_use(monkeypatch, listed, asked, names):
+    monkeypatch.setattr("pipeline.job.devices.visible_gpus", lambda: (T4, T4, H100))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    devices = find_devices(read_config(["prompts=p.jsonl", f"devices={asked}"]))
+    assert [device.environment for device in devices] == [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    with pytest.raises(ConfigError, match="3 GPUs are here"):
+        find_devices(read_config(["prompts=p.jsonl", "devices=4"]))
 
 
 def test_cores_and_memory_are_parted(monkeypatch):
