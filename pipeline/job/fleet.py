@@ -81,6 +81,8 @@ class Fleet:
         command = [sys.executable, "-X", "faulthandler", "-m", "pipeline", *self.overrides, *more]
         process = start_child(command, os.environ | device.environment, paths.said)
         self.running[shard] = device, process
+        if self.interrupt.signal:  # it came before there was anyone to hand it to
+            process.send_signal(self.interrupt.signal)
 
     def _collect(self) -> list[Device]:
         """Take in the processes that ended; return the devices of those that did their shard."""
@@ -93,7 +95,9 @@ class Fleet:
             if status in DONE:
                 free.append(device)
             elif not self.interrupt.signal:
-                say(f"{device.name}: its process ended ({ended(status)}); others do its rows.", "yellow")
+                say(
+                    f"{device.name}: its process ended ({ended(status)}), and it gets no more rows.", "yellow"
+                )
                 self.waiting.append(shard)
         return free
 
