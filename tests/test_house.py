@@ -148,6 +148,7 @@ LIGHT = {
     "--cfg job": 0,
     "model=smolm2": 2,
     "-m quant=nf4,nf5": 2,
+    "devices=all model.device_map=cpu": 2,
     "plan model=llama quant=nf4 memory=24GB": 0,
     "submit submit=cpu submit.dry_run=true": 0,
     "status {job}": 1,

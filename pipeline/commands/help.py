@@ -16,6 +16,7 @@ Set anything with KEY=VALUE; the keys most used:
   prompts                     a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a dataset's folder, hf://…, or -
   system                      a system prompt for every row that has none
   limit=10   shard=0/4        only the first rows; every fourth row, from the first
+  devices=all                 every GPU: a process each; devices=2 model.device_map=cpu parts the cores
   generation.max_new_tokens   and temperature, top_p, top_k, min_p, repetition_penalty, stop, n, seed, logprobs
   engine.max_rows             rows in flight; else what the memory holds
   model.name                  ORG/NAME on the hub, or a local folder

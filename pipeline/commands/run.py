@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.common.exit_status import ExitStatus
-from pipeline.config.compose import read_config
+from pipeline.config.compose import job_folder, read_config
 from pipeline.config.launch import launch
 from pipeline.config.schema import Config
 
@@ -24,6 +24,10 @@ def main(arguments: list[str]) -> ExitStatus:
         from pipeline.models.checkpoint import fetch_config
 
         fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
+        if config.devices is not None:
+            from pipeline.job.devices import run_devices
+
+            return run_devices(config, overrides, job_folder(overrides))
         return launch(arguments, _run_job)
     if any(override.startswith("hydra/launcher=") for override in overrides):
         return launch(arguments, _run_job)

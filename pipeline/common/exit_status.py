@@ -1,7 +1,13 @@
 """Say how a command ends, in numbers that schedulers and scripts understand."""
 
+import signal
 from enum import IntEnum
 from typing import Self
+
+KILLED: dict[int, str] = {
+    signal.SIGKILL: "killed (SIGKILL): out of memory?",
+    signal.SIGSEGV: "crashed (SIGSEGV)",
+}
 
 
 class ExitStatus(IntEnum):
@@ -27,3 +33,10 @@ class ExitStatus(IntEnum):
     def meaning_of(cls, status: int) -> str | None:
         """Say what a process's exit status means; None where it is none of these."""
         return next((known.meaning for known in cls if known == status), None)
+
+
+def ended(status: int) -> str:
+    """Say how a process ended; a negative status is the signal that killed it."""
+    if status < 0:
+        return KILLED.get(-status, f"killed by signal {-status}")
+    return ExitStatus.meaning_of(status) or f"exit status {status}"

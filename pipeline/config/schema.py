@@ -208,6 +208,9 @@ class Config:
     continue_final_message: bool = False  # where a row's last message is the assistant's, go on with it
     limit: int | None = None  # only the first rows
     shard: str | None = None  # "0/4": every fourth row, from the first
+    devices: str | None = (
+        None  # all GPUs, or how many: a process each, on shards of the job; null is one process
+    )
     on_error: OnError = OnError.record
     resume: Resume = Resume.auto
     memory_check: MemoryCheck = MemoryCheck.refuse
@@ -228,8 +231,17 @@ class Config:
             if not value.strip():
                 raise ValueError(f"{name}=: is empty; it must be {rule}")
         self._check_shape()
+        self._check_devices()
         if "://" in self.model.name:  # which is not shown: it may hold a token
             raise ValueError("model.name: is an address; it must be ORG/NAME on the hub, or a local folder")
+
+    def _check_devices(self) -> None:
+        if self.devices is None:
+            return
+        if not re.fullmatch(r"all|[1-9][0-9]{0,3}", self.devices):
+            raise ValueError(f"devices={self.devices}: must be null, all, or how many")
+        if self.shard is not None:
+            raise ValueError(f"devices={self.devices} shard={self.shard}: both split the job; keep one")
 
     def _check_shape(self) -> None:
         template = self.prompt_template

@@ -55,7 +55,7 @@ def merge(folder: Path) -> int:
     manifests = [_manifest(part, todo) for part, todo in zip(parts, todos, strict=True)]
     _check_alike(parts, todos, manifests)
     _check_prompts(todos[0])
-    _check_whole(JobPaths(folder))
+    check_whole(JobPaths(folder))
     shards = [_read_shard(part, todo) for part, todo in zip(parts, todos, strict=True)]
     for part, shard in enumerate(shards):
         _check_rows(shard, part, len(shards))
@@ -143,7 +143,7 @@ def _check_prompts(todo: Todo) -> None:
         raise OutputError(found=f"{todo.prompts}: has changed since the shards read it", fix=AGAIN)
 
 
-def _check_whole(whole: JobPaths) -> None:
+def check_whole(whole: JobPaths) -> None:
     """Refuse to write over results that were not merged."""
     if whole.rows.exists() and not is_merged(whole.folder):
         raise OutputError(

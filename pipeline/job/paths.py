@@ -24,6 +24,7 @@ class JobPaths:
         self.exports = folder / "exports"  # the same answers in other shapes
         self.events = folder / "slurm.jsonl"  # what Slurm did with it
         self.log = folder / "pipeline.log"
+        self.said = folder / "process.log"  # what a process said that nobody watched
         self.hydra = folder / ".hydra"
         self.config = self.hydra / "config.yaml"
         self.hydra_config = self.hydra / "hydra.yaml"
@@ -41,6 +42,12 @@ class JobPaths:
         """List the folders of its shards, as people count: shard-2 before shard-10."""
         found = [path for path in self.folder.glob("shard-*") if shard_of(path) and path.is_dir()]
         return sorted(found, key=lambda path: shard_of(path) or (0, 0))
+
+    @property
+    def split(self) -> int | None:
+        """Say into how many shards the job was split; None where it was not."""
+        splits = {place[1] for path in self.shards if (place := shard_of(path))}
+        return max(splits, default=None)  # where there are several, a merge says so
 
     def shard(self, part: int, parts: int) -> Path:
         """Name the folder of one shard."""

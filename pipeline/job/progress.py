@@ -29,20 +29,26 @@ class JobProgress(Bar):
         self._task = self._bar.add_task(
             "Generating", total=total, completed=done, speed="", left="-", memory=""
         )
-        self._total, self._before = total, done
+        self._total, self.before = total, done
         self._started = self._drawn = time.monotonic()
         self._streaming, self._streamed = "", 0
 
-    def update(self, done: int, tokens: int) -> None:
-        """Show where the job stands: rows done, and tokens made by this run."""
+    def update(self, done: int, made: int, unit: str = "tokens", held_bytes: int | None = None) -> None:
+        """Show where the job stands.
+
+        Args:
+            done: rows.
+            made: by this run, of the unit; what it is fast in.
+            held_bytes: by all of its processes; None is this one alone.
+        """
         now = time.monotonic()
         if now - self._drawn < 0.2:
             return
         self._drawn = now
-        speed = f"{tokens / (now - self._started):,.0f} tokens/s"
-        memory = megabytes(resident_bytes())
-        made = done - self._before  # of this run: only these say how fast it is
-        left = duration((self._total - done) * (now - self._started) / made if made else None)
+        speed = f"{made / (now - self._started):,.{0 if unit == 'tokens' else 1}f} {unit}/s"
+        memory = megabytes(resident_bytes() if held_bytes is None else held_bytes)
+        rows = done - self.before  # of this run: only these say how long it takes
+        left = duration((self._total - done) * (now - self._started) / rows if rows else None)
         self._bar.update(self._task, completed=done, speed=speed, left=left, memory=memory)
         self._say_if_due(f"{done} of {self._total} rows, {speed}, {left} left, {memory}")
 

@@ -1,7 +1,6 @@
 """Run a sweep on this machine: every cell is a job in a process of its own, one after the other."""
 
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError
-from pipeline.common.exit_status import ExitStatus
+from pipeline.common.exit_status import ExitStatus, ended
 from pipeline.common.signals import Interrupt
 from pipeline.common.streams import is_stream
 from pipeline.common.units import gigabytes
@@ -19,11 +18,6 @@ from pipeline.config.compose import compose_config, job_folder, read_config, swe
 from pipeline.job.counts import read_counts
 from pipeline.job.paths import JobPaths
 from pipeline.job.stored import read_stats
-
-KILLED: dict[int, str] = {
-    signal.SIGKILL: "killed (SIGKILL): out of memory?",
-    signal.SIGSEGV: "crashed (SIGSEGV)",
-}
 
 
 def run_sweep(overrides: list[str]) -> ExitStatus:
@@ -93,11 +87,4 @@ def _lines(cell: list[str], status: int) -> list[tuple[Any, ...] | Text]:
         gigabytes((memory.get("run_peak") or {}).get("host_bytes")),
         folder.name,
     )
-    return [figures, Text(f"    {terminal.visible(_meaning(status))}", style="" if status == 0 else "yellow")]
-
-
-def _meaning(status: int) -> str:
-    """Say what an exit status means; a negative one is the signal that killed the process."""
-    if status < 0:
-        return KILLED.get(-status, f"killed by signal {-status}")
-    return ExitStatus.meaning_of(status) or f"exit status {status}"
+    return [figures, Text(f"    {terminal.visible(ended(status))}", style="" if status == 0 else "yellow")]

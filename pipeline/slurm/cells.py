@@ -161,6 +161,11 @@ def _checked(config: Config) -> Config:
             found=f"prompts={config.prompts}: a cluster's node cannot read what comes here and only once",
             fix="Write the prompts to a file.",
         )
+    if config.devices is not None:
+        raise ConfigError(
+            found=f"devices={config.devices}: a cell of a cluster is one process",
+            fix="Use shards=N, with submit.gpus=1.",
+        )
     if config.resume is Resume.never:
         raise ConfigError(
             found="resume=never: a cell that is requeued would begin anew each time",

@@ -20,6 +20,7 @@ TYPED = {  # what is typed, and what it is; keys that are not here are taken by 
     "model.template_date": ("2026-11-27", "2026-11-27"),
     "submit.environment": ("{A: b, C: '1 2'}", {"A": "b", "C": "1 2"}),
     "prompt_template": ("Sum up, please: {{ text }}", "Sum up, please: {{ text }}"),
+    "devices": ("2", "2"),
     "columns": ("{id: qid, prompt: the question}", {"id": "qid", "prompt": "the question"}),
     "submit.memory": ("32G", "32G"),
     "submit.gpu_memory": ("80G", "80G"),

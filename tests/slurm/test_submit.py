@@ -87,6 +87,7 @@ def test_shards_equal_a_list_of_shard(place: Path) -> None:
         (["submit.time_min=2", "submit.signal_sec=120"], "submit.signal_sec=120: must be less"),
         (["submit.memory=lots"], "submit.memory='lots': must be"),
         (["resume=never"], "resume=never"),
+        (["devices=2"], "one process"),
         (["prompts=-"], "prompts=-"),
         (["quant=nf5"], "quant=nf5: no such quant. Did you mean"),
     ],
