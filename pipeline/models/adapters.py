@@ -106,6 +106,11 @@ def _apply(network: Any, adapter: AdapterFiles) -> bool:
             f"{adapter.files.source}: an adapter cannot be put into weights that lie on the disk or wait on the CPU",
             "Use a quantization or a smaller model, so that all of it fits, or merge the adapter first with peft",
         )
+    if adapter.settings.get("use_dora") and getattr(network, "is_loaded_in_8bit", False):
+        raise LoadError(
+            f"{adapter.files.source}: a DoRA, and peft cannot compute one beside weights in 8 bits",
+            "Use quant=none, where it is merged, or quant=nf4",
+        )
     folder = str(adapter.files.folder)
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True

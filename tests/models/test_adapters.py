@@ -132,8 +132,9 @@ def test_an_embedding_that_the_adapter_resized_is_honoured(tiny_dir, tmp_path):
         load_model(ModelConfig(str(tiny_dir), adapter=str(adapter)), QUANTS["fp32"], "none")
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
-@pytest.mark.parametrize("kind", ["lora", "dora", "whole head"])
+@pytest.mark.parametrize(
+    ("quant", "kind"), [("nf4", "lora"), ("nf4", "dora"), ("nf4", "whole head"), ("int8", "all layers")]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_beside_a_quantized_model_it_is_computed_as_peft_does(quant, kind, tiny_dir, tmp_path):
     settings = {key: value for key, value in KINDS[kind].items() if key != "bias"}
@@ -243,11 +244,16 @@ class TestRefused:
         self.settings(lora, target_modules=["c_attn"])
         assert "peft cannot put this adapter into the model: Target modules" in self.said(tiny_dir, lora)
 
+    def test_dora_beside_eight_bits_which_peft_cannot_compute(self, tiny_dir, tmp_path):
+        adapter = make_adapter(tiny_dir, tmp_path / "jokes", **KINDS["dora"])
+        with pytest.raises(LoadError, match="a DoRA, and peft cannot compute one beside weights in 8 bits"):
+            load_model(ModelConfig(str(tiny_dir), adapter=str(adapter)), QUANTS["int8"], "none")
+
     def test_one_whose_base_cannot_be_told(self, lora):
         self.settings(lora, base_model_name_or_path=None)
         with pytest.raises(ConfigError, match="does not say which model the adapter is for"):
             read_config([f"model.adapter={lora}"])
-        with pytest.raises(ConfigError, match="no adapter_config.json there, nor on the hub"):
+        with pytest.raises(ConfigError, match=r"no adapter_config\.json there, nor on the hub"):
             read_config(["model.adapter=org/none-such"])
 
 
