@@ -8,13 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 from job_helper import arguments, run_job, texts, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError, LoadError
-from pipeline.config.compose import job_folder, read_config
+from pipeline.config.compose import job_folder, read_config, sweep_cells
 from pipeline.config.quant import QUANTS
 from pipeline.config.schema import ModelConfig
 from pipeline.engine.cpu.packing import pack_weights
@@ -189,10 +189,10 @@ def test_the_base_is_the_one_that_the_adapter_names(tiny_dir, lora, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_it_is_swept_like_anything(tiny_dir, lora, tmp_path, monkeypatch, capfd):
+def test_it_is_swept_like_anything(tiny_dir, lora, tmp_path):
     other = make_adapter(tiny_dir, tmp_path / "other", **KINDS["rslora"])
-    command = job(tiny_dir, f"null,{lora},{other}", tmp_path)
-    assert main(["-m", *command]) == 0
+    cells = sweep_cells(job(tiny_dir, f"null,{lora},{other}", tmp_path))
+    assert [run_job(cell) for cell in cells] == [0, 0, 0]
     made = [texts(job(tiny_dir, name, tmp_path)) for name in ("null", lora, other)]
     assert made[0] != made[1] != made[2] != made[0]
 
@@ -249,7 +249,8 @@ class TestRefused:
         with pytest.raises(LoadError, match="a DoRA, and peft cannot compute one beside weights in 8 bits"):
             load_model(ModelConfig(str(tiny_dir), adapter=str(adapter)), QUANTS["int8"], "none")
 
-    def test_one_whose_base_cannot_be_told(self, lora):
+    def test_one_whose_base_cannot_be_told(self, lora, monkeypatch):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         self.settings(lora, base_model_name_or_path=None)
         with pytest.raises(ConfigError, match="does not say which model the adapter is for"):
             read_config([f"model.adapter={lora}"])
@@ -259,9 +260,7 @@ class TestRefused:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_model_with_an_adapter_says_what_peft_says(smollm2_dir, tmp_path):
-    adapter = make_adapter(
-        smollm2_dir, tmp_path / "jokes", target_modules=["q_proj", "v_proj"], use_dora=True
-    )
+    adapter = make_adapter(smollm2_dir, tmp_path / "jokes", target_modules=["q_proj", "v_proj"])
     command = job(smollm2_dir, adapter, tmp_path)
     assert run_job(command) == 0
     assert texts(command) == made_by_peft(smollm2_dir, adapter)
