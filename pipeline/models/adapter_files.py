@@ -127,14 +127,6 @@ def _read(files: Checkpoint) -> AdapterFiles:
     return AdapterFiles(files, settings, shapes)
 
 
-def with_tokenizer(adapter: AdapterFiles | None, model: Checkpoint) -> Checkpoint:
-    """Choose whose tokenizer counts: the adapter's, where one lies beside it."""
-    if adapter is None:
-        return model
-    own = any((adapter.files.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return adapter.files if own else model
-
-
 def adapted(config: Mapping[str, Any], adapter: AdapterFiles | None) -> Mapping[str, Any]:
     """Give a config the vocabulary that an adapter brings, and a head of its own where the adapter unties it."""
     if adapter is None:

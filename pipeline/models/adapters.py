@@ -11,7 +11,8 @@ from torch import nn
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.config.schema import ModelConfig
-from pipeline.models.adapter_files import AdapterFiles, made_for_another
+from pipeline.models.adapter_files import AdapterFiles, locate_adapter, made_for_another
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.loading_checks import first_line
 
 log = logging.getLogger(__name__)
@@ -27,14 +28,14 @@ class AppliedAdapter:
     merged: bool  # into the weights; False: it is computed beside them
 
 
-def check_adapter_here(adapter: AdapterFiles | None, model: ModelConfig) -> None:
-    """Look for peft, and say where an adapter names another model than this one.
+def get_adapter(model: ModelConfig, models_dir: str) -> AdapterFiles | None:
+    """Find a model's adapter, on the hub too, and say where it names another model; None for a model without.
 
     Raises:
-        LoadError: peft is not installed.
+        LoadError: it cannot be used, or peft is not installed.
     """
-    if adapter is None:
-        return
+    if (adapter := locate_adapter(model, models_dir)) is None:
+        return None
     if importlib.util.find_spec("peft") is None:
         raise LoadError(
             "model.adapter: the peft package is not installed",
@@ -44,6 +45,15 @@ def check_adapter_here(adapter: AdapterFiles | None, model: ModelConfig) -> None
         line = f"The adapter was made for {adapter.base}, and runs with {model.name}."
         log.info(line)
         terminal.say(line, style="yellow")
+    return adapter
+
+
+def tokenizer_files(adapter: AdapterFiles | None, model: Checkpoint) -> Checkpoint:
+    """Choose whose tokenizer counts: the adapter's, where one lies beside it."""
+    if adapter is None:
+        return model
+    own = any((adapter.files.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return adapter.files if own else model
 
 
 def apply_adapter(network: Any, adapter: AdapterFiles, tokenizer: Any) -> AppliedAdapter:

@@ -20,15 +20,13 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import as_quant, bitsandbytes_settings
 from pipeline.engine.cpu import load_kernels
-from pipeline.models.adapter_files import locate_adapter, with_tokenizer
-from pipeline.models.adapters import AppliedAdapter, apply_adapter, check_adapter_here
+from pipeline.models.adapters import AppliedAdapter, apply_adapter, get_adapter, tokenizer_files
 from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
 from pipeline.models.load_progress import loading_shown, tensor_sizes
@@ -42,6 +40,7 @@ from pipeline.models.loading_checks import (
     check_unused,
     explained,
     first_line,
+    say_where_dequantized,
 )
 from pipeline.models.own_settings import OwnSettings, read_own_settings
 
@@ -87,7 +86,7 @@ def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
     """
     quiet_transformers()
     checkpoint = locate(model, models_dir, weights=False)
-    return _read_tokenizer(with_tokenizer(locate_adapter(model, models_dir), checkpoint), model)
+    return _read_tokenizer(tokenizer_files(get_adapter(model, models_dir), checkpoint), model)
 
 
 def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
@@ -99,14 +98,13 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     start = time.perf_counter()
     quiet_transformers()
     check_device(model.device_map)
-    adapter = locate_adapter(model, models_dir)
-    check_adapter_here(adapter, model)
+    adapter = get_adapter(model, models_dir)
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
     stored = check_format(checkpoint, model, quant)
     check_config(_read_config(checkpoint, model), checkpoint, model)
     own = read_own_settings(checkpoint)
-    tokenizer = _read_tokenizer(with_tokenizer(adapter, checkpoint), model)
+    tokenizer = _read_tokenizer(tokenizer_files(adapter, checkpoint), model)
     quant = as_quant(checkpoint.read_config(), quant)
     quant = settle_here(quant, checkpoint, model.device_map)
     _import_libraries(checkpoint, model, quant)
@@ -191,9 +189,8 @@ def _read_weights(
             checkpoint.again,
         )
     check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
-    if stored and not getattr(network, "is_quantized", True):
-        dtype = str(network.dtype).removeprefix("torch.")
-        terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
+    if stored:
+        say_where_dequantized(network, stored)
     if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
         raise LoadError(
             f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory",
