@@ -40,7 +40,7 @@ $(VENV)/run.stamp: pyproject.toml tests/constraints.txt
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	@echo 'Adding the test tools'
-	@$(INSTALL) '.[test,report,slurm]'
+	@$(INSTALL) '.[adapters,test,report,slurm]'
 	@touch $@
 
 $(MODEL)/config.json: $(VENV)/run.stamp

@@ -10,6 +10,7 @@ from pipeline.common.errors import ConfigError, JobError, LoadError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
 from pipeline.job.events import append_event
+from pipeline.models.adapter_files import locate_adapter
 from pipeline.models.checkpoint import locate
 from pipeline.slurm import client as cluster
 from pipeline.slurm.cells import Cell, find_cells
@@ -123,10 +124,11 @@ def _fetch_and_plan(cells: list[Cell], settings: SubmitConfig) -> dict[str, int 
         name, config = _kind(cell), cell.config
         if cell.complete or name in needs:
             continue
-        model = f"{config.model.name} {config.model.revision}"
+        model = f"{config.model.name} {config.model.revision} {config.model.adapter}"
         if settings.offline and not settings.dry_run and model not in fetched:
             fetched.add(model)
             locate(config.model, config.models_dir, weights=True)
+            locate_adapter(config.model, config.models_dir)
         try:
             needs[name] = needed_bytes(config, settings.gpus)
         except (ConfigError, LoadError) as error:  # an architecture that the plan does not know
@@ -137,7 +139,7 @@ def _fetch_and_plan(cells: list[Cell], settings: SubmitConfig) -> dict[str, int 
 
 def _kind(cell: Cell) -> str:
     """Name what decides a cell's memory: cells of one kind need the same."""
-    return f"{cell.config.model.name} {sorted(asdict(cell.config.quant).items(), key=str)}"
+    return f"{cell.config.model.name} {cell.config.model.adapter} {sorted(asdict(cell.config.quant).items(), key=str)}"
 
 
 def _warnings(cells: list[Cell], needs: dict[str, int | None], settings: SubmitConfig) -> list[str]:

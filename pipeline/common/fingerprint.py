@@ -9,7 +9,7 @@ from pipeline.common.request import CONSTRAINTS, BadRow, GenerationParams, Promp
 from pipeline.common.streams import is_nameless
 
 DEFAULTS = vars(GenerationParams())
-LATER = {"context", "template_date", "thinking_tags", *CONSTRAINTS}
+LATER = {"adapter", "context", "template_date", "thinking_tags", *CONSTRAINTS}
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
@@ -28,8 +28,9 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     for irrelevant in ("architecture", "device_map", "max_memory", "offload_dir", "safetensors_only"):
         model.pop(irrelevant, None)
     model["chat_template"] = _template(model.get("chat_template"))
-    local = Path(model["name"])
-    model["name"] = str(local.resolve()) if local.is_dir() else model["name"]
+    for key in ("name", "adapter"):
+        if model.get(key) and (local := Path(model[key])).is_dir():
+            model[key] = str(local.resolve())
     generation = dict(config["generation"])
     generation["json_schema"] = _ordered(_template(generation.get("json_schema")))
     generation["grammar"] = _template(generation.get("grammar"))

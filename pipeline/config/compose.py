@@ -172,6 +172,8 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
     choices = _root_.hydra.runtime.choices
     named = any(o.lstrip("+").startswith("model.name=") for o in _root_.hydra.overrides.task)
     model = Path(plain["model"]["name"]).name if named else choices.model
+    if adapter := plain["model"]["adapter"]:
+        model += f"+{Path(adapter).name}"
     prompts = str(plain["prompts"])
     prompt_set = plain["prompt_set"] or (
         "stdin" if is_nameless(prompts) else re.split(r"[.?]", Path(prompts).name)[0]

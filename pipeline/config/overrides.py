@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 
 from pipeline.common.errors import ConfigError
+from pipeline.config.base_model import with_base
 from pipeline.config.schema import Config
 
 FREE_TEXT = (
@@ -33,9 +34,9 @@ def in_hydras_words(overrides: list[str]) -> list[str]:
     """Rewrite what Hydra would not take as it is meant; called once, where a command line is handed to it.
 
     Raises:
-        ConfigError: an escape is half a character.
+        ConfigError: an escape is half a character, or an adapter's base model cannot be told.
     """
-    return [_rewrite(override) for override in overrides]
+    return [_rewrite(override) for override in with_base(overrides)]
 
 
 def dictionary_keys(schema: Any = Config, prefix: str = "") -> Iterator[str]:

@@ -54,6 +54,7 @@ class ModelConfig:
 
     name: str = MISSING  # ORG/NAME on the hub, or a local folder
     revision: str | None = None  # branch, tag or commit; null is the hub's main
+    adapter: str | None = None  # a LoRA of peft: ORG/NAME on the hub, or a local folder
     trust_remote_code: bool = False  # run Python code that comes with the model
     safetensors_only: bool = True  # refuse pickle weights, which can run code
     device_map: Any = "auto"  # auto, a device ("cpu", "cuda:1"), or a map of modules to devices
@@ -69,6 +70,8 @@ class ModelConfig:
     architecture: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and (not self.adapter.strip() or "://" in self.adapter):
+            raise ValueError("model.adapter: must be null, ORG/NAME on the hub, or a local folder")
         if self.context is not None and self.context < 1:
             raise ValueError(f"model.context={self.context}: must be null, or at least 1")
         if self.template_date is not None:

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 
@@ -15,6 +16,20 @@ def input_device(model: Any) -> torch.device:
     if device.type == "meta":
         device = torch.device(embedding._hf_hook.execution_device)
     return device
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Say whether it is a layer of peft's, which has the model's own in it and may go by the same name."""
+    return hasattr(module, "base_layer")
+
+
+def outside_adapters(model: nn.Module) -> list[nn.Module]:
+    """List the modules but for layers with an adapter beside them and their parts, which no other may stand in for.
+
+    peft reads the weight of the layer inside, and the dtype of its own.
+    """
+    inside = {part for layer in model.modules() if is_adapted(layer) for part in layer.modules()}
+    return [module for module in model.modules() if module not in inside]
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:

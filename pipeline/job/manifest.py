@@ -5,7 +5,7 @@ import hashlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -37,7 +37,8 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
     return {
         "model": ready.loaded.source,
         "revision": ready.loaded.revision,
-        "model_digest": model_digest(Path(ready.loaded.source), ready.loaded.revision),
+        "model_digest": "+".join(_digests(ready)),
+        "adapter": adapter_facts(ready),
         "dtypes": ready.dtypes,
         "quantization": ready.quantization,
         "context": {
@@ -49,6 +50,25 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
             "not_applied": own.not_applied(config.generation),
         },
     }
+
+
+def adapter_facts(ready: Ready) -> dict[str, Any] | None:
+    """Say which adapter the model was loaded with, and how; None without one."""
+    if (applied := ready.loaded.adapter) is None:
+        return None
+    files = applied.files.files
+    return {
+        "source": files.source,
+        "revision": files.revision,
+        "base": applied.files.base,
+        "merged": applied.merged,
+    }
+
+
+def _digests(ready: Ready) -> Iterator[str]:
+    yield model_digest(Path(ready.loaded.source), ready.loaded.revision)
+    if (applied := ready.loaded.adapter) is not None:
+        yield model_digest(applied.files.files.folder, applied.files.files.revision)
 
 
 def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ class Architecture:
     dtype: str  # the checkpoint's own: float32, float16 or bfloat16
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None is full attention
     layer_keys: tuple[int, ...]  # scalars of one token's keys and values, by layer
+    adapter_scalars: int = 0  # of an adapter, which are held beside weights that are quantized
     counted: Counted | None = None  # None: by formula, from what follows
     rotary_dim: int = 0  # how many of head_dim are rotated
     rotary_sets: int = 0
@@ -146,7 +147,7 @@ def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, A
     return {**config, "max_position_embeddings": context}
 
 
-_DERIVED = ("layer_keys", "counted")
+_DERIVED = ("layer_keys", "counted", "adapter_scalars")
 
 
 def differences(facts: Architecture, found: Architecture) -> list[str]:

@@ -4,9 +4,9 @@ The network is asked only about a model that conf/ does not know.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.common.errors import ConfigError, LoadError
@@ -15,6 +15,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import checkpoint_format, label
 from pipeline.memory.architecture import MEASURE, Architecture, differences, in_context
 from pipeline.memory.counted import architecture_of
+from pipeline.models.adapter_files import AdapterFiles, adapted, find_adapter
 from pipeline.models.checkpoint import Checkpoint, fetch_config, find_checkpoint
 from pipeline.models.config_checks import check_adapter, check_context
 
@@ -40,9 +41,11 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
     Raises:
         ConfigError: no config.json is at hand, and conf/ has no facts about this model; or they are wrong.
     """
+    with _as_config_error():
+        adapter = find_adapter(model, models_dir)
     known = None
     if model.architecture is not None and model.architecture.get("of") == model.name:
-        known = Architecture.read(in_context(model.architecture, model.context))
+        known = _with_adapter(Architecture.read, in_context(model.architecture, model.context), adapter)
     checkpoint = find_checkpoint(model, models_dir)
     if (folder := local_folder(model.name, models_dir)) is not None:
         with _as_config_error():
@@ -56,7 +59,7 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
             f"{staged_folder(model.name, models_dir)}, in the hub's cache or to be had",
             f"Put the model's {CONFIG} there, or give model.name a local folder",
         )
-    found = _read(checkpoint, model.context)
+    found = _read(checkpoint, model.context, adapter)
     path = checkpoint.config_path
     return Facts(model.name, found, str(path), tuple(differences(known, found)) if known else ())
 
@@ -70,7 +73,7 @@ def job_architecture(model: ModelConfig, models_dir: str) -> Architecture | None
         return None
 
 
-def _read(checkpoint: Checkpoint, context: int | None) -> Architecture:
+def _read(checkpoint: Checkpoint, context: int | None, adapter: AdapterFiles | None) -> Architecture:
     path = checkpoint.config_path
     with _as_config_error():
         config = checkpoint.read_config()
@@ -78,9 +81,17 @@ def _read(checkpoint: Checkpoint, context: int | None) -> Architecture:
         check_context(config, context, str(path))
     check_plain(config, str(path))
     try:
-        return architecture_of(in_context(config, context))
+        return _with_adapter(architecture_of, in_context(config, context), adapter)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.found}", error.fix) from error
+
+
+def _with_adapter(
+    read: Callable[[Mapping[str, Any]], Architecture], config: Mapping[str, Any], adapter: AdapterFiles | None
+) -> Architecture:
+    """Read a config with what an adapter changes in it."""
+    found = read(adapted(config, adapter))
+    return found if adapter is None else replace(found, adapter_scalars=adapter.scalars)
 
 
 def check_plain(config: Mapping[str, Any], source: str) -> None:

@@ -116,7 +116,11 @@ def parts(arch: Architecture, quant: QuantConfig) -> tuple[Part, ...]:
         entry = sums.setdefault((weight.part, dtype), [0, 0])
         entry[0] += weight.count
         entry[1] += size
-    return tuple(Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items())
+    found = [Part(part, dtype, count, size) for (part, dtype), (count, size) in sums.items()]
+    if quant.quantized and arch.adapter_scalars:  # else they are merged; peft computes them in float32
+        wide = Dtype.float32.value
+        found.append(Part("adapter", wide, arch.adapter_scalars, ELEMENT_BYTES[wide] * arch.adapter_scalars))
+    return tuple(found)
 
 
 def footprint_bytes(arch: Architecture, quant: QuantConfig) -> int:

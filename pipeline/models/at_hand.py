@@ -4,12 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.schema import Config
+from pipeline.models.adapter_files import find_adapter
 from pipeline.models.checkpoint import GENERATION, TOKENIZER, find_checkpoint
 from pipeline.models.own_settings import settle_generation
 
 
 def tokenizer_folder(config: Config) -> Path | None:
-    """Find the folder that has the model's tokenizer.json; None where it is not on this machine."""
+    """Find the folder that has the model's tokenizer.json, or its adapter's; None where it is not on this machine.
+
+    Raises:
+        LoadError: the adapter cannot be used.
+    """
+    adapter = find_adapter(config.model, config.models_dir)
+    if adapter is not None and (adapter.files.folder / TOKENIZER).is_file():
+        return adapter.files.folder
     checkpoint = find_checkpoint(config.model, config.models_dir, TOKENIZER)
     return None if checkpoint is None else checkpoint.folder
 

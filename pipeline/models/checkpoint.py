@@ -151,7 +151,7 @@ def _check_weights(checkpoint: Checkpoint, safetensors_only: bool) -> None:
                 "If you trust them, set model.safetensors_only=false",
             )
     for shard in shards:
-        _check_shard(shard, checkpoint)
+        check_shard(shard, checkpoint)
 
 
 def weight_paths(checkpoint: Checkpoint) -> list[Path]:
@@ -166,7 +166,12 @@ def weight_paths(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.folder / name for name in weight_files(index, checkpoint.again)]
 
 
-def _check_shard(shard: Path, checkpoint: Checkpoint) -> None:
+def check_shard(shard: Path, checkpoint: Checkpoint) -> None:
+    """Open a file of safetensors as far as its header.
+
+    Raises:
+        LoadError: it is missing, or damaged.
+    """
     if not shard.is_file():
         raise LoadError(f"{shard}: this part of the weights is missing", checkpoint.again)
     with shard.open("rb") as file:

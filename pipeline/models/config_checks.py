@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import LoadError
+from pipeline.config.model_files import ADAPTER
 
-ADAPTER = "adapter_config.json"
 MAX_BYTES = 64 << 20  # the largest index of weights has about ten million
 MAX_DEPTH = 32
 # More than any model has, and few enough that its modules are made in seconds.
@@ -94,19 +94,34 @@ def check_adapter(folder: Path, source: str) -> None:
     if not path.is_file():
         return
     base = read_object(path, "Copy or download the folder again").get("base_model_name_or_path")
-    merge = (
-        f"merge it into {base or 'its base model'} with peft (merge_and_unload, then save_pretrained) and give "
-        "model.name that folder"
-    )
     if (folder / "config.json").is_file():
         raise LoadError(
             f"{source}: holds a model and an adapter of {base} ({ADAPTER}), and which of them is meant cannot be told",
-            f"Move the adapter's files elsewhere to run the model without it, or {merge}",
+            "Move the adapter's files into a folder of their own, and give model.adapter that to run the model with it",
         )
     raise LoadError(
-        f"{source}: an adapter of {base} ({ADAPTER}) and not a whole model; adapters cannot be run yet",
-        merge[0].upper() + merge[1:],
+        f"{source}: an adapter of {base} ({ADAPTER}) and not a whole model",
+        f"Run it as model.adapter={source}, with model.name={base or 'ORG/NAME'} or without",
     )
+
+
+def check_lora(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuse an adapter that is not one of low-rank matrices beside the weights, for every token alike."""
+    kind, task = settings.get("peft_type"), settings.get("task_type")
+    wrong = (
+        f"peft_type={_short(kind)}: only LORA can be run"
+        if kind != "LORA"
+        else f"task_type={_short(task)}: it is not for a causal language model"
+        if task not in (None, "CAUSAL_LM")
+        else next((f"{key}: is not supported" for key in _UNLIKE_LORA if settings.get(key)), None)
+    )
+    if wrong:
+        fix = "Merge it into its base model with peft, where that can, and give model.name the folder"
+        raise LoadError(f"{path}: {wrong}", fix)
+
+
+# Layers that are run twice, and matrices that count from a phrase of the prompt on.
+_UNLIKE_LORA = ("layer_replication", "alora_invocation_tokens")
 
 
 def weight_files(index: Path, again: str) -> list[str]:

@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers import logging as transformers_logging
 
-from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import as_quant, bitsandbytes_settings
 from pipeline.engine.cpu import load_kernels
+from pipeline.models.adapters import AppliedAdapter, apply_adapter, get_adapter, tokenizer_files
 from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
 from pipeline.models.load_progress import loading_shown, tensor_sizes
@@ -40,6 +40,7 @@ from pipeline.models.loading_checks import (
     check_unused,
     explained,
     first_line,
+    say_where_dequantized,
 )
 from pipeline.models.own_settings import OwnSettings, read_own_settings
 
@@ -61,6 +62,7 @@ class Loaded:
     quantized_share: float | None  # of its weights; None where none was to be
     own_settings: OwnSettings  # what the model suggests to generate with
     format: str | None  # that the checkpoint's own weights are quantized in; None: they are plain
+    adapter: AppliedAdapter | None
 
 
 def quiet_transformers() -> None:
@@ -83,7 +85,8 @@ def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
         LoadError: it cannot be found or read.
     """
     quiet_transformers()
-    return _read_tokenizer(locate(model, models_dir, weights=False), model)
+    checkpoint = locate(model, models_dir, weights=False)
+    return _read_tokenizer(tokenizer_files(get_adapter(model, models_dir), checkpoint), model)
 
 
 def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
@@ -95,22 +98,23 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     start = time.perf_counter()
     quiet_transformers()
     check_device(model.device_map)
+    adapter = get_adapter(model, models_dir)
     checkpoint = locate(model, models_dir, weights=True)
     check_architecture(checkpoint, model)
     stored = check_format(checkpoint, model, quant)
     check_config(_read_config(checkpoint, model), checkpoint, model)
     own = read_own_settings(checkpoint)
-    tokenizer = _read_tokenizer(checkpoint, model)
+    tokenizer = _read_tokenizer(tokenizer_files(adapter, checkpoint), model)
     quant = as_quant(checkpoint.read_config(), quant)
     quant = settle_here(quant, checkpoint, model.device_map)
     _import_libraries(checkpoint, model, quant)
     bare = resident_bytes(), anonymous_bytes()
     network = _read_weights(checkpoint, model, quant, stored)
     share = check_quantized(network, quant, checkpoint) if quant.quantized else None
+    applied = apply_adapter(network, adapter, tokenizer) if adapter else None
     load_sec = time.perf_counter() - start
-    return Loaded(
-        network, tokenizer, quant, checkpoint.source, checkpoint.revision, load_sec, *bare, share, own, stored
-    )
+    source, revision = checkpoint.source, checkpoint.revision
+    return Loaded(network, tokenizer, quant, source, revision, load_sec, *bare, share, own, stored, applied)
 
 
 def _read_config(checkpoint: Checkpoint, model: ModelConfig) -> Any:
@@ -144,6 +148,8 @@ def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
 def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig) -> None:
     """Import what reading the weights would, so that it does not count as theirs."""
     importlib.import_module("accelerate")
+    if model.adapter is not None:
+        importlib.import_module("peft")
     if quant.quantized:
         importlib.import_module("bitsandbytes")
     if not torch.cuda.is_available():
@@ -183,9 +189,8 @@ def _read_weights(
             checkpoint.again,
         )
     check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
-    if stored and not getattr(network, "is_quantized", True):
-        dtype = str(network.dtype).removeprefix("torch.")
-        terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
+    if stored:
+        say_where_dequantized(network, stored)
     if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
         raise LoadError(
             f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory",

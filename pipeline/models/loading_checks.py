@@ -46,6 +46,13 @@ def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None
         terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
 
 
+def say_where_dequantized(network: Any, stored: str) -> None:
+    """Say where transformers has made plain numbers of a format that this device does not compute in."""
+    if not getattr(network, "is_quantized", True):
+        dtype = str(network.dtype).removeprefix("torch.")
+        terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
+
+
 def check_quantized(network: Any, quant: QuantConfig, checkpoint: Checkpoint) -> float:
     """Refuse a model of which nothing was quantized, say where much was passed over, and return the share."""
     found = quantized_share(network, quant)

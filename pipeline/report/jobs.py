@@ -110,7 +110,7 @@ def read_job(folder: Path) -> ReportedJob:
     stored = str(manifest.get("quantization", ""))
     return ReportedJob(
         folder=folder,
-        model=choices["model"],
+        model=_with_adapter(choices["model"], config),
         quant=stored if is_label(stored) else choices["quant"],
         generation=choices["generation"],
         prompt_set=visible(config.get("prompt_set") or folder.resolve().parent.name),
@@ -146,6 +146,14 @@ def _choices(hydra: dict[str, Any]) -> dict[str, str] | None:
         return None
     named = [override.partition("=")[2] for override in _overrides(hydra) if "model.name=" in override]
     return {**{k: str(v) for k, v in chosen.items()}, **({"model": Path(named[-1]).name} if named else {})}
+
+
+def _with_adapter(model: str, config: dict[str, Any]) -> str:
+    """Name a model with its adapter, as the job's folder does."""
+    settings = config.get("model")
+    adapter = settings.get("adapter") if isinstance(settings, dict) else None
+    ending = f"+{Path(str(adapter)).name}"
+    return model + ending if adapter and not model.endswith(ending) else model
 
 
 def _overrides(hydra: dict[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ class ArchitectureView:
 
 
 def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -> ArchitectureView:
-    """Build the whole tree; `pruned` and `matching` make it smaller.
+    """Build the whole tree, without an adapter; `pruned` and `matching` make it smaller.
 
     Raises:
         ConfigError: transformers does not know the architecture.
@@ -70,7 +70,7 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
     check_plain(config.to_dict(), source)
     network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
     tree = _tree("", network, quant, set())
-    arch = job_architecture(model, models_dir)
+    arch = job_architecture(replace(model, adapter=None), models_dir)
     return ArchitectureView(
         model=model.name,
         source=source,

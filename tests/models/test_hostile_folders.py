@@ -167,7 +167,7 @@ class TestAdapters:
             assert main([*line, f"model.name={tiny_dir}"]) != 0
             said = capsys.readouterr().err
             assert "an adapter of org/base" in said
-            assert "Merge it into org/base with peft (merge_and_unload" in said
+            assert f"Run it as model.adapter={tiny_dir}, with model.name=org/base or without" in said
         with pytest.raises(PipelineError, match="an adapter of org/base"):
             load_model(ModelConfig(str(tiny_dir)), QuantConfig(), "none")
 

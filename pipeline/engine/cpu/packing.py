@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.engine.cpu import load_kernels
+from pipeline.engine.model_facts import is_adapted, outside_adapters
 
 # Layers that models call one after the other on the same input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -122,7 +123,7 @@ def pack_weights(model: Any) -> int:
     count = 0
     if shared.dtype != torch.bfloat16:  # what a layer in 4 bits is given
         return count
-    for module in list(model.modules()):
+    for module in outside_adapters(model):
         for names in _families(module):
             linears = [getattr(module, name) for name in names]
             packed = _pack(linears)
@@ -157,6 +158,8 @@ def _alike(module: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _can_pack(module: nn.Module) -> bool:
+    if is_adapted(module):
+        return False
     if type(module).__name__ == "Linear4bit":
         return _can_pack_four_bits(module)
     plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook")

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from pipeline.engine.model_facts import is_adapted, outside_adapters
+
 BLOCK = 64  # weights that share a scale
 LEAST_ROWS, MOST_ROWS = 5, 128  # bitsandbytes has a kernel for fewer; for more, its way is faster
 OUTPUTS = 64  # of one program: the least that Hopper's tensor cores take
@@ -66,9 +68,9 @@ class FourBitWeight:
 def replace_linears(model: nn.Module) -> int:
     """Replace the layers that the kernel can stand in for; return how many."""
     count = 0
-    for module in list(model.modules()):
+    for module in outside_adapters(model):
         for name, child in module.named_children():
-            if _can_replace(child) and not isinstance(module, FourBitLinear):
+            if _can_replace(child) and not (isinstance(module, FourBitLinear) or is_adapted(child)):
                 setattr(module, name, FourBitLinear(child))
                 count += 1
     return count
