@@ -220,8 +220,8 @@ class ScarcePages(PagedForward):
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the work", "after it"])
 def test_no_token_is_lost_when_memory_runs_out(each_tiny_model, late):
-    # The first launch is the prefix, and so is the fourth, after the third has run out of memory.
-    scarce = ScarcePages(each_tiny_model, {1, 3, 4, 9, 24}, late)
+    # The first launch is the prefix, and so are the 4th and 25th, after others have run out of memory.
+    scarce = ScarcePages(each_tiny_model, {1, 3, 4, 24, 25}, late)
     requests = mixed_requests(prefix_tokens=40)
     engine = Engine(scarce, EOS, prefill_tokens=100)
     done = tokens(run_engine(engine, requests))
