@@ -54,7 +54,10 @@ def main() -> None:
         for way in ("mixed", "by hand"):
             taken[way].append(measure(forward, *ways[way]))
     for way, runs in taken.items():
-        print(f"{way}: {runs[0][1]} tokens prefilled, {min(seconds for seconds, _ in runs):.1f} s of CPU", flush=True)
+        print(
+            f"{way}: {runs[0][1]} tokens prefilled, {min(seconds for seconds, _ in runs):.1f} s of CPU",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
