@@ -132,7 +132,7 @@ class EngineConfig:
     max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
     memory_fraction: float = 0.85  # how much of the free memory may be used
     prefill_tokens: int = 2048  # prompt tokens in one forward pass
-    shared_prefix: bool = True  # prefill what all prompts share once
+    shared_prefix: bool = True  # prefill once what prompts begin with alike, group by group
     attention: Attention = Attention.auto
     pack_weights: bool = True  # CPU, bf16 and 4 bits: reorder the weights once and not at each call
 

@@ -41,6 +41,10 @@ class Batch(Protocol):
         """Prepare for what waits: at the start, and after running out of memory."""
         ...
 
+    def look_ahead(self, scheduler: Scheduler) -> None:
+        """Find what waiting prompts begin with alike: more of them have come."""
+        ...
+
     def step(self, scheduler: Scheduler) -> None:
         """Admit what there is room for, and run a prefill or a decode step."""
         ...
@@ -62,7 +66,7 @@ class Engine:
         max_tokens: tokens in flight, prompt and completion.
         prefill_tokens: prompt tokens in one forward pass.
         window: samples read ahead.
-        share_prefix: compute once what all prompts of the first window share.
+        share_prefix: compute once what prompts of a window begin with alike, group by group.
     """
 
     def __init__(
@@ -139,7 +143,8 @@ class Engine:
                 self._recover(scheduler)
             finished, self._finished = self._finished, []
             yield finished
-            scheduler.read_ahead()
+            if scheduler.read_ahead():
+                self._batch.look_ahead(scheduler)
         self._batch.drop()
 
     def _accept(self, sample: Sample, token: int) -> bool:
@@ -185,7 +190,7 @@ class Engine:
             JobError: all of them fail.
             Exception: the failure, if none does.
         """
-        rows = self._batch.drop() or scheduler.take_waiting()  # these, where what all begin with has failed
+        rows = self._batch.drop() or scheduler.take_waiting()  # these, where nothing could begin
         failed: list[tuple[Sample, str]] = []
         for row in rows:
             try:

@@ -2,11 +2,21 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.common.request import CONSTRAINTS, Request, TokenLogprob
 from pipeline.engine.constraint import Constraint
 
 CALM_STEPS = 64  # without running out of memory, before the first try to hold more again
+
+
+@dataclass(slots=True, eq=False)
+class Prefix:
+    """Hold what prompts of several waiting samples begin with."""
+
+    token_ids: tuple[int, ...]
+    waiting: int = 0  # samples
+    stored: Any = None  # its keys and values, once they are computed
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +30,7 @@ class Sample:
     duplicates: list[Request] = field(default_factory=list)  # identical greedy requests that get its tokens
     reaches: bool = False  # its filters have reached beyond sampling's HEAD
     constraint: Constraint | None = None  # where its tokens are in the request's grammar, once that has begun
+    prefix: Prefix | None = None  # while it waits
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
@@ -84,7 +95,11 @@ class Scheduler:
     def put_back(self, samples: Iterable[Sample]) -> None:
         """Let samples wait, with the tokens that they have."""
         self._waiting.extend(samples)
-        self._waiting.sort(key=lambda s: (s.remaining_tokens, s.length, s.request.id))
+        self.sort()
+
+    def sort(self) -> None:
+        """Put the longest expected work first; of equal work, what begins alike together."""
+        self._waiting.sort(key=lambda s: (s.remaining_tokens, _beginning(s), s.length, s.request.id))
 
     def take_waiting(self) -> list[Sample]:
         """Take all that waits."""
@@ -144,18 +159,6 @@ class Scheduler:
         return [leader] if is_leader else []
 
 
-def shared_prefix(samples: Sequence[Sample], min_tokens: int = 8) -> tuple[int, ...]:
-    """Find the longest token prefix that all prompts share, short of the shortest prompt's last token."""
-    if len(samples) < 2:
-        return ()
-    prompts = [s.request.prompt_token_ids for s in samples]
-    first, last = min(prompts), max(prompts)  # in lexical order only these two can differ first
-    limit = min(map(len, prompts)) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
-    length = min(same, limit)
-    return first[:length] if length >= min_tokens else ()
-
-
 def prefill_groups(
     samples: Sequence[Sample], prefix_tokens: int, max_tokens: int, equal_lengths: bool = False
 ) -> list[list[Sample]]:
@@ -208,6 +211,12 @@ def partition(lengths: Sequence[int], overhead: int) -> list[slice]:
         slices.append(slice(cuts[i], cuts[j]))
         j = i
     return slices[::-1]
+
+
+def _beginning(sample: Sample) -> tuple[int, tuple[int, ...]]:
+    """Return what sorts samples by their prefix, the longest last."""
+    prefix = sample.prefix.token_ids if sample.prefix else ()
+    return len(prefix), prefix
 
 
 def _text_key(request: Request) -> tuple[object, ...]:

@@ -37,14 +37,15 @@ class EngineStats:
         self.longest_prompt_columns = max(self.longest_prompt_columns, rectangle.head)
         self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
 
-    def count_rectangles(self, rectangles: Sequence[Rectangle]) -> None:
-        held = sum(r.nbytes for r in rectangles)
+    def count_rectangles(self, rectangles: Sequence[Rectangle], prefixes: Sequence[Rectangle] = ()) -> None:
+        held = sum(r.nbytes for r in (*rectangles, *prefixes))
         if held > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = held
             # Of each: the rows it was made with, its columns without the chunk, and whether sliding layers are
             # cut to their window.
             self.peak_rectangles = [
-                (len(r.keys[0]), r.width - r.limits.chunk, bool(r.first_columns)) for r in rectangles
+                (len(r.keys[0]), r.width - r.limits.chunk, bool(r.first_columns))
+                for r in (*rectangles, *prefixes)
             ]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 

@@ -132,7 +132,8 @@ def test_random_jobs_in_pages(ways, name, asked, limits, abandoned, full, late):
 def check_owners(batch: PagedBatch, forward: PagedForward) -> None:
     pages = forward.pages
     if pages.count:  # else all is given back
-        holders = Counter([0, *batch._prefix[1], *(page for row in batch._rows for page in row.pages)])
+        shared = [page for prefix in batch._prefixes.stored for page in prefix]
+        holders = Counter([0, *shared, *(page for row in batch._rows for page in row.pages)])
         assert pages._holders == [holders[page] for page in range(pages.count + 1)]
         assert sorted(pages._free) == [page for page in range(pages.count + 1) if not holders[page]]
         slots = [row.slot for row in batch._rows] + batch._slots

@@ -17,7 +17,6 @@ from pipeline.engine.scheduler import (
     Scheduler,
     partition,
     prefill_groups,
-    shared_prefix,
 )
 
 FAR = 1 << 30
@@ -226,27 +225,6 @@ def test_drawn_requests_with_the_same_prompt_are_never_duplicates():
 
 def samples_of(prompts: list[tuple[int, ...]]) -> list[Sample]:
     return [Sample(Request(f"{i}", p, GenerationParams()), 0) for i, p in enumerate(prompts)]
-
-
-prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), min_size=2, max_size=6)
-
-
-@given(prompts, st.integers(1, 6))
-def test_the_shared_prefix_is_the_longest_that_leaves_every_prompt_a_token(prompts, least):
-    longest = min(map(len, prompts)) - 1
-    while longest and len({p[:longest] for p in prompts}) > 1:
-        longest -= 1
-    expected = prompts[0][:longest] if longest >= least else ()
-    assert shared_prefix(samples_of(prompts), least) == expected
-
-
-def test_one_prompt_shares_nothing():
-    assert shared_prefix(samples_of([tuple(range(50))])) == ()
-
-
-def test_a_short_prefix_is_not_worth_a_pass():
-    assert shared_prefix(samples_of([(*range(7), 8), (*range(7), 9)])) == ()
-    assert shared_prefix(samples_of([(*range(8), 8), (*range(8), 9)])) == tuple(range(8))
 
 
 lengths_and_budget = st.tuples(st.lists(st.integers(1, 200), min_size=1, max_size=40), st.integers(1, 600))

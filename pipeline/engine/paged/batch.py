@@ -16,13 +16,13 @@ from torch import Tensor
 from pipeline.engine.limits import PAGE
 from pipeline.engine.masks import Masks
 from pipeline.engine.model_facts import rope_switch
-from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.paged.pages import pages_for
 from pipeline.engine.paged.passes import Segment
 from pipeline.engine.paged.rows import Launch, Row
+from pipeline.engine.prefixes import Prefixes, Tokens
 from pipeline.engine.sampling import AGAIN, NONE, choose, penalises, record, report, seen_tokens
-from pipeline.engine.scheduler import Sample, Scheduler, shared_prefix
+from pipeline.engine.scheduler import Sample, Scheduler
 from pipeline.engine.stats import EngineStats
 from pipeline.engine.upload import upload
 
@@ -49,7 +49,7 @@ class PagedBatch:
         self._forward = forward
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
-        self._share_prefix = share_prefix
+        self._shares = share_prefix
         self._stats = stats
         self._accept = accept
         self._masks = masks
@@ -60,7 +60,8 @@ class PagedBatch:
         self._queue: deque[Row] = deque()  # those not yet prefilled to their end, without copies
         self._launches: deque[Launch] = deque()
         self._slots: list[int] = []  # free
-        self._prefix: tuple[tuple[int, ...], list[int]] = (), []  # what all begin with, and its pages
+        # Whole pages, which rows can share.
+        self._prefixes = Prefixes(self._compute_prefix, self._release, PAGE, self._switch)
         self._seen: Tensor | None = None  # [slots + 1, V] bool, once a row has a repetition penalty
 
     @property
@@ -72,15 +73,17 @@ class PagedBatch:
         return pages_for(sample.length + sample.remaining_tokens - 1) * PAGE
 
     def begin(self, scheduler: Scheduler) -> None:
-        """Make room for what waits, and compute once what all of it begins with."""
-        prefix = shared_prefix(scheduler.waiting) if self._share_prefix else ()
-        prefix = prefix[: min(len(prefix), self._switch) // PAGE * PAGE]  # whole pages, which rows can share
-        try:
-            self._open(scheduler, prefix)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._open(scheduler, ())  # a prefix that does not fit is not shared
+        """Make room for what waits, and for what it shares."""
+        self.look_ahead(scheduler)
+        longest = sorted(map(self.tokens_of, scheduler.waiting), reverse=True)[: scheduler.max_rows]
+        most = max(longest[0], scheduler.max_tokens)
+        needed = min(most, sum(longest) + self._prefixes.tokens)
+        self._forward.open(needed // PAGE, self._max_rows, longest[0] // PAGE)
+        self._slots = list(range(self._max_rows - 1, -1, -1))
+
+    def look_ahead(self, scheduler: Scheduler) -> None:
+        if self._shares:
+            self._prefixes.plan(scheduler)
 
     def step(self, scheduler: Scheduler) -> None:
         """Give the device its next work, then read what it had done before."""
@@ -106,33 +109,22 @@ class PagedBatch:
         """Read what is under way, then give all memory back; return what was in flight, with its tokens."""
         self._read(ahead=0)
         rows = self.live
-        self._rows, self._admitted, self._again, self._seen, self._prefix = [], [], [], None, ((), [])
+        self._rows, self._admitted, self._again, self._seen = [], [], [], None
         self._queue.clear()
+        self._prefixes.clear()
         self._forward.close()
         return rows
-
-    def _open(self, scheduler: Scheduler, prefix: tuple[int, ...]) -> None:
-        count = len(prefix) // PAGE
-        longest = sorted(map(self.tokens_of, scheduler.waiting), reverse=True)[: scheduler.max_rows]
-        most = max(longest[0], scheduler.max_tokens) // PAGE
-        self._forward.open(min(most, sum(longest) // PAGE) + count, self._max_rows, longest[0] // PAGE)
-        self._slots = list(range(self._max_rows - 1, -1, -1))
-        self._prefix = prefix, self._forward.pages.take(count)
-        for first in range(0, len(prefix), self._prefill_tokens):
-            last = min(first + self._prefill_tokens, len(prefix))
-            self._forward.prefill([Segment(prefix, self._prefix[1], first, last)], [])
-            self._stats.count_pass(last - first, last)
 
     def _admit(self, scheduler: Scheduler) -> None:
         """Give each admitted sample a slot, and pages for its whole length."""
         if not scheduler.waiting or len(self._rows) >= scheduler.max_rows:
             return  # as in most steps, whose time on a fast card is short
-        self._admitted = scheduler.admit(len(self._rows), sum(map(self.tokens_of, self.live)))
-        pages = self._forward.pages
-        if (missing := sum(map(self.tokens_of, self._admitted)) // PAGE - pages.free) > 0:
-            self._forward.grow(
-                max(missing, min(pages.count // 2, scheduler.max_tokens // PAGE - pages.count))
-            )
+        tokens = sum(map(self.tokens_of, self.live))
+        self._admitted = scheduler.admit(len(self._rows), tokens + self._prefixes.tokens)
+        added = sum(map(self.tokens_of, self._admitted))
+        if self._admitted and tokens + self._prefixes.tokens + added > scheduler.max_tokens:
+            self._prefixes.clear()  # the batch is one row, longer than there is room for
+        self._make_room(added + self._prefixes.tokens_to_come, scheduler)
         made: list[Row] = []
         leader: Row | None = None
         for sample in self._admitted:
@@ -147,15 +139,39 @@ class PagedBatch:
         if made:
             self._forward.assign([row.slot for row in made], [row.pages for row in made])
             self._rows, self._admitted = self._rows + made, []
+        self._prefixes.free_unneeded()
+
+    def _make_room(self, tokens: int, scheduler: Scheduler) -> None:
+        """Add pages where too few are free."""
+        pages = self._forward.pages
+        if (missing := tokens // PAGE - pages.free) > 0:
+            self._forward.grow(
+                max(missing, min(pages.count // 2, scheduler.max_tokens // PAGE - pages.count))
+            )
+
+    def _compute_prefix(self, ids: Tokens) -> list[int]:
+        """Compute a prefix; return its pages."""
+        pages = self._forward.pages.take(len(ids) // PAGE)
+        try:
+            for first in range(0, len(ids), self._prefill_tokens):
+                last = min(first + self._prefill_tokens, len(ids))
+                self._forward.prefill([Segment(ids, pages, first, last)], [])
+                self._stats.count_pass(last - first, last)
+        except Exception:
+            self._release(pages)
+            raise
+        return pages
+
+    def _release(self, pages: list[int]) -> None:
+        self._forward.pages.release(pages)
 
     def _row(self, sample: Sample, leader: Row | None) -> Row:
         """Make a row of its own pages, but for those shared with a leader of the same tokens, or with the prefix."""
-        pages, ids = self._forward.pages, sample.all_token_ids
-        prefix, shared = self._prefix
+        pages = self._forward.pages
+        prefix = self._prefixes.take(sample)
+        shared = prefix.stored if prefix else []
         if leader is not None:
-            shared = leader.pages[: len(ids) // PAGE]
-        elif len(ids) <= len(prefix) or ids[: len(prefix)] != prefix or len(ids) > self._switch:
-            shared = []
+            shared = leader.pages[: len(sample.all_token_ids) // PAGE]
         own = pages.take(self.tokens_of(sample) // PAGE - len(shared))
         slot, made = self._slots.pop(), len(sample.token_ids)
         return Row(sample, slot, pages.share(shared) + own, len(shared) * PAGE, made)

@@ -6,16 +6,14 @@ This is the way for CPUs, where a contiguous product is everything, and for a mo
 import time
 from collections.abc import Callable
 
-import torch
-
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.masks import Masks
 from pipeline.engine.model_facts import rope_switch
-from pipeline.engine.out_of_memory import is_out_of_memory
+from pipeline.engine.prefixes import Prefixes, Tokens
 from pipeline.engine.rectangles.forward import Forward
 from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 from pipeline.engine.sampling import next_tokens
-from pipeline.engine.scheduler import Sample, Scheduler, partition, prefill_groups, shared_prefix
+from pipeline.engine.scheduler import Prefix, Sample, Scheduler, partition, prefill_groups
 from pipeline.engine.stats import EngineStats
 
 SPARE_RECTANGLES = 3  # more than the best partition has: time to regroup them all
@@ -41,25 +39,30 @@ class RectangleBatch:
         self._forward = forward
         self._prefill_tokens = prefill_tokens
         self._overhead = forward.limits.rectangle_overhead
-        self._share_prefix = share_prefix and forward.can_share_prefix
         self._stats = stats
         self._accept = accept
         self._masks = masks
         self._rope_switch = rope_switch(forward.config)
         self._rectangles: list[Rectangle] = []
-        self._groups: list[list[Sample]] = []  # admitted, not yet prefilled
-        self._prefix: tuple[tuple[int, ...], Rectangle] | None = None
+        self._groups: list[
+            tuple[list[Sample], Rectangle | None]
+        ] = []  # admitted, not yet prefilled; their prefix
+        self._shares = share_prefix and forward.can_share_prefix
+        self._prefixes = Prefixes(self._compute_prefix, longest=self._rope_switch)
 
     @property
     def live(self) -> list[Sample]:
-        return [s for r in self._rectangles for s in r.rows] + [s for group in self._groups for s in group]
+        return [s for r in self._rectangles for s in r.rows] + [s for group, _ in self._groups for s in group]
 
     def tokens_of(self, sample: Sample) -> int:
         return sample.length
 
     def begin(self, scheduler: Scheduler) -> None:
-        if self._share_prefix:
-            self._compute_prefix(shared_prefix(scheduler.waiting))
+        self.look_ahead(scheduler)
+
+    def look_ahead(self, scheduler: Scheduler) -> None:
+        if self._shares:
+            self._prefixes.plan(scheduler)
 
     def step(self, scheduler: Scheduler) -> None:
         if not self._groups:
@@ -71,29 +74,38 @@ class RectangleBatch:
 
     def drop(self) -> list[Sample]:
         rows = self.live
-        self._rectangles, self._groups, self._prefix = [], [], None
+        self._rectangles, self._groups = [], []
+        self._prefixes.clear()
         return rows
 
     def _admit(self, scheduler: Scheduler) -> None:
+        """Cut what there is room for into groups, each of rows with one prefix, or none."""
         live = self.live
-        admitted = scheduler.admit(len(live), sum(s.length for s in live))
-        prefixed = [s for s in admitted if self._has_prefix(s)]
-        rest = [s for s in admitted if not self._has_prefix(s)]
-        shared = len(self._prefix[0]) if self._prefix else 0
-        equal = self._forward.equal_lengths
-        self._groups = prefill_groups(prefixed, shared, self._prefill_tokens, equal)
-        for long in (True, False):
-            same = [s for s in rest if self._is_long(s) == long]
-            self._groups += prefill_groups(same, 0, self._prefill_tokens, equal)
+        tokens = sum(s.length for s in live)
+        admitted = scheduler.admit(len(live), tokens + self._prefixes.tokens)
+        if (
+            admitted
+            and tokens + self._prefixes.tokens + sum(s.length for s in admitted) > scheduler.max_tokens
+        ):
+            self._prefixes.clear()  # the batch is one row, longer than there is room for
+        self._groups = [(admitted, None)] if admitted else []
+        shared: dict[tuple[Prefix | None, bool], list[Sample]] = {}
+        for sample in admitted:
+            shared.setdefault((self._prefixes.take(sample), self._is_long(sample)), []).append(sample)
+        self._groups = []
+        for (prefix, _), samples in shared.items():
+            columns = len(prefix.token_ids) if prefix else 0
+            groups = prefill_groups(samples, columns, self._prefill_tokens, self._forward.equal_lengths)
+            self._groups += [(group, prefix.stored if prefix else None) for group in groups]
+        self._prefixes.free_unneeded()
 
     def _prefill(self) -> None:
         """Run one admitted group; it joins the batch as a rectangle of its own."""
         started = time.perf_counter()
-        group = self._groups[0]
+        group, prefix = self._groups[0]
         copies: dict[tuple[int, ...], list[Sample]] = {}
         for sample in group:
             copies.setdefault(sample.all_token_ids, []).append(sample)
-        prefix = self._prefix[1] if self._prefix and self._has_prefix(group[0]) else None
         masks = self._masks.start([s for c in copies.values() for s in c])
         # Under longrope a pass's largest position decides for all of it: long rows are never cut.
         budget = self._prefill_tokens if not self._is_long(group[0]) else 1 << 62
@@ -105,7 +117,7 @@ class RectangleBatch:
         tokens = next_tokens(logits, rectangle.rows, masks())
         del self._groups[0]
         self._rectangles.append(rectangle)
-        self._stats.count_rectangles(self._rectangles)
+        self._stats.count_rectangles(self._rectangles, self._prefixes.stored)
         self._extend([rectangle], tokens)
         self._stats.prefill_sec += time.perf_counter() - started
 
@@ -150,7 +162,7 @@ class RectangleBatch:
         for rectangles in self._by_regime(due):
             kept += regroup(rectangles, self._partition(rectangles))
         self._rectangles = kept
-        self._stats.count_rectangles(kept)
+        self._stats.count_rectangles(kept, self._prefixes.stored)
 
     def _by_regime(self, rectangles: list[Rectangle]) -> list[list[Rectangle]]:
         """Part rectangles under long and short rotary factors, which never share a pass."""
@@ -176,24 +188,11 @@ class RectangleBatch:
                     rectangle.retire(row)
         self._rectangles = [r for r in self._rectangles if r.rows]
 
-    def _compute_prefix(self, ids: tuple[int, ...]) -> None:
-        self._prefix = None
-        if ids and not (self._rope_switch and len(ids) > self._rope_switch):
-            row = Sample(Request("", ids, GenerationParams()), 0)
-            try:
-                rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return
-            self._stats.count_prefill(rectangle, None)
-            self._prefix = ids, rectangle
-
-    def _has_prefix(self, sample: Sample) -> bool:
-        if self._prefix is None or self._is_long(sample):
-            return False
-        ids = self._prefix[0]
-        return sample.length > len(ids) and sample.request.prompt_token_ids[: len(ids)] == ids
+    def _compute_prefix(self, ids: Tokens) -> Rectangle:
+        row = Sample(Request("", ids, GenerationParams()), 0)
+        rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
+        self._stats.count_prefill(rectangle, None)
+        return rectangle
 
     def _is_long(self, sample: Sample) -> bool:
         return self._rope_switch is not None and sample.length > self._rope_switch
