@@ -228,7 +228,7 @@ def _check_own_cache(model: Any, short: tuple[int, ...], long: tuple[int, ...], 
     difference = _distance(beside, alone)
     if not difference <= max(tolerance, TOLERANCE.get(model.dtype, 0.5)):
         raise LoadError(
-            found=f"{name}: rows of equal length change each other's logits, by {difference:.3g} standard deviations",
+            found=f"{name}: a row's logits change when one beside it ends, by {difference:.3g} standard deviations",
             fix=another,
         )
 

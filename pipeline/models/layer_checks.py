@@ -36,6 +36,8 @@ def _unfit(config: Any) -> Iterator[str]:
         yield "some of its layers attend to an image (cross_attention_layers), and there is none"
     if _reads(text, "config.prompt_length") and getattr(text, "prompt_length", None):
         yield f"it puts {text.prompt_length} tokens of its own before each prompt (prompt_length), beyond the mask"
+    if text.model_type == "recurrent_gemma":
+        yield "recurrent, and keeps its state in its layers, not in a cache whose rows could come and go"
     yield from _uncounted(text)
     if made is not None and not inspect.signature(made.forward).parameters.keys() & set(CACHE_NAMES):
         yield "keeps no keys and values of earlier tokens, and would compute all anew"
