@@ -228,19 +228,25 @@ def _check_own_cache(model: Any, short: tuple[int, ...], long: tuple[int, ...], 
     difference = _distance(beside, alone)
     if not difference <= max(tolerance, TOLERANCE.get(model.dtype, 0.5)):
         raise LoadError(
-            found=f"{name}: a row's logits change when one beside it ends, by {difference:.3g} standard deviations",
+            found=f"{name}: a row's logits change with the rows beside it, even of its length, by {difference:.3g} "
+            "standard deviations",
             fix=another,
         )
 
 
 def _through_own_cache(model: Any, *rows: tuple[int, ...]) -> Tensor:
-    """Return the last row's logits [2, V] after its tokens and after one more, which it is fed when the others end."""
+    """Return the last row's logits [3, V] after its tokens, one more, and another, fed when those before it ended."""
     forward, samples = CacheForward(model), _probe_samples(*rows)
-    group, before = forward.prefill(samples.copy(), None, 1 << 30)
-    for _ in rows[1:]:
-        group.retire(0)
-    samples[-1].token_ids.append(rows[-1][0])
-    return torch.stack([before[-1], forward.decode([group])[0]]).float()
+    group, logits = forward.prefill(samples.copy(), None, 1 << 30)
+    made = [logits[-1]]
+    for token in samples[-1].request.prompt_token_ids[:2]:
+        for sample in samples:
+            sample.token_ids.append(token)
+        made.append(forward.decode([group])[-1])
+        group.head += 1
+        for _ in group.rows[1:]:
+            group.retire(0)
+    return torch.stack(made).float()
 
 
 def _first_line(error: Exception) -> str:

@@ -36,13 +36,13 @@ EQUAL = "llama4_text git llama4"
 OWN_CACHE = {
     "recurrent or hybrid": """
         bamba falcon_h1 falcon_mamba granitemoehybrid inkling_text jamba lfm3 mamba mamba2 minimax nemotron_h
-        olmo_hybrid qwen3_5_text qwen3_next rwkv zamba zamba2 zaya""",
+        olmo_hybrid qwen3_5_text qwen3_next zamba zamba2 zaya""",
     "sparse attention": "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4",
 }
 # Neither refused by their config nor made small here: the probe decides when one is loaded.
 UNTRIED = """
     bailing_hybrid dots3_note dots3_note_text gemma3n inkling2_text kimi_linear qwen3_5 qwen3_5_moe qwen3_5_moe_text
-    qwen4_exp qwen4_exp_text xlstm"""
+    qwen4_exp qwen4_exp_text rwkv xlstm"""
 REFUSED = """
     blt musicgen reformer trocr whisper xmod
     bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert data2vec-text
