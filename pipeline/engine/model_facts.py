@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
+
+CACHE_NAMES = (
+    "past_key_values",
+    "cache_params",
+    "state",
+)  # what models call their cache, in a pass and its output
+RECURRENT = "recurrent or hybrid: some of its layers keep other state than keys and values"
+SPARSE = "sparse attention, which chooses the keys that it attends to"
+SHARED = "some of its layers keep no keys and values of their own"
 
 
 def input_device(model: Any) -> torch.device:
@@ -60,6 +69,31 @@ def model_code(config: Any) -> str | None:
         return inspect.getsource(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
     except (KeyError, OSError, TypeError):
         return None
+
+
+def needs_own_cache(config: Any) -> str | None:
+    """Say why a model runs through the cache that it makes for itself alone; None if keys and values are all there is.
+
+    Args:
+        config: as transformers reads it.
+    """
+    made = causal_class(config)
+    if made is not None and "past_key_values" not in (takes := inspect.signature(made.forward).parameters):
+        return RECURRENT if takes.keys() & set(CACHE_NAMES) else None
+    try:
+        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None  # not all can be told so; the first passes will
+    kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if any("Linear" in kind for kind in kinds):
+        return RECURRENT
+    return (SHARED if "DummyLayer" in kinds else SPARSE) if kinds else None
+
+
+def causal_class(config: Any) -> Any:
+    """Find the class of a causal language model in transformers; None for code that comes with a model."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return known[0] if isinstance(known, list | tuple) else known
 
 
 def rope_switch(config: Any) -> int | None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from pipeline.common.errors import LoadError
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.model_facts import input_device
+from pipeline.engine.model_facts import input_device, needs_own_cache
 from pipeline.engine.out_of_memory import is_out_of_memory
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.rectangles.own_cache import CacheForward
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sample
 from pipeline.engine.thresholds import forget_lengths, lowered
@@ -29,6 +29,7 @@ ROUNDING = {torch.float32: 0.02, torch.float16: 0.04, torch.bfloat16: 0.1}
 # … and the most, where the model has only one attention, so that its own rounding cannot be measured.
 TOLERANCE = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.5}
 AnyForward = Forward | PagedForward
+EQUAL_LENGTHS = "equal lengths"
 PROBE_TOKENS = (7, 19)  # of a short row, and of a long one beside it
 
 
@@ -99,12 +100,15 @@ def _choose(model: Any, attention: str, longest: int | None) -> tuple[AnyForward
         "pages": PagedForward,
         "rectangles": FlatForward,
         "padded": PaddedForward,
+        EQUAL_LENGTHS: CacheForward,
     }
-    names = list(ways)[{"pages": 0, "rectangles": 1, "plain": 2}[attention] :]
+    own_cache = needs_own_cache(model.config)
+    names = [] if own_cache else list(ways)[{"pages": 0, "rectangles": 1, "plain": 2}[attention] : -1]
     short, long = _probe_rows(int(model.config.get_text_config().vocab_size))
     expected = _alone(model, short)
     tolerance = _check_own_passes(model, short, long, expected)
     reasons: list[str] = []
+    difference: float | None
     with lowered(model, longest) as any_lower:
         if any_lower:
             expected = _alone(model, short)
@@ -116,13 +120,12 @@ def _choose(model: Any, attention: str, longest: int | None) -> tuple[AnyForward
             reasons.append(reason)
             model.set_attn_implementation(own_attention)
         else:
-            _check_alone(model, short, long, tolerance)
-    why = reasons[0] if reasons else None
-    if difference <= tolerance:  # made anew, to read the model's true lengths
-        return ways[name](model), {"path": name, "max_logit_difference": difference, "why": why}
-    log.warning("This model computes other text in a padded row: only prompts of equal length share a batch.")
-    found = {"path": "equal lengths", "max_logit_difference": None, "why": why}
-    return PaddedForward(model, equal_lengths=True), found
+            name, difference = EQUAL_LENGTHS, None
+            _check_own_cache(model, short, long, tolerance)
+            log.warning("Rows of this model have no padding: only prompts of equal length share a batch.")
+    why = own_cache or (reasons[0] if reasons else None)
+    # Made anew, to read the model's true lengths.
+    return ways[name](model), {"path": name, "max_logit_difference": difference, "why": why}
 
 
 def _alone(model: Any, ids: tuple[int, ...]) -> list[Tensor]:
@@ -203,40 +206,47 @@ def _try(
     )
 
 
-def _check_alone(model: Any, short: tuple[int, ...], long: tuple[int, ...], tolerance: float) -> None:
-    """Refuse a model whose rows are not those of the model's own cache, even beside one of equal length.
+def _check_own_cache(model: Any, short: tuple[int, ...], long: tuple[int, ...], tolerance: float) -> None:
+    """Refuse a model through whose own cache a row has other logits beside another one of its length than alone.
 
     Raises:
-        LoadError: it keeps other state, or computes other logits.
+        LoadError: so it is, or rows of its cache cannot be selected.
     """
     name = type(model).__name__
-    rows = short, long[: len(short)]
+    another = "Choose another model, or another version of transformers"
     try:
-        expected = _with_cache(model, short)
-        difference = _difference(PaddedForward(model, equal_lengths=True), *rows, expected)
-    except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
-        log.info("Alone: not for this model", exc_info=True)
+        alone, beside = _through_own_cache(model, short), _through_own_cache(model, long[: len(short)], short)
+    except (NotImplementedError, TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        log.info("Its own cache: not for this model", exc_info=True)
         raise LoadError(
-            found=f"{name}: it keeps other state than keys and values, or holds them in a way of its own, which is "
-            f"not supported: {_first_line(error)}",
-            fix="Choose a model whose layers all are attention",
+            found=f"{name}: it keeps what it knows of earlier tokens in a way of its own, which is not supported: "
+            f"{_first_line(error)}",
+            fix=another,
         ) from error
+    difference = _distance(beside, alone)
     if not difference <= max(tolerance, TOLERANCE.get(model.dtype, 0.5)):
         raise LoadError(
-            found=f"{name}: the engine computes other logits than the model itself, by {difference:.3g} standard "
-            "deviations",
-            fix="Choose another model",
+            found=f"{name}: a row's logits change with the rows beside it, even of its length, by {difference:.3g} "
+            "standard deviations",
+            fix=another,
         )
 
 
-def _with_cache(model: Any, ids: tuple[int, ...]) -> list[Tensor]:
-    """Return the model's own logits [V] after a row, and after one more token that is fed to its own cache."""
-    forget_lengths(model)
-    cache, made = DynamicCache(), list[Tensor]()
-    for tokens in (ids, ids[:1]):
-        row = torch.tensor([tokens], device=input_device(model))
-        made.append(model(row, past_key_values=cache, use_cache=True).logits[0, -1].float())
-    return made
+def _through_own_cache(model: Any, *rows: tuple[int, ...]) -> Tensor:
+    """Return the last row's logits [3, V] after its tokens, one more, and another, fed when those before it ended."""
+    forward, samples = CacheForward(model), _probe_samples(*rows)
+    group, logits = forward.prefill(samples.copy(), None, 1 << 30)
+    made = [logits[-1]]
+    for token in samples[-1].request.prompt_token_ids[:2]:
+        for sample in samples:
+            sample.token_ids.append(token)
+        made.append(forward.decode([group])[-1])
+        group.head += 1
+        for _ in group.rows[1:]:
+            group.retire(0)
+    return torch.stack(made).float()
 
 
 def _first_line(error: Exception) -> str:
@@ -263,12 +273,16 @@ def _difference(
 
 def _trial(forward: Forward, long: tuple[int, ...], short: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return logits [2, V] after both rows, and after one more token of each."""
-    rows = [Sample(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate((long, short))]
+    rows = _probe_samples(long, short)
     rectangle, before = forward.prefill(rows, None, 1 << 30)
     _check_layers(rectangle)
     for row in rows:
         row.token_ids.append(short[0])
     return before, forward.decode([rectangle])
+
+
+def _probe_samples(*rows: tuple[int, ...]) -> list[Sample]:
+    return [Sample(Request(str(i), ids, GenerationParams()), 0) for i, ids in enumerate(rows)]
 
 
 def _probe_rows(vocab_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

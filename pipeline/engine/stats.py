@@ -23,7 +23,9 @@ class EngineStats:
     columns_attended: int = 0  # summed over steps and rows
     columns_needed: int = 0
     peak_kv_cache_bytes: int = 0
-    peak_rectangles: list[tuple[int, int, bool]] = field(default_factory=list)  # those of that peak, as below
+    peak_rectangles: list[tuple[int, int, bool]] = field(
+        default_factory=list
+    )  # `shape` of those of that peak
     largest_prefill_columns: int = 0  # of one group, padding included
     longest_prompt_columns: int = 0
     out_of_memory: int = 0
@@ -41,12 +43,7 @@ class EngineStats:
         held = sum(r.nbytes for r in (*rectangles, *prefixes))
         if held > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = held
-            # Of each: the rows it was made with, its columns without the chunk, and whether sliding layers are
-            # cut to their window.
-            self.peak_rectangles = [
-                (len(r.keys[0]), r.width - r.limits.chunk, bool(r.first_columns))
-                for r in (*rectangles, *prefixes)
-            ]
+            self.peak_rectangles = [r.shape for r in (*rectangles, *prefixes)]
         self.peak_rows = max(self.peak_rows, sum(len(r.rows) for r in rectangles))
 
     def count_step(self, rectangles: Sequence[Rectangle]) -> None:

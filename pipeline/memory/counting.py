@@ -23,7 +23,7 @@ from pipeline.common.errors import LoadError, PipelineError
 from pipeline.common.units import GIB
 from pipeline.config.quant import QUANTS
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.model_facts import layer_windows
+from pipeline.engine.model_facts import RECURRENT, layer_windows, needs_own_cache
 from pipeline.memory.counted import LIMIT_SEC
 from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
@@ -176,7 +176,9 @@ def _layer_keys(network: Any, text: Any) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  any code of transformers runs in it
             why = first_line(error)
         else:
-            return {"layer_keys": keys, "windows": windows, "note": None}
+            note = "the states of its recurrent layers, constant for each row, are not counted"
+            recurrent = needs_own_cache(network.config) == RECURRENT
+            return {"layer_keys": keys, "windows": windows, "note": note if recurrent else None}
     heads = _whole(text, "num_key_value_heads") or _whole(text, "num_attention_heads")
     size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
     layers = _whole(text, "num_hidden_layers")

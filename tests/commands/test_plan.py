@@ -273,17 +273,21 @@ def test_any_list_of_models_is_answered_from_their_configs_alone(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     transformers.OlmoConfig(dtype="bfloat16").save_pretrained(tmp_path / "olmo")
-    transformers.MambaConfig(dtype="bfloat16").save_pretrained(tmp_path / "mamba")
+    transformers.RecurrentGemmaConfig(dtype="bfloat16", num_hidden_layers=3).save_pretrained(
+        tmp_path / "griffin"
+    )
     file = io.StringIO()
-    line = [f"model.name={tmp_path / 'olmo'},{tmp_path / 'mamba'}", "quant=none,nf4", "memory=8GB"]
+    line = [f"model.name={tmp_path / 'olmo'},{tmp_path / 'griffin'}", "quant=none,nf4", "memory=8GB"]
     found = plans(parse(line))
     print_plans(found, Console(width=80, file=file, force_terminal=False))
-    assert [(p.model, p.quant) for p in found] == [(m, q) for m in ("olmo", "mamba") for q in ("none", "nf4")]
+    assert [(p.model, p.quant) for p in found] == [
+        (m, q) for m in ("olmo", "griffin") for q in ("none", "nf4")
+    ]
     text = file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     which = text[text.index("Which of these fits") :].splitlines()
     assert next(line.split()[:2] for line in which if "quant=" in line) == ["olmo", "quant=nf4_single"]
-    assert found[2].best is None or found[2].best.model != "mamba"
+    assert found[2].best is None or found[2].best.model != "griffin"
     assert found[2].refused
     named = plans(parse(["model=llama,qwen", "quant=nf4", "memory=8GB"]))
     assert [(p.model, p.best.quant if p.best else None) for p in named] == [

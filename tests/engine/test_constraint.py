@@ -39,7 +39,7 @@ ASKED: list[dict[str, Any]] = [
 
 
 def padded(model: Any) -> Any:
-    return PaddedForward(model, equal_lengths=False)
+    return PaddedForward(model)
 
 
 @pytest.fixture(scope="module", params=[FlatForward, PagedForward, padded])

@@ -14,6 +14,7 @@ from pipeline.engine.limits import CPU, PAGE
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles import batch as batch_module
 from pipeline.engine.rectangles.forward import FlatForward, Forward, PaddedForward
+from pipeline.engine.rectangles.own_cache import CacheForward
 from pipeline.engine.rectangles.rectangle import Rectangle, regroup
 
 ROWS = [1, 2, 3, 7, 8, 64]
@@ -73,7 +74,7 @@ def rectangles(each_tiny_model) -> Forward:
 
 @pytest.fixture(scope="module")
 def padded(each_tiny_model) -> Forward:
-    return PaddedForward(copy.deepcopy(each_tiny_model), equal_lengths=False)
+    return PaddedForward(copy.deepcopy(each_tiny_model))
 
 
 def same(completions: dict[tuple[str, int], Any], expected: dict[str, tuple[int, ...]]) -> None:
@@ -109,10 +110,8 @@ def test_text_is_the_same_on_the_plain_path(padded, expected, max_rows):
     same(run(padded, shuffled(mixed_requests(), seed=max_rows), max_rows=max_rows), expected)
 
 
-def test_text_is_the_same_in_batches_of_equal_length(padded, expected):
-    equal = copy.copy(padded)
-    equal.equal_lengths = True
-    same(run(equal, mixed_requests(), max_rows=8), expected)
+def test_text_is_the_same_in_batches_of_equal_length(each_tiny_model, expected):
+    same(run(CacheForward(copy.deepcopy(each_tiny_model)), mixed_requests(), max_rows=8), expected)
 
 
 def test_text_is_the_same_when_few_tokens_are_in_flight_and_read_ahead(flat, expected):

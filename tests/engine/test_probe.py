@@ -90,13 +90,25 @@ def test_another_architecture_takes_the_path_that_keeps_its_text(name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("MambaConfig", {"state_size": 8}), ("RecurrentGemmaConfig", {"num_hidden_layers": 3})],
+    [("RwkvConfig", {"attention_hidden_size": 64}), ("RecurrentGemmaConfig", {"num_hidden_layers": 3})],
 )
-def test_a_model_with_state_besides_keys_and_values_is_refused_at_once(name, changes):
+def test_a_model_whose_rows_are_not_their_own_is_refused(name, changes):
     config = getattr(transformers, name)(**{**SMALL, "intermediate_size": 128, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with pytest.raises(LoadError, match="not supported"):
+    with pytest.raises(LoadError, match=r"logits change with the rows beside it|not supported"):
         choose_forward(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_state_besides_keys_and_values_runs_in_equal_lengths(dtype):
+    config = transformers.MambaConfig(**{**SMALL, "intermediate_size": 128, "state_size": 8})
+    forward, report = choose_forward(
+        transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    )
+    assert report["path"] == "equal lengths"
+    assert report["why"].startswith("recurrent or hybrid")
+    assert forward.equal_lengths
 
 
 class Maskless(transformers.LlamaForCausalLM):

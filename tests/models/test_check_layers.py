@@ -47,7 +47,7 @@ def refuse(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LoadError:
         ({"num_hidden_layers": 0}, r"num_hidden_layers=0: a model's config needs"),
         ({"layer_types": ["full_attention"]}, r"layer|config.json"),
         ({"model_type": "bert"}, r"an encoder, which sees the tokens to come \(is_decoder is false"),
-        ({"model_type": "mamba"}, r"recurrent or hybrid: some of its layers keep other state"),
+        ({"model_type": "recurrent_gemma"}, r"recurrent, and keeps its state in its layers"),
         ({"model_type": "bart"}, r"an encoder with a decoder \(is_encoder_decoder"),
         ({"model_type": "openai-gpt"}, r"keeps no keys and values of earlier tokens"),
         ({"num_attention_heads": "four"}, r"config.json: transformers cannot read it: "),

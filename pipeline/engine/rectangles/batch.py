@@ -151,6 +151,8 @@ class RectangleBatch:
 
     def _regroup(self) -> None:
         """Copy rectangles that are full, and thin ones beside them, into the best partition of their rows."""
+        if self._forward.equal_lengths:
+            return
         best = sum(len(self._partition(r)) for r in self._by_regime(self._rectangles))
         if len(self._rectangles) > best + SPARE_RECTANGLES:
             due = self._rectangles
@@ -171,9 +173,6 @@ class RectangleBatch:
 
     def _partition(self, rectangles: list[Rectangle]) -> list[list[Sample]]:
         rows = sorted((s for r in rectangles for s in r.rows), key=lambda s: s.length, reverse=True)
-        if self._forward.equal_lengths:
-            lengths = sorted({s.length for s in rows})
-            return [[s for s in rows if s.length == length] for length in lengths]
         return [rows[part] for part in partition([s.length for s in rows], self._overhead)]
 
     def _put_back_crossing(self, scheduler: Scheduler) -> None:

@@ -24,7 +24,6 @@ from pipeline.engine.model_facts import input_device, layer_windows
 from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer
 from pipeline.engine.scheduler import Sample
-from pipeline.engine.thresholds import forget_lengths
 from pipeline.engine.upload import upload
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ class Forward(Protocol):
 
     config: Any
     can_share_prefix: bool
-    equal_lengths: bool  # rows of different length may not share a rectangle
+    equal_lengths: bool  # rows of different length may not share a rectangle, nor may rectangles be regrouped
     limits: Limits
 
     def prefill(
@@ -114,10 +113,10 @@ class PaddedForward:
     """Feed one padded rectangle a pass, through the model's own attention with an explicit mask."""
 
     can_share_prefix = False
+    equal_lengths = False
 
-    def __init__(self, model: Any, *, equal_lengths: bool = False) -> None:
+    def __init__(self, model: Any) -> None:
         self.config = model.config.get_text_config()
-        self.equal_lengths = equal_lengths
         self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks
         self._model = model
         self._device = input_device(model)
@@ -138,8 +137,6 @@ class PaddedForward:
 
     def _run(self, rectangle: Rectangle, ids: list[list[int]], columns: int) -> Tensor:
         """Run columns [head, columns) of one rectangle. ids: [R, columns − head] → logits [R, V]."""
-        if self.equal_lengths:  # rows of another length have run before
-            forget_lengths(self._model)
         both = upload([[s, *own] for s, own in zip(rectangle.starts, ids, strict=True)], self._device)
         positions = torch.arange(columns, device=self._device) - both[:, :1]
         output = self._model(

@@ -52,6 +52,11 @@ class Rectangle:
         return len(self.rows) * self.width
 
     @property
+    def shape(self) -> tuple[int, int, bool]:
+        """Say for how many rows it was made, its columns without the chunk, and whether sliding layers are cut."""
+        return len(self.keys[0]), self.width - self.limits.chunk, bool(self.first_columns)
+
+    @property
     def nbytes(self) -> int:
         """Count the bytes allocated for keys and values."""
         return sum(t.untyped_storage().nbytes() for t in (*self.keys, *self.values))
