@@ -18,7 +18,7 @@ help:
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json
-	$(BIN)/python -m pipeline model=smollm2 quant=nf4 prompts=jokes.jsonl
+	$(BIN)/python -m pipeline demo
 
 test: $(VENV)/test.stamp $(MODEL)/config.json
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -35,15 +35,16 @@ clean:
 # The stamps are as new as the last installation; what decides it is to their right.
 $(VENV)/run.stamp: pyproject.toml tests/constraints.txt
 	@scripts/setup_venv.sh $(VENV)
-	@$(INSTALL) '.[cpu,gguf]'
+	@$(INSTALL) '.[cpu,gguf,report]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	@echo 'Adding the test tools'
-	@$(INSTALL) '.[test,report,slurm]'
+	@$(INSTALL) '.[test,slurm]'
 	@touch $@
 
 $(MODEL)/config.json: $(VENV)/run.stamp
-	@scripts/fetch_model.sh $(BIN)/python $(MODEL)
+	@$(BIN)/python -m pipeline demo fetch=only
+	@touch $@ # newer than the environment, so that make does not ask again
 
 .PHONY: help demo test check clean
