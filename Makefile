@@ -1,4 +1,4 @@
-# make demo    make test    make check    make clean    make help
+# make demo    make test    make check    make docs    make dist    make clean    make help
 #
 # PYTHON=python3.12   the Python to build .venv with; else the first that works of those in scripts/setup_venv.sh
 # CONSTRAINTS=        install the newest versions (on a GPU machine: the newest torch) and not the tested ones
@@ -15,6 +15,8 @@ help:
 	@echo 'make demo    set up .venv and a small real model (3 minutes the first time), then run a job on it'
 	@echo 'make test    set up the same and the test tools, then run all tests'
 	@echo 'make check   format, lint, types and the house'
+	@echo 'make docs    write docs/reference.md, and build the site of docs/ to .cache/site'
+	@echo 'make dist    build wheel and sdist to dist/, and check them'
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json
@@ -28,6 +30,15 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/python -m pytest --quiet tests/test_house.py
+
+docs: $(VENV)/test.stamp
+	$(BIN)/python scripts/reference.py
+	$(BIN)/python -m mkdocs --quiet build
+
+dist: $(VENV)/test.stamp
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -47,4 +58,4 @@ $(MODEL)/config.json: $(VENV)/run.stamp
 	@$(BIN)/python -m pipeline demo fetch=only
 	@touch $@ # newer than the environment, so that make does not ask again
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs dist clean
