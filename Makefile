@@ -1,4 +1,4 @@
-# make demo    make test    make check    make docs    make dist    make clean    make help
+# make demo    make test    make check    make docs    make dist    make oldest    make clean    make help
 #
 # PYTHON=python3.12   the Python to build .venv with; else the first that works of those in scripts/setup_venv.sh
 # CONSTRAINTS=        install the newest versions (on a GPU machine: the newest torch) and not the tested ones
@@ -17,6 +17,7 @@ help:
 	@echo 'make check   format, lint, types and the house'
 	@echo 'make docs    write docs/reference.md, and build the site of docs/ to .cache/site'
 	@echo 'make dist    build wheel and sdist to dist/, and check them'
+	@echo 'make oldest  run a job with the oldest versions that pyproject.toml allows (3 GB to download)'
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json
@@ -34,6 +35,9 @@ check: $(VENV)/test.stamp
 docs: $(VENV)/test.stamp
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python -m mkdocs --quiet build
+
+oldest: $(VENV)/run.stamp $(MODEL)/config.json
+	scripts/try_oldest.sh $(BIN)/python models
 
 dist: $(VENV)/test.stamp
 	rm -rf dist
@@ -58,4 +62,4 @@ $(MODEL)/config.json: $(VENV)/run.stamp
 	@$(BIN)/python -m pipeline demo fetch=only
 	@touch $@ # newer than the environment, so that make does not ask again
 
-.PHONY: help demo test check docs dist clean
+.PHONY: help demo test check docs dist oldest clean
