@@ -1,4 +1,4 @@
-# make demo    make test    make check    make clean    make help
+# make demo    make test    make check    make docs    make dist    make oldest    make clean    make help
 #
 # PYTHON=python3.12   the Python to build .venv with; else the first that works of those in scripts/setup_venv.sh
 # CONSTRAINTS=        install the newest versions (on a GPU machine: the newest torch) and not the tested ones
@@ -15,10 +15,13 @@ help:
 	@echo 'make demo    set up .venv and a small real model (3 minutes the first time), then run a job on it'
 	@echo 'make test    set up the same and the test tools, then run all tests'
 	@echo 'make check   format, lint, types and the house'
+	@echo 'make docs    write docs/reference.md, and build the site of docs/ to .cache/site'
+	@echo 'make dist    build wheel and sdist to dist/, and check them'
+	@echo 'make oldest  run a job with the oldest versions that pyproject.toml allows (3 GB to download)'
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json
-	$(BIN)/python -m pipeline model=smollm2 quant=nf4 prompts=jokes.jsonl
+	$(BIN)/python -m pipeline demo
 
 test: $(VENV)/test.stamp $(MODEL)/config.json
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -29,21 +32,34 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/python -m pytest --quiet tests/test_house.py
 
+docs: $(VENV)/test.stamp
+	$(BIN)/python scripts/reference.py
+	$(BIN)/python -m mkdocs --quiet build
+
+oldest: $(VENV)/run.stamp $(MODEL)/config.json
+	scripts/try_oldest.sh $(BIN)/python models
+
+dist: $(VENV)/test.stamp
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps are as new as the last installation; what decides it is to their right.
 $(VENV)/run.stamp: pyproject.toml tests/constraints.txt
 	@scripts/setup_venv.sh $(VENV)
-	@$(INSTALL) '.[cpu,gguf]'
+	@$(INSTALL) '.[cpu,gguf,report]'
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	@echo 'Adding the test tools'
-	@$(INSTALL) '.[adapters,test,report,slurm]'
+	@$(INSTALL) '.[adapters,test,slurm]'
 	@touch $@
 
 $(MODEL)/config.json: $(VENV)/run.stamp
-	@scripts/fetch_model.sh $(BIN)/python $(MODEL)
+	@$(BIN)/python -m pipeline demo fetch=only
+	@touch $@ # newer than the environment, so that make does not ask again
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs dist oldest clean

@@ -1,17 +1,25 @@
 """The wheel, installed in an environment of its own, runs from an empty folder."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import venv
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -24,15 +32,29 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    build = f"from hatchling.build import build_wheel; print(build_wheel('{folder}'))"
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a wheel or an sdist of a source tree into a folder."""
+    code = f"from hatchling.build import build_{kind}; print(build_{kind}('{folder}'))"
     done = subprocess.run(
-        [sys.executable, "-c", build], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=source
     )
     assert done.returncode == 0, done.stderr
     return folder / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, as an index's user would where there is no wheel."""
+    folder = tmp_path_factory.mktemp("source")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +63,10 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     made = folder / "bin" / "python"
-    site = Path(
-        run(made, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
-    )
-    with zipfile.ZipFile(wheel) as archive:  # a pure wheel is installed by unpacking it
-        archive.extractall(site)
+    pip = [sys.executable, "-m", "pip", "--python", str(made), "install", "--quiet", "--no-deps", str(wheel)]
+    assert subprocess.run(pip, check=False).returncode == 0
+    where = run(made, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
+    site = Path(where.stdout.strip())
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return made
 
@@ -69,11 +90,7 @@ def test_the_installed_package_is_the_wheels(python, tmp_path):
 
 
 def test_the_console_command_is_the_door(python, tmp_path):
-    code = (
-        "import sys; from importlib.metadata import entry_points; "
-        "(door,) = entry_points(group='console_scripts', name='lmjob'); sys.exit(door.load()())"
-    )
-    done = run(python, "-c", code, "plan", "--help", cwd=tmp_path)
+    done = run(python.with_name("lmjob"), "plan", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "python -m pipeline plan model=llama" in done.stdout
 
@@ -95,3 +112,60 @@ def test_a_job_runs_from_an_empty_folder(python, tiny_folder, tmp_path):
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert [row["error"] for row in rows] == [None, None]
     assert json.loads((written.parent / "manifest.json").read_text())["versions"]["transformers"]
+
+
+def test_twine_passes_the_wheel_and_the_sdist(wheel, sdist, tmp_path):
+    done = run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_import_is_declared():
+    declared = {plain(line) for line in (*PROJECT["dependencies"], *(e for x in EXTRAS.values() for e in x))}
+    declared |= {"llvmlite"}  # numba's own
+    packages = {"pynvml": ["nvidia-ml-py"], **packages_distributions()}
+    for file in (ROOT / "pipeline").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for name in imported(node):
+                if name != "pipeline" and name not in sys.stdlib_module_names:
+                    assert {plain(package) for package in packages.get(name, [name])} & declared, (file, name)
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The top-level packages that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    return [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+def plain(requirement: str) -> str:
+    """The name of a requirement, as the index writes it."""
+    return re.sub(r"[-_.]+", "-", Requirement(requirement).name).lower()
+
+
+def test_the_extra_all_is_every_extra_for_users():
+    (line,) = EXTRAS["all"]
+    assert Requirement(line).extras == EXTRAS.keys() - {"all", "docs", "test"}
+
+
+def test_the_tested_versions_are_within_the_bounds():
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "tests/constraints.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
+    )
+    pins = {plain(name): version for name, version in pins.items()}
+    for line in [*PROJECT["dependencies"], *(line for name in EXTRAS for line in EXTRAS[name])]:
+        if plain(line) in pins:
+            assert Requirement(line).specifier.contains(pins[plain(line)]), line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "copied"),
+    [("Containerfile", r"^COPY (\S+) /source"), ("apptainer.def", r"^    (\S+) /source/")],
+)
+def test_an_image_is_made_of_all_that_the_wheel_needs_and_installs_all(recipe, copied):
+    text = (ROOT / "scripts" / recipe).read_text()
+    files = set(re.findall(copied, text, re.M))
+    assert files == {"pyproject.toml", "README.md", "pipeline", "conf", "jobs"}
+    assert all((ROOT / file).exists() for file in files)
+    assert "'/source[all]'" in text

@@ -5,6 +5,7 @@ from types import ModuleType
 
 COMMANDS = {
     "run": "Run a job, or with -m a sweep of jobs; this is what a line without a command does",
+    "demo": "Run a first job on a small real model, which it fetches",
     "plan": "Say whether a job fits in memory, before a weight is downloaded",
     "inspect": "Show tokens, chat template, batch, architecture or one step of a model",
     "doctor": "Say whether a job will run on this machine, and what is missing",

@@ -1,6 +1,5 @@
 """Find ordinary mistakes in the YAML files that a command line chooses: asked only when composing them failed."""
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.common.errors import ConfigError
 from pipeline.config.schema import root
+from pipeline.config.sources import place
 
 HEADER = "# @package _global_"
 BLANKS = "Indent with blanks, put one after each colon and close each quote and bracket."
@@ -28,8 +28,8 @@ def _chosen(overrides: Iterable[str], groups: list[str]) -> Iterator[tuple[str, 
     for override in overrides:
         group, _, name = override.lstrip("+").partition("=")
         if group in groups:
-            for folder in (root() / "conf", root(), Path(os.environ.get("PWD", "."))):
-                if (path := folder / group / f"{name}.yaml").is_file():
+            for folder in (Path(), root()):
+                if (path := folder / place(group) / f"{name}.yaml").is_file():
                     yield group, path
 
 

@@ -39,7 +39,7 @@ def test_a_first_word_is_a_command(command):
         ("stats", "status"),
         ("import_gguf", "import-gguf"),
         ("submitt", "submit"),
-        ("jokes.jsonl", "There are: run, plan"),
+        ("jokes.jsonl", "There are: run, demo, plan"),
     ],
 )
 def test_an_unknown_command_names_the_nearest(typed, meant, capsys):
