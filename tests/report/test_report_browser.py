@@ -308,8 +308,8 @@ def test_words_that_an_answer_lacks_are_struck_out_where_they_would_stand(browse
         ".map(n => [n.nodeName, n.textContent]).filter(([_, text]) => text)"
     )
     assert parts == [
-        ["#text", "One two "], ["DEL", "three four "], ["#text", "five"], ["#text", " "], ["DEL", "six"], ["INS", "SIX seven"],
-        ["#text", ". The end."],
+        ["#text", "One two "], ["DEL", "three four "], ["#text", "five"], ["#text", " "],
+        ["DEL", "six"], ["INS", "SIX seven"], ["#text", ". The end."],
     ]  # fmt: skip
 
 
