@@ -198,7 +198,7 @@ def _over_time(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -
         axes.plot(
             seconds, [point[1] / MB for point in record["timeline"]], label=record["label"],
             color=COLOURS[number % len(COLOURS)], linestyle=DASHES[number % len(DASHES)], dash_capstyle="butt",
-            linewidth=max(1.5, 3.5 - number // len(DASHES)),  # so that what lies below shows at both sides too
+            linewidth=max(1.5, 4.5 - 2 * (number // len(DASHES))),  # so that what lies below shows at both sides too
         )  # fmt: skip
     axes.set_xlabel("seconds since loading began")
     axes.set_ylabel("MB")
