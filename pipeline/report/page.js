@@ -71,7 +71,7 @@ const DIFFERS = 2;
 
 // ---- side by side
 
-const view = { numbers: [], page: 0, here: -1, hidden: new Set(), sought: "", run: 0 };
+const view = { numbers: [], page: 0, here: -1, hidden: new Set(), against: null, sought: "", run: 0 };
 
 async function search() {
   const run = ++view.run;
@@ -166,6 +166,7 @@ function row(number, prompt) {
       {},
       make("h3", {}, make("a", { href: address(number) }, visible(index.ids[number], view.sought))),
       make("span", { class: "muted" }, visible(facts.join(" · "))),
+      make("button", { type: "button", class: "print", onclick: printAlone }, "Print"),
     ),
     asked(prompt.asked),
     make("div", { class: "answers" }, ...answers(prompt)),
@@ -181,20 +182,53 @@ function asked(value) {
   return make("div", { class: "asked text" }, ...parts.filter(Boolean));
 }
 
+/** Print the prompt of a button alone, on one sheet. */
+function printAlone(event) {
+  const alone = event.target.closest(".row");
+  alone.classList.add("alone");
+  fitSheet(alone);
+  window.print();
+  alone.classList.remove("alone");
+  alone.style.zoom = "";
+}
+
+/** Make a row smaller until it fits a sheet, of A4's or Letter's shorter sides; the browser prints 96 dots an inch. */
+function fitSheet(alone) {
+  const [width, height] = [680, 900];
+  const copy = document.body.appendChild(alone.cloneNode(true));
+  copy.style.cssText = "position: absolute; visibility: hidden; font-size: 10pt";
+  copy.querySelectorAll(".text").forEach((text) => (text.style.maxHeight = "none"));
+  let zoom = 1;
+  do {
+    copy.style.width = `${width / zoom}px`;
+    if (copy.offsetHeight * zoom <= height) break;
+    zoom -= 0.04;
+  } while (zoom > 0.2);
+  copy.remove();
+  alone.style.zoom = zoom;
+}
+
+/** The number of the job that a job is compared with: the one chosen for all, else its own baseline. */
+const baseOf = (job) => view.against ?? index.jobs[job].baseline;
+
 /** A card for each different answer, with the jobs that gave it; a baseline's first. */
 function answers(prompt) {
   const groups = new Map();
+  const silent = [];
   index.jobs.forEach((job, i) => {
     const answer = prompt.answers[i];
-    if (!answer || view.hidden.has(i)) return;
-    const key = JSON.stringify([answer.text, answer.error, answer.thinking, answer.end, job.baseline]);
+    if (view.hidden.has(i)) return;
+    if (!answer) return silent.push(job.label);
+    const key = JSON.stringify([answer.text, answer.error, answer.thinking, answer.end, baseOf(i)]);
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(i);
   });
-  const isBase = (jobs) => jobs.some((i) => index.jobs[i].baseline === i);
-  return [...groups.values()]
+  const isBase = (jobs) => jobs.some((i) => baseOf(i) === i);
+  const cards = [...groups.values()]
     .sort((a, b) => isBase(b) - isBase(a))
     .map((jobs) => card(prompt, jobs, isBase(jobs)));
+  if (silent.length) cards.push(make("p", { class: "muted silent" }, visible(`No answer by ${silent.join(", ")}`)));
+  return cards;
 }
 
 function card(prompt, jobs, isBase) {
@@ -205,12 +239,12 @@ function card(prompt, jobs, isBase) {
   if (answer.error !== null) {
     return make("div", { class: "answer wrong" }, title, make("div", { class: "text" }, visible(answer.error, view.sought)));
   }
-  const other = index.jobs[jobs[0]].baseline;
+  const other = baseOf(jobs[0]);
   const base = other !== null && !isBase ? prompt.answers[other] : null;
   const text = make("div", { class: "text", dir: "auto", tabindex: answer.text.length > 900 ? "0" : "-1" });
   if (base && base.error === null) text.append(...difference(base.text, answer.text));
   else text.append(visible(answer.text, view.sought));
-  const agreement = prompt.agreement[jobs[0]];
+  const agreement = other === index.jobs[jobs[0]].baseline ? prompt.agreement[jobs[0]] : null;
   const facts = [
     `${answer.tokens} tokens`,
     answer.end,
@@ -223,7 +257,7 @@ function card(prompt, jobs, isBase) {
     make("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
 }
 
-/** The second text, with the words marked that the first has not; by longest common subsequence. */
+/** The second text: words that the first has not are inserted, words that only the first has are struck out. */
 function difference(first, second) {
   const a = first.match(WORDS) ?? [];
   const b = second.match(WORDS) ?? [];
@@ -231,26 +265,53 @@ function difference(first, second) {
   while (start < a.length && start < b.length && a[start] === b[start]) start++;
   let end = 0;
   while (end < a.length - start && end < b.length - start && a.at(-1 - end) === b.at(-1 - end)) end++;
-  const kept = common(a.slice(start, a.length - end), b.slice(start, b.length - end));
   const nodes = [visible(b.slice(0, start).join(""), view.sought)];
-  let from = start;
-  const same = (i) => i >= b.length - end || kept[i - start];
-  for (let i = start; i <= b.length - end; i++) {
-    if (i === b.length - end || same(i) !== same(from)) {
-      const part = b.slice(from, i).join("");
-      if (part) nodes.push(same(from) ? visible(part, view.sought) : make("ins", {}, visible(part, view.sought)));
-      from = i;
-    }
+  for (const [removed, added, kept] of changes(a.slice(start, a.length - end), b.slice(start, b.length - end))) {
+    if (removed) nodes.push(make("del", {}, visible(removed)));
+    if (added) nodes.push(make("ins", {}, visible(added, view.sought)));
+    nodes.push(visible(kept, view.sought));
   }
   nodes.push(visible(b.slice(b.length - end).join(""), view.sought));
   return nodes;
 }
 
-/** For each word of b, whether it belongs to a longest common subsequence with a. */
-function common(a, b) {
-  const kept = new Array(b.length).fill(false);
-  if (a.length * b.length > DIFF_CELLS) return kept;
+/** The way from a to b: [what only a has, what only b has, what both have after that], again and again. */
+function changes(a, b) {
+  if (a.length * b.length > DIFF_CELLS) return [[a.join(""), b.join(""), ""]];
   const width = b.length + 1;
+  const longest = longestCommon(a, b, width);
+  const found = [["", "", ""]];
+  let blanks = ""; // between two changes they belong to both, so that a sentence is one change and not ten
+  const change = (place, word) => {
+    if (found.at(-1)[2]) found.push(["", "", ""]);
+    const last = found.at(-1);
+    if (last[0] || last[1]) [last[0], last[1]] = [last[0] + blanks, last[1] + blanks];
+    else if (blanks) {
+      last[2] = blanks;
+      found.push(["", "", ""]);
+    }
+    blanks = "";
+    found.at(-1)[place] += word;
+  };
+  for (let i = 0, j = 0; i < a.length || j < b.length; ) {
+    if (i < a.length && j < b.length && a[i] === b[j]) {
+      if (/^\s+$/.test(a[i])) blanks += a[i];
+      else {
+        found.at(-1)[2] += blanks + a[i];
+        blanks = "";
+      }
+      i++;
+      j++;
+    } else if (j >= b.length || (i < a.length && longest[(i + 1) * width + j] >= longest[i * width + j + 1])) {
+      change(0, a[i++]);
+    } else change(1, b[j++]);
+  }
+  found.at(-1)[2] += blanks;
+  return found;
+}
+
+/** For each pair of places, the length of the longest common subsequence of what follows them. */
+function longestCommon(a, b, width) {
   const longest = new Uint16Array((a.length + 1) * width);
   for (let i = a.length - 1; i >= 0; i--) {
     for (let j = b.length - 1; j >= 0; j--) {
@@ -260,15 +321,7 @@ function common(a, b) {
           : Math.max(longest[(i + 1) * width + j], longest[i * width + j + 1]);
     }
   }
-  for (let i = 0, j = 0; i < a.length && j < b.length; ) {
-    if (a[i] === b[j]) {
-      kept[j] = true;
-      i++;
-      j++;
-    } else if (longest[(i + 1) * width + j] >= longest[i * width + j + 1]) i++;
-    else j++;
-  }
-  return kept;
+  return longest;
 }
 
 function focusRow(place) {
@@ -325,7 +378,7 @@ function showErrors() {
 function sortTable(button) {
   const header = button.closest("th");
   const column = button.dataset.column;
-  const body = $("jobs").tBodies[0];
+  const body = button.closest("table").tBodies[0];
   const value = (line) => JSON.parse(line.dataset.values)[column] ?? null;
   const falling = header.getAttribute("aria-sort") === "ascending";
   const lines = [...body.rows].sort((a, b) => {
@@ -383,7 +436,7 @@ function later(act, milliseconds) {
 
 async function start() {
   $("theme").addEventListener("click", switchTheme);
-  for (const button of document.querySelectorAll("#jobs thead button")) {
+  for (const button of document.querySelectorAll("#summary thead button")) {
     button.addEventListener("click", () => sortTable(button));
   }
   for (const button of document.querySelectorAll(".copy")) {
@@ -404,11 +457,16 @@ async function start() {
       show();
     });
     $("shown").append(make("label", {}, box, visible(job.label)));
+    $("against").append(make("option", { value: i }, visible(job.label)));
   });
   document.querySelector(".tools").addEventListener("submit", (event) => event.preventDefault());
   $("search").addEventListener("input", later(search, 250));
   $("filter").addEventListener("change", search);
   $("sort").addEventListener("change", search);
+  $("against").addEventListener("change", () => {
+    view.against = $("against").value === "" ? null : Number($("against").value);
+    show();
+  });
   addEventListener("keydown", onKey);
   addEventListener("hashchange", followLink);
   await search();

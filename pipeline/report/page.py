@@ -34,13 +34,13 @@ def write_page(
     made: str,
     records: Sequence[Record],
     prompts: Sequence[Prompt],
-    plots: Sequence[dict[str, str]],
+    plots: Sequence[dict[str, Any]],
     missing_plots: Sequence[str],
 ) -> None:
     """Write the page.
 
     Args:
-        plots: name, title, caption, and the SVG in light and dark.
+        plots: name, title, caption, and as images the SVGs: light, dark, and narrow ones of both for a phone.
         missing_plots: titles of those that no job had figures for.
     """
     environment = jinja2.Environment(
@@ -56,13 +56,14 @@ def write_page(
         title=title,
         made=made,
         records=records,
-        columns=columns(records),
+        tables=list(_tables(records)),
         rows=lines(records),
         notes=notes(records),
         prompt_count=len(prompts),
         error_count=sum(record["rows"]["errors"] for record in records),
         plots=[
-            {**p, "light": _base64(p["light"].encode()), "dark": _base64(p["dark"].encode())} for p in plots
+            {**plot, "images": {name: _base64(text.encode()) for name, text in plot["images"].items()}}
+            for plot in plots
         ],
         missing_plots=missing_plots,
         setups=[_setup(record) for record in records],
@@ -75,6 +76,16 @@ def write_page(
     )
     with path.open("wb") as file:
         stream.dump(file, encoding="utf-8", errors="replace")
+
+
+def _tables(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
+    """Lay out two tables, neither wider than a laptop's screen: what people come for, and all else."""
+    label, *others = columns(records)
+    first = [label, *(column for column in others if column.first)]
+    yield {"id": "jobs", "columns": first, "rows": lines(records, first)}
+    rest = [label, *(column for column in others if not column.first and not column.text)]
+    ran = [line for line in lines(records, rest) if not line.failed]
+    yield {"id": "more", "columns": rest, "rows": ran}
 
 
 def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[str]:

@@ -22,6 +22,10 @@ from pipeline.report.tradeoff import draw_tradeoff
 # Okabe and Ito's colours (2008), told apart with every kind of colour blindness. Grey is what is left.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#B2B2B2")
 GREY = "#8A8F98"
+WIDE_INCHES, NARROW_INCHES = 7.6, 4.0  # for a screen, and for a phone, where the letters stay as large
+# Parts of 8 that are drawn and left out. Lines on top of each other begin at the same place: each leaves a gap
+# in which those below it show.
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (4, 4)), (0, (2, 6)))
 THEMES = {
     "light": {"text": "#1d2430", "muted": "#667080", "grid": "#e3e6eb", "back": "#ffffff"},
     "dark": {"text": "#e8eaee", "muted": "#9aa3b2", "grid": "#333a46", "back": "#1a1f27"},
@@ -40,7 +44,7 @@ class Plot:
     rows: bool = True  # one line a job, so that its height grows with their number
 
 
-def draw(plot: Plot, records: Sequence[Record], theme: str) -> Figure | None:
+def draw(plot: Plot, records: Sequence[Record], theme: str, inches: float = WIDE_INCHES) -> Figure | None:
     """Draw the plot in one theme; None where no job has the data."""
     shown = [record for record in records if plot.has_data(record)]
     if not shown:
@@ -65,7 +69,7 @@ def draw(plot: Plot, records: Sequence[Record], theme: str) -> Figure | None:
     }
     with matplotlib.rc_context(style):
         height = 1.3 + 0.34 * len(shown) if plot.rows else 4.4
-        figure, axes = plt.subplots(figsize=(7.6, max(2.4, height)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(inches, max(2.4, height)), layout="constrained")
         if plot.rows:
             axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
             axes.tick_params(length=0)
@@ -98,9 +102,11 @@ def _names(axes: Axes, records: Sequence[Record]) -> list[int]:
     return places
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def _legend(axes: Axes, columns: int, handle: float = 1.0) -> None:
+    figure = axes.get_figure(root=True)
+    narrow = figure is not None and figure.get_figwidth() < WIDE_INCHES
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, frameon=False, handlelength=1.0,
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2 if narrow else columns, frameon=False, handlelength=handle,
         handleheight=1.0, columnspacing=1.2, borderaxespad=0.2, fontsize=8.5,
     )  # fmt: skip
 
@@ -187,17 +193,17 @@ def _finish(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> N
 
 
 def _over_time(axes: Axes, records: Sequence[Record], colours: dict[str, str]) -> None:
-    styles: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)))
     for number, record in enumerate(records):
         seconds = [point[0] for point in record["timeline"]]
         axes.plot(
-            seconds, [point[1] / MB for point in record["timeline"]], label=record["label"], linewidth=1.7,
-            color=COLOURS[number % len(COLOURS)], linestyle=styles[number // len(COLOURS) % len(styles)],
+            seconds, [point[1] / MB for point in record["timeline"]], label=record["label"],
+            color=COLOURS[number % len(COLOURS)], linestyle=DASHES[number % len(DASHES)], dash_capstyle="butt",
+            linewidth=max(1.5, 4.5 - 2 * (number // len(DASHES))),  # so that what lies below shows at both sides too
         )  # fmt: skip
     axes.set_xlabel("seconds since loading began")
     axes.set_ylabel("MB")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5)
+    _legend(axes, 3, handle=4.0)
 
 
 PLOTS = (
@@ -208,6 +214,15 @@ PLOTS = (
         "joins the jobs that no other job beats in both memory and speed.",
         draw_tradeoff,
         lambda r: bool(r["tokens_per_sec"] and r["memory"]["peak_bytes"]),
+        rows=False,
+    ),
+    Plot(
+        "over_time",
+        "Memory over time",
+        "Memory in use while the job ran, from its start to its end. Where lines lie on each other, each leaves gaps "
+        "in which the others show.",
+        _over_time,
+        lambda r: len(r["timeline"]) > 1,
         rows=False,
     ),
     Plot(
@@ -240,13 +255,5 @@ PLOTS = (
         "stop: the model ended by itself. length: it was cut at its limit. error: the row failed.",
         _finish,
         lambda r: bool(r["completions"]["finish_reasons"]),
-    ),
-    Plot(
-        "over_time",
-        "Memory over time",
-        "Memory in use while the job ran, from its start to its end.",
-        _over_time,
-        lambda r: len(r["timeline"]) > 1,
-        rows=False,
     ),
 )

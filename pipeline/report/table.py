@@ -17,6 +17,7 @@ class Column:
     help: str
     show: Callable[[Any], str] = str
     text: bool = False
+    first: bool = False  # of the figures that people come for
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Line:
     """Hold one job's cells. A failed one has a reason instead of numbers."""
 
     label: str
+    about: str  # in small type below the label: what no column of the page says
     baseline: bool
     failed: bool
     reason: str | None
@@ -53,34 +55,44 @@ def _share(x: float) -> str:
     return f"{100 * x:.1f} %"
 
 
-COLUMNS = (
-    Column("label", "Job", "What tells this job from the others", text=True),
+COLUMNS = (  # in the page, those that people come for stand first, and the others apart
+    Column("label", "Job", "What tells this job from the others", text=True, first=True),
     Column("model", "Model", "model=", text=True),
     Column("quant", "Quantization", "quant=", text=True),
     Column("state", "State", "done, stopped or failed", text=True),
-    Column("rows", "Rows", "Rows written, of how many", _count),
-    Column("errors", "Errors", "Rows that failed", _count),
-    Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
+    Column(
+        "peak_bytes", "Peak", "Most memory held during the run: GPU memory, else the resident set", megabytes,
+        first=True,
+    ),
     Column(
         "tokens_per_sec", "Tokens/s",
         "Completion tokens per second of the run, without loading; of one shard, where there are several", _tenths,
+        first=True,
     ),
-    Column("fleet_tokens_per_sec", "Fleet tokens/s", "Completion tokens per second of all shards at once", _tenths),
-    Column("load_sec", "Load", "Seconds to load the model", lambda x: f"{x:.1f} s"),
+    Column("agreement", "Agreement", "Positions with the baseline's token (or word)", _share, first=True),
+    Column("reference", "Reference", "Completions that contain the reference answer", _share, first=True),
+    Column(
+        "kl", "KL divergence", "From the baseline, in nats per token of its completions", lambda x: f"{x:.4g}",
+        first=True,
+    ),
+    Column(
+        "in_shape", "In shape", "Completions that are whole by their JSON schema, regex, choice or grammar", _share,
+        first=True,
+    ),
     Column(
         "joules_per_1000_tokens", "J / 1,000 tokens",
-        "Joules of the whole GPUs or CPU packages for 1,000 completion tokens, without loading", _tenths,
+        "Joules of the whole GPUs or CPU packages for 1,000 completion tokens, without loading", _tenths, first=True,
     ),
+    Column("rows", "Rows", "Rows written, of how many", _count),
+    Column("errors", "Errors", "Rows that failed", _count),
+    Column("completion_tokens", "Tokens", "Tokens in all completions", _count),
+    Column("fleet_tokens_per_sec", "Fleet tokens/s", "Completion tokens per second of all shards at once", _tenths),
+    Column("load_sec", "Load", "Seconds to load the model", lambda x: f"{x:.1f} s"),
     Column("footprint_bytes", "Footprint", "get_memory_footprint(): weights and buffers as stored", megabytes),
-    Column("peak_bytes", "Peak", "Most memory held during the run: GPU memory, else the resident set", megabytes),
     Column("exact_match", "Same text", "Completions equal to the baseline's, to the letter", _share),
-    Column("agreement", "Agreement", "Positions with the baseline's token (or word)", _share),
     Column("divergence", "Diverges at", "Median position of the first difference", lambda x: f"{x:g}"),
-    Column("kl", "KL divergence", "From the baseline, in nats per token of its completions", lambda x: f"{x:.4g}"),
     Column("top1", "Same top token", "How often the most probable token is the baseline's", _share),
     Column("perplexity", "Perplexity", "Of the baseline's completions", lambda x: f"{x:.3f}"),
-    Column("reference", "Reference", "Completions that contain the reference answer", _share),
-    Column("in_shape", "In shape", "Completions that are whole by their JSON schema, regex, choice or grammar", _share),
 )  # fmt: skip
 ALWAYS = {"label", "state", "rows", "errors", "completion_tokens", "tokens_per_sec", "load_sec", "peak_bytes"}
 PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "predicted_peak_bytes"}
@@ -98,9 +110,14 @@ def columns(records: Sequence[Record]) -> list[Column]:
     return [column for column in COLUMNS if wanted(column)]
 
 
-def lines(records: Sequence[Record]) -> list[Line]:
-    """Make the records' lines, in their order; a job without any row is a line with its reason."""
-    shown, best = columns(records), best_values(records)
+def lines(records: Sequence[Record], shown: Sequence[Column] | None = None) -> list[Line]:
+    """Make the records' lines, in their order; a job without any row is a line with its reason.
+
+    Args:
+        shown: the columns, with the label's as the first; None is all that say something.
+    """
+    best = best_values(records)
+    shown = columns(records) if shown is None else shown
     return [_line(record, shown, best) for record in records]
 
 
@@ -109,7 +126,23 @@ def _line(record: Record, shown: Sequence[Column], best: dict[str, float]) -> Li
     failed = record["state"] == "failed"
     made = [_cell(column, values, record, best) for column in shown[1:] if column.text or not failed]
     reason = record["reason"] if failed else None
-    return Line(record["label"], record["baseline"] == record["label"], failed, reason, made, values)
+    baseline = record["baseline"] == record["label"]
+    return Line(record["label"], _about(record), baseline, failed, reason, made, values)
+
+
+def _about(record: Record) -> str:
+    """Say in a few words of a job what its label leaves out: model, quantization, state, rows."""
+    rows, named = record["rows"], record["label"].split(" · ")
+    words = [record[name] for name in ("model", "quant") if record[name] not in named]
+    if record["state"] != "done":
+        words.append(record["state"])
+    if record["state"] != "failed":
+        done, total = f"{rows['done']:,}", f"{rows['total']:,}"
+        count = total if done == total else f"{done} of {total}"
+        words.append(f"{count} row" if total == "1" else f"{count} rows")
+    if rows["errors"]:
+        words.append(f"{rows['errors']:,} errors" if rows["errors"] > 1 else "1 error")
+    return " · ".join(words)
 
 
 def _cell(column: Column, values: dict[str, Any], record: Record, best: dict[str, float]) -> TableCell:

@@ -56,7 +56,7 @@ def draw_tradeoff(axes: Axes, records: Sequence[Record], colours: dict[str, str]
     axes.set_xlabel(f"peak memory, MB ({of})")
     axes.set_ylabel("tokens per second")
     axes.margins(0.14)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.14 * max(speed))
     _label(axes, list(zip(memory, speed, strict=True)), [record["label"] for record in records], colours)
 
 

@@ -58,12 +58,12 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: Pat
     return out / "report.html"
 
 
-def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
+def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Write every plot; return those for the page, and the titles of those without data."""
     try:
         import matplotlib.pyplot as plt
 
-        from pipeline.report.plots import PLOTS, draw, save, svg
+        from pipeline.report.plots import NARROW_INCHES, PLOTS, WIDE_INCHES, draw, save, svg
     except ImportError:
         terminal.say(
             "No plots: matplotlib is not installed. pip install 'llm-job-pipeline[report]'", style="yellow"
@@ -71,21 +71,24 @@ def _draw(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, str]]
         return [], []
     drawn, missing = [], []
     for plot in PLOTS:
-        light, dark = (draw(plot, records, theme) for theme in ("light", "dark"))
-        if light is None or dark is None:
+        figures = {
+            width + theme: draw(plot, records, theme, inches)
+            for width, inches in (("", WIDE_INCHES), ("narrow ", NARROW_INCHES))
+            for theme in ("light", "dark")
+        }
+        if (light := figures["light"]) is None:
             missing.append(plot.title)
             continue
+        images = {name: svg(figure) for name, figure in figures.items() if figure}
         save(light, folder / f"{plot.name}.png")
-        images = {"light": svg(light), "dark": svg(dark)}
         (folder / f"{plot.name}.svg").write_text(images["light"], "utf-8")
         (folder / f"{plot.name}-dark.svg").write_text(images["dark"], "utf-8")
-        drawn.append({"name": plot.name, "title": plot.title, "caption": plot.caption, **images})
-        plt.close(light)
-        plt.close(dark)
+        drawn.append({"name": plot.name, "title": plot.title, "caption": plot.caption, "images": images})
+        plt.close("all")
     return drawn, missing
 
 
-def _markdown(title: str, records: Sequence[Record], plots: Sequence[dict[str, str]]) -> Iterator[str]:
+def _markdown(title: str, records: Sequence[Record], plots: Sequence[dict[str, Any]]) -> Iterator[str]:
     shown = columns(records)
     yield f"# Report: {_inline(title)}\n"
     yield "| " + " | ".join(column.title for column in shown) + " |"

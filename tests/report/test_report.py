@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import pytest
 from synthetic_jobs import (
     HOSTILE,
+    QUANTS,
     answer_row,
     hostile_rows,
     job_stats,
@@ -25,7 +28,7 @@ from pipeline.commands.report import parse
 from pipeline.common.errors import ConfigError, OutputError
 from pipeline.common.intervals import mean_over_rows, proportion, share_over_rows
 from pipeline.report.jobs import find_jobs
-from pipeline.report.plots import PLOTS, speed_spread
+from pipeline.report.plots import NARROW_INCHES, PLOTS, WIDE_INCHES, draw, speed_spread
 from pipeline.report.prompts import Answer, align
 from pipeline.report.quality import baselines, compare, reference_marks
 from pipeline.report.summary import summarize
@@ -266,6 +269,17 @@ def test_the_best_values_are_marked_and_missing_ones_are_dashes(sweep):
     assert baseline.cells[names.index("exact_match") - 1].shown == "–"
 
 
+def test_what_a_label_leaves_out_stands_below_it(sweep, tmp_path):
+    folder, _ = sweep
+    assert [line.about for line in lines(records_of(folder))] == [
+        "failed", "30 rows · 1 error", "30 rows · 1 error", "30 rows · 1 error"
+    ]  # fmt: skip
+    for quant in ("fp32", "nf4"):
+        job = write_job(tmp_path, quant, [answer_row(0, "x")])
+    (job / "stats.json").unlink()
+    assert [line.about for line in lines(records_of(tmp_path))] == ["tiny · 1 row", "tiny · stopped · 1 row"]
+
+
 def test_predictions_stand_beside_what_was_measured(sweep):
     folder, _ = sweep
     records = records_of(folder)
@@ -294,6 +308,21 @@ def test_a_plot_without_figures_is_left_out_and_named(tmp_path):
     page = write_report([job])
     assert "Memory over time: no job has the figures for it." in page.read_text()
     assert not (page.parent / "plots" / "over_time.png").exists()
+
+
+@pytest.mark.parametrize("inches", [WIDE_INCHES, NARROW_INCHES])
+def test_jobs_whose_memory_is_the_same_are_all_seen_over_time(tmp_path, inches):
+    for quant in QUANTS[:6]:
+        write_job(tmp_path, quant, [answer_row(0, "x")], timeline=[[t, 4e8 + 1e7 * t, t] for t in range(40)])
+    plot = next(plot for plot in PLOTS if plot.name == "over_time")
+    figure = draw(plot, records_of(tmp_path), "light", inches)
+    axes = figure.axes[0]
+    axes.get_legend().remove()
+    figure.canvas.draw()
+    pixels = np.unique(np.asarray(figure.canvas.buffer_rgba())[:, :, :3].reshape(-1, 3), axis=0).astype(int)
+    for line in axes.get_lines():
+        colour = 255 * np.array(matplotlib.colors.to_rgb(line.get_color()))
+        assert np.abs(pixels - colour).max(axis=1).min() < 30  # an edge is mixed with what it borders on
 
 
 # ---- the files

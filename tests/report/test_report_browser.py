@@ -1,12 +1,24 @@
 """The report's page in a real browser: Chromium, headless, from disk, with no network."""
 
+import base64
+import json
 import os
+import re
 import shutil
 import time
 from urllib.parse import quote
 
 import pytest
-from synthetic_jobs import HOSTILE, answer_row, hostile_rows, many_rows, write_failed, write_job, write_jobs
+from synthetic_jobs import (
+    HOSTILE,
+    answer_row,
+    hostile_rows,
+    many_rows,
+    scores,
+    write_failed,
+    write_job,
+    write_jobs,
+)
 
 from pipeline.report.write import write_report
 
@@ -230,12 +242,110 @@ def test_a_phone_needs_no_sideways_scrolling(browser, page):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory):
+    """Two models whose jobs have every figure that a page can show, and a prompt that one did not answer."""
+    folder = tmp_path_factory.mktemp("full")
+    counter = {"joules": 3000.0, "source": "RAPL", "completion_tokens": 900}
+    for model, quant, count in (
+        ("tiny", "fp32", 12),
+        ("tiny", "nf4", 12),
+        ("phi-4-mini-instruct", "nf4", 11),
+    ):
+        rows = [
+            {**answer_row(i, f"{quant} says {model} {i} and more", reference=str(i)), "complete": i % 3 > 0}
+            for i in range(count)
+        ]
+        job = write_job(folder, quant, rows, model=model, energy=counter)
+        (job / "scores.json").write_text(json.dumps(scores(0.01)))
+    return write_report([folder]).as_uri()
+
+
+def size(browser, width):
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
+def test_nothing_is_cut_on_a_laptops_screen_with_every_figure(browser, full_page):
+    size(browser, 1280)
+    open_page(browser, full_page)
+    browser.execute_script("document.querySelector('.figures').open = true")
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map(n => [n.scrollWidth, n.clientWidth])"
+    )
+    assert len(widths) == 2
+    assert all(needed <= there for needed, there in widths)
+    heads = "return [...document.querySelectorAll('#jobs thead th')].map(n => n.textContent)"
+    assert browser.execute_script(heads) == [
+        "Job", "Peak", "Tokens/s", "Agreement", "Reference", "KL divergence", "In shape", "J / 1,000 tokens"
+    ]  # fmt: skip
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_phone_shows_jobs_as_cards_with_three_large_figures_and_plots_of_its_own(browser, full_page):
+    wide = open_page(browser, full_page).execute_script("return document.querySelector('img').currentSrc")
+    size(browser, 420)
+    open_page(browser, full_page)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 420
+    shown = browser.execute_script(
+        "const font = n => parseFloat(getComputedStyle(n).fontSize);"
+        "const cells = [...document.querySelector('#jobs tbody tr').querySelectorAll('td')];"
+        "const large = cells.filter(n => font(n) > font(document.body));"
+        "return [large.map(n => n.dataset.title), large.map(n => n.getBoundingClientRect().top)]"
+    )
+    assert shown[0] == ["Peak", "Tokens/s", "Agreement"]
+    assert len(set(shown[1])) == 1
+    assert browser.execute_script("return document.querySelector('img').currentSrc") != wide
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_words_that_an_answer_lacks_are_struck_out_where_they_would_stand(browser, tmp_path):
+    write_job(tmp_path, "fp32", [answer_row(0, "One two three four five six. The end.")])
+    write_job(tmp_path, "nf4", [answer_row(0, "One two five SIX seven. The end.")])
+    open_page(browser, write_report([tmp_path]).as_uri())
+    parts = browser.execute_script(
+        "return [...document.querySelector('.answer:not(.base) .text').childNodes]"
+        ".map(n => [n.nodeName, n.textContent]).filter(([_, text]) => text)"
+    )
+    assert parts == [
+        ["#text", "One two "], ["DEL", "three four "], ["#text", "five"], ["#text", " "],
+        ["DEL", "six"], ["INS", "SIX seven"], ["#text", ". The end."],
+    ]  # fmt: skip
+
+
+def test_answers_are_compared_across_models_by_choice_and_a_missing_one_is_named(browser, full_page):
+    open_page(browser, full_page)
+    marked = "document.querySelectorAll('.row:first-child .answer:has(ins)').length"
+    assert browser.execute_script(f"return {marked}") == 1  # nf4 of the same model
+    labels = browser.execute_script("return [...document.getElementById('against').options].map(n => n.text)")
+    choose(browser, "against", labels.index("tiny · fp32") - 1)
+    wait_for(browser, f"{marked} === 2")
+    assert text_of(browser, ".row:first-child .base h4 span") == "tiny · fp32"
+    assert text_of(browser, ".row:last-child .silent") == "No answer by phi-4-mini-instruct · nf4"
+
+
+def test_a_prompt_with_long_answers_prints_alone_on_one_sheet(browser, tmp_path):
+    for quant in ("fp32", "int8", "nf4"):
+        write_job(tmp_path, quant, [answer_row(i, f"{quant} goes on. " * 260) for i in range(3)])
+    open_page(browser, write_report([tmp_path]).as_uri())
+    browser.execute_script(
+        "window.print = () => { window.printed = 'asked';"
+        " window.kept = document.querySelector('.row.alone').cloneNode(true); };"
+        "document.querySelectorAll('.print')[1].click();"
+        "document.querySelectorAll('.row')[1].replaceWith(window.kept)"
+    )
+    assert browser.execute_script("return window.printed") == "asked"
+    sheets = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert len(re.findall(rb"/Type\s*/Page\b", sheets)) == 1
+
+
 def test_hostile_text_stays_text(browser, tmp_path):
     for quant in ("fp32", "nf4"):
         write_job(tmp_path, quant, hostile_rows(quant))
     open_page(browser, write_report([tmp_path]).as_uri())
     assert browser.execute_script("return window.hacked") is None
     answers = browser.execute_script(
+        "document.querySelectorAll('.answer del').forEach(n => n.remove());"  # the baseline's words
         "return [...document.querySelectorAll('.answer:not(.base) .text')].map(n => n.textContent)"
     )
     plain = [f"{text} nf4" for name, text in HOSTILE.items() if name not in ("bidi", "control")]
