@@ -309,7 +309,7 @@ def test_every_quantization_fits_80_columns_and_nothing_is_cut() -> None:
 
 
 def test_prompts_that_come_once_are_planned_with_for_every_model(tmp_path: Path) -> None:
-    line = "python -m pipeline plan model=smollm2,llama,phi memory=24GB json=- prompts="
+    line = f"{sys.executable} -m pipeline plan model=smollm2,llama,phi memory=24GB json=- prompts="
     rows = "".join(json.dumps({"prompt": f"Row {i}"}) + "\\n" for i in range(5))
     for pipe in (f"<(printf '{rows}')", f"- < <(printf '{rows}')", f"/dev/stdin < <(printf '{rows}')"):
         done = subprocess.run(

@@ -134,7 +134,7 @@ def test_each_process_sees_one_gpu_of_those_that_the_job_may_use(monkeypatch, li
 
 
 def test_cores_and_memory_are_parted(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = read_config(
         ["prompts=p.jsonl", "devices=2", "model.device_map=cpu", "engine.memory_fraction=0.8"]
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_tokenizer
-from engine.test_every_architecture import PATHS, build
+from engine.test_every_architecture import PATHS, build, config_of
 from job_helper import arguments, job_folder, run_job, write_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -73,7 +73,12 @@ def held_by_the_engine(model: Any, path: str) -> int:
 @pytest.mark.filterwarnings("ignore")
 def test_every_architecture_takes_the_bytes_that_were_counted(kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        build(kind).to(torch.bfloat16).save_pretrained(folder)
+        network = build(kind).to(torch.bfloat16)
+        network.save_pretrained(folder)
+        if type(config_of(kind)) is not type(network.config):  # a checkpoint says all that its model is
+            whole = config_of(kind)
+            whole.dtype = torch.bfloat16
+            whole.save_pretrained(folder)
         arch = count_here(json.loads((Path(folder) / "config.json").read_text()))
         for name in CHECKED:
             model = load(folder, name)
