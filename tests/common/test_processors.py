@@ -70,10 +70,10 @@ def test_cores_that_nobody_wants_are_no_matter(monkeypatch):
 def test_a_job_beside_a_busy_neighbour_says_so_and_notes_it(tiny_dir, tmp_path, capsys):
     job = arguments(
         tiny_dir,
-        write_rows(tmp_path / "p.jsonl", [{"prompt": f"a {i}"} for i in range(300)]),
+        write_rows(tmp_path / "p.jsonl", [{"prompt": f"a {i}"} for i in range(8)]),
         tmp_path / "out",
     )
-    job[-1] = "generation.max_new_tokens=64"
+    job[-1] = "generation.max_new_tokens=32"
     assert run_job(job) == 0
     assert "This machine is busy: other programs keep" in capsys.readouterr().err
     stats = json.loads((job_folder(job) / "stats.json").read_text())
