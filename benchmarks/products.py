@@ -20,23 +20,12 @@ SQUARE = 2048  # side of the matrices whose product in float32 stands for the pe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 12, 32, 128])
+    parser = arguments(__doc__, [1, 2, 4, 12, 32, 128])
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 8192], help="inputs and outputs")
-    parser.add_argument(
-        "--older", nargs="*", default=[], help="how the names of features begin that this CPU has not"
-    )
-    parser.add_argument("--cpu-time", action="store_true", help="seconds of the cores, over their number")
     args = parser.parse_args()
-    if args.older:
-        os.environ["NUMBA_CPU_FEATURES"] = without(tuple(args.older))
+    clock, _, _ = prepare(args)
     import torch
 
-    clock = cpu_clock(torch.get_num_threads()) if args.cpu_time else wall_clock
-    bandwidth, peak = limits(clock)
-    print(
-        f"{torch.get_num_threads()} threads: {bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s in float32 (torch)"
-    )
     inputs, outputs = args.shape
     contenders = make(inputs, outputs)
     print(f"{inputs} × {outputs}      " + "".join(f"{name:>30}" for name in contenders))
@@ -50,6 +39,30 @@ def main() -> None:
                 speed, flops = weight_bytes / sec / 1e9, 2 * rows * inputs * outputs / sec / 1e9
                 print(f"{sec * 1e3:8.2f} ms {speed:4.0f} GB/s {flops:4.0f} GF/s", end="")
             print()
+
+
+def arguments(text: str | None, rows: list[int]) -> argparse.ArgumentParser:
+    """Make a parser of what all timing of products asks."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
+    parser.add_argument(
+        "--older", nargs="*", default=[], help="how the names of features begin that this CPU has not"
+    )
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the cores, over their number")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> tuple[Callable[[], float], float, float]:
+    """Hold numba to an older CPU where asked, choose the clock, and say what the machine allows: GB/s, GFLOP/s."""
+    if args.older:
+        os.environ["NUMBA_CPU_FEATURES"] = without(tuple(args.older))
+    import torch
+
+    threads = torch.get_num_threads()
+    clock = cpu_clock(threads) if args.cpu_time else wall_clock
+    bandwidth, peak = limits(clock)
+    print(f"{threads} threads: {bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s in float32 (torch)")
+    return clock, bandwidth, peak
 
 
 def without(newer: tuple[str, ...]) -> str:

@@ -7,35 +7,22 @@
 In brackets: what reading the weights takes at that speed, and the products at that of torch in float32.
 """
 
-import argparse
-import os
 from typing import Any
 
-from products import cpu_clock, fastest, limits, wall_clock, without
+from products import arguments, fastest, prepare
 
 PROMPT = 48  # tokens of each row
 STEPS = 10  # of which the fastest counts; the contenders take turns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 32, 128])
+    parser = arguments(__doc__, [1, 4, 32, 128])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument(
-        "--older", nargs="*", default=[], help="how the names of features begin that this CPU has not"
-    )
-    parser.add_argument("--cpu-time", action="store_true", help="seconds of the cores, over their number")
     args = parser.parse_args()
-    if args.older:
-        os.environ["NUMBA_CPU_FEATURES"] = without(tuple(args.older))
+    clock, bandwidth, peak = prepare(args)
     import torch
 
-    clock = cpu_clock(torch.get_num_threads()) if args.cpu_time else wall_clock
-    bandwidth, peak = limits(clock)
-    print(
-        f"{torch.get_num_threads()} threads: {bandwidth:.0f} GB/s read, {peak:.0f} GFLOP/s in float32 (torch)"
-    )
     models = {name: make(args.layers, args.vocabulary, name == "nf4") for name in ("bf16", "nf4")}
     print(f"{'rows':>9}" + "".join(f"{name:>52}" for name in models))
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.constraint import Constraints
 from pipeline.engine.scheduler import Sample
+from pipeline.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,12 @@ class Forbidden:
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the logits with −inf where a token may not come; a copy. [B, V] → [B, V]."""
-        tokens = self.tokens.to(logits.device, non_blocking=True)[:, : logits.shape[1]]
+        tokens = upload(self.tokens, logits.device)[:, : logits.shape[1]]
         tokens = F.pad(tokens, (0, logits.shape[1] - tokens.shape[1]), value=True)
         if len(self.rows) == len(logits):
             return logits.masked_fill(tokens, -torch.inf)
-        scores = logits.clone()
-        scores[self.rows] = logits[self.rows].masked_fill_(tokens, -torch.inf)
+        scores, rows = logits.clone(), upload(self.rows, logits.device)
+        scores[rows] = logits[rows].masked_fill_(tokens, -torch.inf)
         return scores
 
 

@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb_functional
+from interpreted import interpreted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")
 def four_bits() -> ModuleType:
-    pytest.importorskip("triton", reason="Triton has no build for this platform")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels are compiled for the GPU of this machine: benchmarks/gpu_check.py tries them")
-    from pipeline.engine.paged import triton_four_bits as four_bits
-
-    return four_bits
+    return interpreted("triton_four_bits")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

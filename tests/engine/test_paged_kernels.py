@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import alone, mixed_requests, run, tokens
+from interpreted import interpreted
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -27,12 +28,7 @@ DTYPES = [torch.float32, torch.float16]
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    pytest.importorskip("triton", reason="Triton has no build for this platform")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("kernels are compiled for the GPU of this machine: benchmarks/gpu_check.py tries them")
-    from pipeline.engine.paged import triton_kernels as kernels
-
-    return kernels
+    return interpreted("triton_kernels")
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.limits import PAGE
+from pipeline.engine.upload import upload
 
 SCRATCH = 0  # the page of rows that only fill a graph up
 
@@ -66,9 +67,12 @@ class Pages:
 
     def clear(self, pages: Iterable[int]) -> None:
         """Write zeros where only one holder has written: 0 times a NaN that it leaves would be NaN for the next."""
-        own = [page for page in pages if self._holders[page] == 1]
-        for tensor in (*self.keys, *self.values):
-            tensor[own] = 0
+        if self.keys:
+            own = upload(
+                [page for page in pages if self._holders[page] == 1], self.keys[0].device, torch.int64
+            )
+            for tensor in (*self.keys, *self.values):
+                tensor[own] = 0
 
     def grow(self, count: int) -> None:
         """Add pages; what is written stays. Layer by layer, so that one at a time is held twice."""
@@ -94,7 +98,7 @@ class Pages:
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, each (from, to), in all layers."""
         if pairs and self.keys:
-            source, target = torch.tensor(pairs, device=self.keys[0].device).T
+            source, target = upload(pairs, self.keys[0].device).T
             for tensor in (*self.keys, *self.values):
                 tensor[target] = tensor[source]
 

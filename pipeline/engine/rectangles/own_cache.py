@@ -98,9 +98,7 @@ class CacheForward:
             positions = torch.arange(group.head, group.head + len(ids[0]), device=self._device)
             given["position_ids"] = positions.expand(len(ids), -1)
         output = self._model(input_ids=upload(ids, self._device), use_cache=True, **given)
-        group.cache = output.get(
-            self._name, group.cache
-        )  # RecurrentGemma hands nothing back, and has filled the one given
+        group.cache = output.get(self._name, group.cache)  # some hand nothing back: the one given is filled
         logits: Tensor = output.logits[:, -1]
         return logits
 
