@@ -21,6 +21,14 @@ from pipeline.config.compose import job_folder
 from pipeline.job.paths import JobPaths
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hang_ups_count():
+    """Under nohup, as some start tests, hang-ups are ignored, and every process would inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def server():
     server = JobServer()
