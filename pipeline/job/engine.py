@@ -9,9 +9,8 @@ from pipeline.config.schema import Config
 from pipeline.engine.engine import Engine
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.job.load import Ready
-from pipeline.memory.capacity import Capacity, capacity, context_tokens
+from pipeline.memory.capacity import Capacity, capacity
 from pipeline.memory.facts import job_architecture
-from pipeline.prompts.chat import eos_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class Way:
 
 def choose_way(ready: Ready, config: Config) -> Way:
     """Choose the fastest exact way through the model, and say so where it is not the fastest of all."""
-    longest = context_tokens(ready.model.config, config.model.context)
+    longest = ready.context(config.model.context)
     forward, report = choose_forward(ready.model, config.engine.attention.value, longest)
     if report["why"]:
         terminal.say(f"Attention: {report['path']}, and no faster: {report['why']}.", style="yellow")
@@ -51,9 +50,9 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
     log.info("At most %d rows and %d tokens in flight", room.max_rows, room.max_tokens)
     engine = Engine(
         forward,
-        eos_token_ids(ready.model.generation_config, ready.loaded.tokenizer),
+        ready.ends,
         ready.decode,
-        ready.loaded.tokenizer,
+        ready.tokenizer,
         max_rows=room.max_rows,
         max_tokens=room.max_tokens,
         prefill_tokens=settings.prefill_tokens,

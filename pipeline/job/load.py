@@ -13,6 +13,7 @@ from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
+from pipeline.memory.capacity import context_tokens
 from pipeline.memory.measured import (
     LOADING_SAMPLE_SEC,
     Peaks,
@@ -24,6 +25,7 @@ from pipeline.memory.measured import (
 from pipeline.models.dtypes import computed_in
 from pipeline.models.loading import Loaded, load_model, release
 from pipeline.prompts.answer import decode
+from pipeline.prompts.chat import eos_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,25 @@ class Ready:
         """Give the model, which is there until `release`."""
         assert self.loaded.model is not None
         return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Give its tokenizer."""
+        return self.loaded.tokenizer
+
+    @property
+    def embeddings(self) -> int:
+        """Count the tokens that the model has a vector for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Give the tokens that end a completion."""
+        return eos_token_ids(self.model.generation_config, self.tokenizer)
+
+    def context(self, asked: int | None) -> int:
+        """Count the tokens that a row may have, prompt and completion: as asked, else the model's own."""
+        return context_tokens(self.model.config, asked)
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:

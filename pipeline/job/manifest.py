@@ -22,7 +22,6 @@ from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.stored import read_manifest
-from pipeline.memory.capacity import context_tokens
 from pipeline.prompts.template import examine, find_template
 
 PACKAGES = (
@@ -42,7 +41,7 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
         "dtypes": ready.dtypes,
         "quantization": ready.quantization,
         "context": {
-            "tokens": context_tokens(ready.model.config, asked),
+            "tokens": ready.context(asked),
             "source": "config.json" if asked is None else "model.context",
         },
         "suggested_generation": {
@@ -111,7 +110,7 @@ def day_facts(ready: Ready, config: Config) -> dict[str, Any]:
     """Say which day the job has for today, and whether its prompts say it."""
     model = config.model
     day = datetime.datetime.fromisoformat(str(model.template_date))
-    template = find_template(ready.loaded.tokenizer, model.chat_template, model.chat_template_kwargs, day)
+    template = find_template(ready.tokenizer, model.chat_template, model.chat_template_kwargs, day)
     written = template is not None and examine(template).writes_date
     return {"template_date": model.template_date, "prompts_have_date": written}
 

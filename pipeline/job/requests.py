@@ -12,9 +12,9 @@ from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready
 from pipeline.job.rows import completion_row, error_row
-from pipeline.memory.capacity import Capacity, context_tokens
+from pipeline.memory.capacity import Capacity
 from pipeline.prompts.answer import stop_token_ids
-from pipeline.prompts.chat import eos_token_ids, prepare_chat, render, say_what_matters
+from pipeline.prompts.chat import prepare_chat, render, say_what_matters
 from pipeline.prompts.reader import open_prompts
 
 
@@ -39,11 +39,10 @@ class Requests:
         self._prompts = prompts
         self._results = results
         self._ledger = ledger
-        self._tokenizer = ready.loaded.tokenizer
-        embeddings = ready.model.get_input_embeddings().weight.shape[0]
-        self._chat = prepare_chat(self._tokenizer, config, embeddings)
-        say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
-        self._context = context_tokens(ready.model.config, config.model.context)
+        self._tokenizer = ready.tokenizer
+        self._chat = prepare_chat(self._tokenizer, config, ready.embeddings)
+        say_what_matters(config, self._chat, ready.ends)
+        self._context = ready.context(config.model.context)
         self._room = room
         self._pending: dict[str, Pending] = {}
         self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
