@@ -148,7 +148,9 @@ class EngineConfig:
     tensor_parallel: int = 1  # vllm: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm: GPUs, or groups of them, that share the layers
     max_model_len: int | None = None  # vllm: tokens of a row; null is the model's, or what the memory holds
-    extra: dict[str, Any] = field(default_factory=dict)  # vllm: more of its arguments, as {enforce_eager: true}
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # vllm: more of its arguments, as {enforce_eager: true}
 
     def __post_init__(self) -> None:
         tokens, length = self.max_tokens_in_flight, self.max_model_len
@@ -280,7 +282,9 @@ class Config:
             raise ValueError(f"stream=true {with_vllm}: vLLM hands over whole completions; leave it out")
         if model.device_map not in ("auto", "cpu"):
             instead = "leave it out; CUDA_VISIBLE_DEVICES chooses GPUs, engine.tensor_parallel shares them"
-            raise ValueError(f"model.device_map={model.device_map} {with_vllm}: must be auto or cpu; {instead}")
+            raise ValueError(
+                f"model.device_map={model.device_map} {with_vllm}: must be auto or cpu; {instead}"
+            )
         for name in ("max_memory", "offload_dir", "attn_implementation"):
             if getattr(model, name):
                 raise ValueError(f"model.{name} {with_vllm}: vLLM has no such setting; leave it out")

@@ -8,7 +8,9 @@ from pipeline.common import terminal
 from pipeline.config.schema import Config
 from pipeline.engine.engine import Engine
 from pipeline.engine.probe import AnyForward, choose_forward
+from pipeline.engine.vllm.engine import VllmEngine
 from pipeline.job.load import Ready
+from pipeline.job.vllm import VllmReady
 from pipeline.memory.capacity import Capacity, capacity
 from pipeline.memory.facts import job_architecture
 
@@ -19,12 +21,14 @@ log = logging.getLogger(__name__)
 class Way:
     """Hold the way through a model, and what the manifest says of it."""
 
-    forward: AnyForward
+    forward: AnyForward | None  # None: vLLM has its own
     report: dict[str, Any]
 
 
 def choose_way(ready: Ready, config: Config) -> Way:
     """Choose the fastest exact way through the model, and say so where it is not the fastest of all."""
+    if isinstance(ready, VllmReady):
+        return Way(None, {"path": "vllm", "max_logit_difference": None, "why": None})
     longest = ready.context(config.model.context)
     forward, report = choose_forward(ready.model, config.engine.attention.value, longest)
     if report["why"]:
@@ -32,9 +36,21 @@ def choose_way(ready: Ready, config: Config) -> Way:
     return Way(forward, report)
 
 
-def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engine, Capacity]:
+def make_engine(
+    ready: Ready, forward: AnyForward | None, config: Config
+) -> tuple[Engine | VllmEngine, Capacity]:
     """Make the engine, and say what it has room for."""
     settings = config.engine
+    if isinstance(ready, VllmReady):
+        engine = VllmEngine(
+            ready.process,
+            ready.ends,
+            ready.tokenizer,
+            max_rows=ready.rows,
+            reserved_bytes=ready.reserved["kv_cache_bytes"],
+        )
+        return engine, Capacity(ready.rows, ready.longest_row, None, ready.quant, (), settings.prefill_tokens)
+    assert forward is not None
     room = capacity(
         ready.model,
         ready.quant,
@@ -48,7 +64,7 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
         context=config.model.context,
     )
     log.info("At most %d rows and %d tokens in flight", room.max_rows, room.max_tokens)
-    engine = Engine(
+    own = Engine(
         forward,
         ready.ends,
         ready.decode,
@@ -58,4 +74,4 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
         prefill_tokens=settings.prefill_tokens,
         share_prefix=settings.shared_prefix,
     )
-    return engine, room
+    return own, room

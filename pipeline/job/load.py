@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.gpu import Gpu
 from pipeline.config.quant import QuantConfig
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EngineName
 from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
@@ -51,6 +51,11 @@ class Ready:
         return self.loaded.tokenizer
 
     @property
+    def engine(self) -> dict[str, Any]:
+        """Say what computes."""
+        return {"name": EngineName.default.value}
+
+    @property
     def embeddings(self) -> int:
         """Count the tokens that the model has a vector for."""
         return int(self.model.get_input_embeddings().weight.shape[0])
@@ -63,6 +68,16 @@ class Ready:
     def context(self, asked: int | None) -> int:
         """Count the tokens that a row may have, prompt and completion: as asked, else the model's own."""
         return context_tokens(self.model.config, asked)
+
+    @property
+    def longest_row(self) -> int | None:
+        """Count the tokens that a row may have where that is less than the context; None where nothing says so."""
+        return None
+
+    @property
+    def helper(self) -> int | None:
+        """Name the process that works for this one; None where there is none."""
+        return None
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:

@@ -34,6 +34,7 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
     """Say which model this is, and what it computes in: rows of another are other rows."""
     asked, own = config.model.context, ready.loaded.own_settings
     return {
+        "engine": ready.engine,
         "model": ready.loaded.source,
         "revision": ready.loaded.revision,
         "model_digest": "+".join(_digests(ready)),

@@ -25,6 +25,7 @@ class JobPaths:
         self.events = folder / "slurm.jsonl"  # what Slurm did with it
         self.log = folder / "pipeline.log"
         self.said = folder / "process.log"  # what a process said that nobody watched
+        self.engine_log = folder / "engine.log"  # what vLLM said
         self.hydra = folder / ".hydra"
         self.config = self.hydra / "config.yaml"
         self.hydra_config = self.hydra / "hydra.yaml"

@@ -7,7 +7,8 @@ from functools import cache, partial
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, Request
-from pipeline.config.schema import Config
+from pipeline.config import vllm_limits
+from pipeline.config.schema import Config, EngineName
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready
@@ -42,7 +43,8 @@ class Requests:
         self._tokenizer = ready.tokenizer
         self._chat = prepare_chat(self._tokenizer, config, ready.embeddings)
         say_what_matters(config, self._chat, ready.ends)
-        self._context = ready.context(config.model.context)
+        context = ready.context(config.model.context)
+        self._context = min(context, ready.longest_row or context)
         self._room = room
         self._pending: dict[str, Pending] = {}
         self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
@@ -120,6 +122,10 @@ class Requests:
             )
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
+        if self._config.engine.name is EngineName.vllm and (wrong := vllm_limits.refusal(row.params)):
+            raise PromptError(
+                found=f"{row.source}: generation.{wrong}", fix="Change it, or use engine=default."
+            )
         if row.params.constraints and self._config.generation.thinking:
             raise PromptError(
                 found=f"{row.source}: generation.{row.params.constraints[0]} in a job with generation.thinking",

@@ -6,7 +6,7 @@ from torch import get_num_threads
 
 from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.common.signals import Interrupt
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EngineName
 from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
@@ -15,6 +15,7 @@ from pipeline.job.manifest import check_same_model, day_facts, manifest, model_f
 from pipeline.job.meters import Meters, Taken
 from pipeline.job.stats import job_stats, show_stats
 from pipeline.job.timeline import Timeline
+from pipeline.job.vllm import load_vllm
 from pipeline.job.work import Work
 
 
@@ -42,7 +43,8 @@ class Run:
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
         others = OthersWork()
-        ready = load(self.config)
+        ready = self.load()
+        others.helper = self.timeline.helper = ready.helper
         if not ready.gpus:
             say_if_crowded(others, get_num_threads())
         try:
@@ -51,6 +53,12 @@ class Run:
             self.record(ready, way, taken)
         finally:
             ready.release()
+
+    def load(self) -> Ready:
+        """Load the model, here or in vLLM's process."""
+        if self.config.engine.name is EngineName.vllm:
+            return load_vllm(self.config, self.prompts, self.results.engine_log)
+        return load(self.config)
 
     def choose_way(self, ready: Ready) -> Way:
         """Choose the fastest exact way through the model, and write down what the job runs on."""
@@ -76,14 +84,14 @@ class Run:
             self.timeline,
         )
         self.interrupt.hold()
-        with Meters(ready.model) as meters:
+        with Meters(ready) as meters:
             work.run()
         return meters.taken(work.engine.stats)
 
     def record(self, ready: Ready, way: Way, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""
         ledger = self.ledger
-        stats = job_stats(self.config, ready, way.forward.limits, taken)
+        stats = job_stats(self.config, ready, way.forward, taken)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
         stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
         stats["attention"] = way.report

@@ -10,22 +10,25 @@ from pipeline.common.host import resident_bytes
 from pipeline.common.units import megabytes
 from pipeline.config.schema import Config
 from pipeline.engine.limits import Limits
+from pipeline.engine.probe import AnyForward
 from pipeline.job.energy import energy_stats
 from pipeline.job.load import Ready
 from pipeline.job.meters import Taken
-from pipeline.memory.compare import Setup, compared, predicted
+from pipeline.job.vllm import VllmReady
+from pipeline.memory.compare import PARTS, Setup, compared, predicted
 from pipeline.memory.facts import job_architecture
 from pipeline.memory.measured import devices
+from pipeline.memory.plan import footprint_bytes
 
 
-def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dict[str, Any]:
+def job_stats(config: Config, ready: Ready, forward: AnyForward | None, taken: Taken) -> dict[str, Any]:
     """Give plain data for stats.json. Bytes and seconds; what could not be measured is null."""
     tokens, run_sec = taken.engine.completion_tokens, taken.run_sec
     memory = {
         **ready.weights,
         "load_peak": asdict(ready.peaks),
         "run_peak": asdict(taken.peaks),
-        "resident_bytes": resident_bytes(),
+        "resident_bytes": resident_bytes(ready.helper),
         "devices": [asdict(device) for device in devices()],
     }
     return {
@@ -33,7 +36,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
         "run_sec": run_sec,
         "completion_tokens": tokens,
         "tokens_per_sec": tokens / run_sec if run_sec else None,
-        "memory": memory | _compare(memory, _setup(config, ready, limits), taken, ready),
+        "memory": memory | _compare(memory, config, ready, forward, taken),
         "engine": taken.engine.summary(),
         "others_mean_cores": round(taken.others_mean_cores, 2),
         "energy": energy_stats(taken.joules, taken.energy_source, tokens),
@@ -53,17 +56,35 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     )
 
 
-def _compare(memory: dict[str, Any], setup: Setup, taken: Taken, ready: Ready) -> dict[str, Any]:
+def _compare(
+    memory: dict[str, Any], config: Config, ready: Ready, forward: AnyForward | None, taken: Taken
+) -> dict[str, Any]:
     """Put what was predicted beside what was measured: on a CPU the peaks are what came on top of the bare process."""
     loading, bare_bytes = _loading(memory["load_peak"], ready), ready.loaded.bare_bytes
+    kv_cache = taken.engine.peak_kv_cache_bytes
+    if isinstance(ready, VllmReady):
+        expected, kv_cache = _planned(config, ready), ready.reserved["kv_cache_bytes"]
+    else:
+        assert forward is not None
+        expected = predicted(_setup(config, ready, forward.limits), taken.engine)
     measured = {
         "footprint": memory["footprint_bytes"],
         "quantization_state": memory["quantization_state_bytes"],
-        "kv_cache": taken.engine.peak_kv_cache_bytes,
+        "kv_cache": kv_cache,
         **loading,
-        "run_peak": _grown(memory["run_peak"], setup.gpus, bare_bytes),
+        "run_peak": _grown(memory["run_peak"], ready.gpus, bare_bytes),
     }
-    return {"bare_bytes": bare_bytes, **compared(predicted(setup, taken.engine), measured)}
+    return {"bare_bytes": bare_bytes, **compared(expected, measured)}
+
+
+def _planned(config: Config, ready: VllmReady) -> dict[str, int | None]:
+    """Say what was planned for vLLM: its weights, and what it was to reserve. Its peaks nobody predicts."""
+    arch = job_architecture(config.model, config.models_dir)
+    return {
+        **dict.fromkeys(PARTS),
+        "footprint": None if arch is None else footprint_bytes(arch, ready.quant),
+        "kv_cache": ready.arguments.get("kv_cache_memory_bytes"),
+    }
 
 
 def _loading(peaks: dict[str, Any], ready: Ready) -> dict[str, int | None]:
@@ -73,6 +94,8 @@ def _loading(peaks: dict[str, Any], ready: Ready) -> dict[str, int | None]:
     if gpus:
         return {"load_peak": grown, "load_mapped": 0}
     held, bare = peaks["anonymous_bytes"], loaded.bare_anonymous_bytes
+    if isinstance(ready, VllmReady):
+        return {"load_peak": grown, "load_mapped": None}
     if grown is None or held is None or bare is None:
         return dict.fromkeys(("load_peak", "load_mapped"))
     return {"load_peak": held - bare, "load_mapped": max(0, grown - (held - bare))}

@@ -24,7 +24,7 @@ class Work:
     results: JobFolder
     ledger: Ledger
     ready: Ready
-    forward: AnyForward
+    forward: AnyForward | None
     interrupt: Interrupt
     timeline: Timeline
 
@@ -53,8 +53,7 @@ class Work:
         return not self.interrupt.signal
 
     def _show(self, progress: JobProgress) -> None:
-        live = self.engine.live
-        tokens = sum(len(s.token_ids) for s in live) + self.engine.stats.completion_tokens
+        live, tokens = self.engine.live, self.engine.tokens
         self.timeline.sample(tokens)
         progress.update(self.ledger.done, tokens)
         if self.config.stream and live:

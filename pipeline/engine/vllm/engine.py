@@ -25,10 +25,11 @@ class VllmStats(EngineStats):
         self.prefill_tokens, self.making_tokens = progress["prefill_tokens"], progress["making_tokens"]
         self.peak_kv_cache_bytes = round(progress["peak_usage"] * self.reserved_kv_cache_bytes)
 
-    def summary(self) -> dict[str, float | int | None]:
+    def summary(self) -> dict[str, Any]:
         """Return what stats.json says of the batch."""
         unknown = ("prefill_padding_fraction", "prefill_sec", "decode_sec", "out_of_memory")
         return {
+            "name": "vllm",
             **super().summary(),
             **dict.fromkeys(unknown),
             "reserved_kv_cache_bytes": self.reserved_kv_cache_bytes,
@@ -111,7 +112,9 @@ class VllmEngine:
         if reason == "stop" and not isinstance(answer["stop_reason"], str):
             ids = ids[:-1]  # the token that ends it
         self.stats.completion_tokens += len(ids)
-        return Completion(request.id, sample, tuple(ids), reason, logprobs, complete=self._is_whole(request, ids))
+        return Completion(
+            request.id, sample, tuple(ids), reason, logprobs, complete=self._is_whole(request, ids)
+        )
 
     def _is_whole(self, request: Request, token_ids: list[int]) -> bool | None:
         """Say whether the text is whole by its constraint; None without one."""

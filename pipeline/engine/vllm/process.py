@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.common.children import last_lines, start_child
 from pipeline.common.errors import JobError
@@ -34,6 +34,7 @@ class VllmProcess:
         environment = {**DEFAULTS, **os.environ, **SETTINGS}
         command = [python, "-I", str(WORKER)]  # -I: no PYTHONPATH, which is for another Python
         self.log = log
+        self.gpus: list[dict[str, Any]] = []  # as it last told of them
         try:
             self._process = start_child(
                 command, environment, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -75,11 +76,27 @@ class VllmProcess:
         except ValueError:
             self._raise_dead()
         if failed := message.get("failed"):
+            self.close()
             raise JobError(
                 found=f"vLLM cannot go on: {' '.join(str(failed).split())[:1000]}",
                 fix=f"Mend what it says, or use engine=default. {self.log} has all that it said",
             )
+        for told in (message.get("ready"), message.get("progress")):
+            if told is not None:
+                self.gpus = told["gpus"]
         return message
+
+    def expect(self, name: str) -> dict[str, Any]:
+        """Wait for one kind of message, and return what it holds.
+
+        Raises:
+            JobError: as `receive`, or another comes: this is not worker.py.
+        """
+        found = self.receive().get(name)
+        if not isinstance(found, dict):
+            self.close()
+            self._raise_dead()
+        return found
 
     def close(self) -> None:
         """End the process, and those that it started."""
@@ -92,7 +109,7 @@ class VllmProcess:
             os.killpg(self._process.pid, signal.SIGKILL)  # its group: a GPU's part that outlived it, too
         self._process.wait()
 
-    def _raise_dead(self) -> None:
+    def _raise_dead(self) -> NoReturn:
         status = self._process.wait()
         raise JobError(
             found=f"vLLM's process has ended ({ended(status)}); it said last:\n{last_lines(self.log)}",

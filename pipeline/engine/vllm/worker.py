@@ -133,27 +133,38 @@ class Server:
     def _reserved(self) -> dict[str, Any]:
         config = self._engine.vllm_config
         caches = [tensor.size for tensor in self._core.scheduler.kv_cache_config.kv_cache_tensors]
-        weights = self._engine.apply_model(_weight_bytes) if config.parallel_config.world_size == 1 else [None]
         return {
             "max_model_len": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "quantization": config.model_config.quantization,
             "kv_cache_bytes": sum(caches) * config.parallel_config.world_size,
-            "weight_bytes": weights[0],
+            "weight_bytes": self._weight_bytes(),
+            "gpu_uuids": _gpu_uuids(config.parallel_config.world_size),
             "gpus": _gpus(),
         }
 
+    def _weight_bytes(self) -> int | None:
+        """Sum the model's weights; None on a CPU, which packs them out of sight, and in parts on several GPUs."""
+        config = self._engine.vllm_config
+        if config.device_config.device_type == "cpu" or config.parallel_config.world_size > 1:
+            return None
+        [size] = self._engine.apply_model(lambda model: sum(p.nbytes for p in model.parameters()))
+        return int(size)
 
-def _weight_bytes(model: Any) -> int:
-    storages = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
-    return sum(storages.values())
+
+def _gpu_uuids(count: int) -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
 
 
 def _gpus() -> list[dict[str, Any]]:
     """Read the GPUs that this process computes on; those of a tensor-parallel group's others it does not see."""
     import torch
 
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     index = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(index)
