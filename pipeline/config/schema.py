@@ -133,7 +133,7 @@ class EngineConfig:
     """Say who computes, and how the batch is run.
 
     Raises:
-        ValueError: a value is outside its range, or another engine's; the message names the key.
+        ValueError: a value is outside its range; the message names the key.
     """
 
     name: EngineName = EngineName.default
@@ -165,11 +165,12 @@ class EngineConfig:
         ):
             if not ok:
                 raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
-        own = OWN_ALONE if self.name is EngineName.vllm else VLLM_ALONE
-        for name, unset in own.items():
-            if (value := getattr(self, name)) != unset:
-                shown = value.value if isinstance(value, Enum) else value
-                raise ValueError(f"engine.{name}={shown}: engine={self.name.value} has no such setting")
+
+    @property
+    def unread(self) -> list[str]:
+        """List the keys that are set, and that this engine has no use for."""
+        others = OWN_ALONE if self.name is EngineName.vllm else VLLM_ALONE
+        return [f"engine.{name}" for name, unset in others.items() if getattr(self, name) != unset]
 
 
 # What one engine has and the other has not, with the value that asks for nothing.

@@ -29,7 +29,7 @@ OTHERWISE = {
     "kv_cache_memory_bytes": "engine.max_tokens_in_flight", "gpu_memory_utilization": "engine.memory_fraction",
     "enable_lora": "model.adapter", "max_lora_rank": "model.adapter", "data_parallel_size": "devices",
     "generation_config": "generation", "max_logprobs": "generation.logprobs", "seed": "generation.seed",
-    "structured_outputs_config": "generation.json_schema",
+    "structured_outputs_config": "generation.json_schema", "hf_token": "HF_TOKEN",
 }  # fmt: skip
 
 
