@@ -19,8 +19,8 @@ from pipeline.common.errors import JobError
 from pipeline.common.gpu import Gpu
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
-from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.ready import Ready
 from pipeline.job.stored import read_manifest
 from pipeline.prompts.template import examine, find_template
 

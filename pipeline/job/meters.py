@@ -9,8 +9,8 @@ from typing import Self
 from pipeline.common.processors import OthersWork
 from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import EnergyMeter
-from pipeline.job.load import Ready
 from pipeline.job.manifest import gpu_uuids
+from pipeline.job.ready import Ready
 from pipeline.job.vllm import VllmReady
 from pipeline.memory.measured import FamilyPeaks, Peaks, PeakSampler
 

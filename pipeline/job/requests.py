@@ -7,11 +7,10 @@ from functools import cache, partial
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import BadRow, Completion, PromptRow, Request
-from pipeline.config import vllm_limits
-from pipeline.config.schema import Config, EngineName
+from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready
+from pipeline.job.ready import Ready
 from pipeline.job.rows import completion_row, error_row
 from pipeline.memory.capacity import Capacity
 from pipeline.prompts.answer import stop_token_ids
@@ -46,6 +45,7 @@ class Requests:
         context = ready.context(config.model.context)
         self._context = min(context, ready.longest_row or context)
         self._room = room
+        self._refusal = ready.refusal
         self._pending: dict[str, Pending] = {}
         self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
 
@@ -122,7 +122,7 @@ class Requests:
             )
         if refusal := self._room.refusal(len(token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
-        if self._config.engine.name is EngineName.vllm and (wrong := vllm_limits.refusal(row.params)):
+        if wrong := self._refusal(row.params):
             raise PromptError(
                 found=f"{row.source}: generation.{wrong}", fix="Change it, or use engine=default."
             )

@@ -6,16 +6,16 @@ from torch import get_num_threads
 
 from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.common.signals import Interrupt
-from pipeline.config.schema import Config, EngineName
+from pipeline.config.schema import Config
 from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready, load
+from pipeline.job.load import load
 from pipeline.job.manifest import check_same_model, day_facts, manifest, model_facts, with_day
 from pipeline.job.meters import Meters, Taken
+from pipeline.job.ready import Ready
 from pipeline.job.stats import job_stats, show_stats
 from pipeline.job.timeline import Timeline
-from pipeline.job.vllm import load_vllm
 from pipeline.job.work import Work
 
 
@@ -43,7 +43,7 @@ class Run:
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
         others = OthersWork()
-        ready = self.load()
+        ready = load(self.config, self.prompts, self.results)
         others.helper = self.timeline.helper = ready.helper
         if not ready.gpus:
             say_if_crowded(others, get_num_threads())
@@ -53,12 +53,6 @@ class Run:
             self.record(ready, way, taken)
         finally:
             ready.release()
-
-    def load(self) -> Ready:
-        """Load the model, here or in vLLM's process."""
-        if self.config.engine.name is EngineName.vllm:
-            return load_vllm(self.config, self.prompts, self.results.engine_log)
-        return load(self.config)
 
     def choose_way(self, ready: Ready) -> Way:
         """Choose the fastest exact way through the model, and write down what the job runs on."""

@@ -11,10 +11,12 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.gpu import Gpu
+from pipeline.common.request import GenerationParams
 from pipeline.config.schema import Config
+from pipeline.config.vllm_limits import refusal
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
-from pipeline.job.load import Ready
+from pipeline.job.ready import Ready
 from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve, rows_in_flight
 from pipeline.memory.measured import FamilyPeaks
 from pipeline.models.elsewhere import Elsewhere, read_elsewhere
@@ -55,6 +57,10 @@ class VllmReady(Ready):
     def longest_row(self) -> int:
         """Count the tokens of the longest row that vLLM takes: as asked, or as it has memory for."""
         return int(self.reserved["max_model_len"])
+
+    def refusal(self, params: GenerationParams) -> str | None:
+        """Say which of a row's settings vLLM would take as another; None if it takes all."""
+        return refusal(params)
 
     @property
     def helper(self) -> int:

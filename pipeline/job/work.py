@@ -8,8 +8,8 @@ from pipeline.engine.probe import AnyForward
 from pipeline.job.engine import make_engine
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready
 from pipeline.job.progress import JobProgress
+from pipeline.job.ready import Ready
 from pipeline.job.requests import Requests
 from pipeline.job.timeline import Timeline
 from pipeline.job.watchdog import Watchdog
