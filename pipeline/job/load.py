@@ -3,7 +3,10 @@
 import logging
 from typing import Any
 
+from torch import get_num_threads
+
 from pipeline.common import terminal
+from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.config.schema import Config, EngineName
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def load(config: Config, prompts: str, results: JobPaths) -> Ready:
-    """Load the model, here or in vLLM's process.
+    """Load the model, here or in vLLM's process, and say where other programs have the cores meanwhile.
 
     Args:
         prompts: the prompt file.
@@ -31,9 +34,13 @@ def load(config: Config, prompts: str, results: JobPaths) -> Ready:
     Raises:
         PipelineError: it cannot be loaded.
     """
-    if config.engine.name is EngineName.vllm:
-        return load_vllm(config, prompts, results.engine_log)
-    return _load_here(config)
+    others = OthersWork()
+    by_vllm = config.engine.name is EngineName.vllm
+    ready = load_vllm(config, prompts, results.engine_log) if by_vllm else _load_here(config)
+    others.helper = ready.helper
+    if not ready.gpus:
+        say_if_crowded(others, get_num_threads())
+    return ready
 
 
 def _load_here(config: Config) -> Ready:

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-from torch import get_num_threads
-
-from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
 from pipeline.job.engine import Way, choose_way
@@ -42,11 +39,8 @@ class Run:
             Stopped: a signal came before there was anything to finish.
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
-        others = OthersWork()
         ready = load(self.config, self.prompts, self.results)
-        others.helper = self.timeline.helper = ready.helper
-        if not ready.gpus:
-            say_if_crowded(others, get_num_threads())
+        self.timeline.helper = ready.helper
         try:
             way = self.choose_way(ready)
             taken = self.run(ready, way)
