@@ -2,6 +2,7 @@
 
 from pipeline.common.request import GenerationParams
 
+ROWS_ON_CPU, ROWS = 128, 256  # in flight, unless engine.max_rows says otherwise
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
 
 

@@ -6,6 +6,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.host import host_free_bytes
 from pipeline.config.quant import Dtype
 from pipeline.config.schema import Config
+from pipeline.config.vllm_limits import ROWS, ROWS_ON_CPU
 from pipeline.memory.architecture import in_context
 from pipeline.memory.capacity import kv_architecture
 from pipeline.memory.facts import job_architecture
@@ -15,7 +16,6 @@ from pipeline.models.dtypes import own_dtype
 from pipeline.models.elsewhere import Elsewhere
 from pipeline.prompts.reader import open_prompts
 
-ROWS_ON_CPU, ROWS_ON_GPU = 128, 256  # in flight, unless engine.max_rows says otherwise
 MOST_LOGPROBS = 100
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, that vLLM has room for
 FIT = -1  # vLLM's word for the longest row that the memory holds
@@ -97,7 +97,7 @@ def _adapter(adapter: AdapterFiles | None) -> dict[str, Any]:
 
 def rows_in_flight(config: Config, device: str) -> int:
     """Say how many rows run at once."""
-    return config.engine.max_rows or (ROWS_ON_CPU if device == "cpu" else ROWS_ON_GPU)
+    return config.engine.max_rows or (ROWS_ON_CPU if device == "cpu" else ROWS)
 
 
 def cpu_reserve(config: Config, files: Elsewhere, prompts: str, rows: int) -> int | None:

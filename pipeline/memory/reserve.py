@@ -8,7 +8,7 @@ from pipeline.common.request import BadRow, PromptRow
 from pipeline.config.quant import QuantConfig
 from pipeline.config.schema import EngineConfig
 from pipeline.memory.architecture import Architecture
-from pipeline.memory.capacity import work_bytes
+from pipeline.memory.peaks import work_bytes
 from pipeline.memory.plan import footprint_bytes, kv_bytes_per_token
 
 TEMPLATE_TOKENS = 64  # that a chat template writes around a message, at most
