@@ -45,6 +45,10 @@ class VllmProcess:
                 fix="Name the Python of an environment that has vLLM, or run make vllm",
             ) from error
 
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+
     @property
     def pid(self) -> int:
         """Name the process."""
@@ -56,10 +60,9 @@ class VllmProcess:
         Raises:
             JobError: the process has died.
         """
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            self._input.write(json.dumps(message).encode() + b"\n")
+            self._input.flush()
         except BrokenPipeError:
             self._raise_dead()
 
@@ -69,10 +72,8 @@ class VllmProcess:
         Raises:
             JobError: the process has died, or cannot go on.
         """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
         try:
-            message: dict[str, Any] = json.loads(line)
+            message: dict[str, Any] = json.loads(self._output.readline())
         except ValueError:
             self._raise_dead()
         if failed := message.get("failed"):
@@ -94,24 +95,25 @@ class VllmProcess:
         """
         found = self.receive().get(name)
         if not isinstance(found, dict):
-            self.close()
             self._raise_dead()
         return found
 
     def close(self) -> None:
         """End the process, and those that it started."""
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE_SEC)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # its group: a GPU's part that outlived it, too
         self._process.wait()
+        self._output.close()
 
     def _raise_dead(self) -> NoReturn:
-        status = self._process.wait()
+        self.close()
+        status = self._process.returncode
+        how = ended(status) if status < 0 else f"exit status {status}"
         raise JobError(
-            found=f"vLLM's process has ended ({ended(status)}); it said last:\n{last_lines(self.log)}",
+            found=f"vLLM's process has ended ({how}); it said last:\n{last_lines(self.log)}",
             fix=f"What was written stays valid, and the same command goes on. {self.log} has all that it said",
         )
