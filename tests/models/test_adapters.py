@@ -266,6 +266,7 @@ def test_the_real_model_with_an_adapter_says_what_peft_says(smollm2_dir, tmp_pat
     assert texts(command) == made_by_peft(smollm2_dir, adapter)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_vllm_computes_an_adapter_as_our_own_engine_does(smollm2_dir, tmp_path):
     adapter = make_adapter(smollm2_dir, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     prompts = write_rows(tmp_path / "p.jsonl", ROWS)
