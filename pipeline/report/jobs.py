@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import OutputError
+from pipeline.common.hidden import hide_environment
 from pipeline.common.terminal import visible
 from pipeline.config import quant as quants
 from pipeline.config.stored_format import is_label, label_bits
@@ -157,7 +158,8 @@ def _with_adapter(model: str, config: dict[str, Any]) -> str:
 
 
 def _overrides(hydra: dict[str, Any]) -> list[str]:
-    return ((hydra.get("hydra") or {}).get("overrides") or {}).get("task") or []
+    task = ((hydra.get("hydra") or {}).get("overrides") or {}).get("task") or []
+    return [hide_environment(word) for word in task]
 
 
 def _choices_of_name(name: str) -> dict[str, str]:
