@@ -48,6 +48,14 @@ class Attention(Enum):
     plain = "plain"  # the model's own attention, one rectangle at a time
 
 
+class Tracker(Enum):
+    """Choose who else is told how a job goes; each is an extra to install."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
 @dataclass
 class ModelConfig:
     """Name a model, and say how it is loaded."""
@@ -221,7 +229,8 @@ class Config:
     watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
-    report: bool = False  # at the end of a sweep, write the report of its jobs
+    report: bool = False  # at the end of a sweep, write the report of its jobs; for a tracker, one of each
+    tracker: Tracker | None = None  # a run of it for each job: docs/trackers.md
     models_dir: str = "models"  # searched first, for a folder with the model's own name
     outputs_dir: str = "outputs"
     prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name
