@@ -162,8 +162,14 @@ def _can_pack(module: nn.Module) -> bool:
         return False
     if type(module).__name__ == "Linear4bit":
         return _can_pack_four_bits(module)
-    plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook")
-    return plain and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+    # Another library may have put its own pass into a layer, or a weight of its own kind.
+    plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook") and "forward" not in vars(module)
+    return (
+        plain
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
+    )
 
 
 def _can_pack_four_bits(linear: Any) -> bool:
