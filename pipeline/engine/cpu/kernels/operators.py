@@ -25,13 +25,23 @@ from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call, bits, prep
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
-from pipeline.engine.cpu.kernels.vectors import compiles_for
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16, compiles_for
 
 products: Any = None  # what multiplies here; each compiles only where it can run
 if has_tiles():
     from pipeline.engine.cpu.kernels import linear_tiles as products
 elif compiles_for("avx2"):
     from pipeline.engine.cpu.kernels import linear_vectors as products
+
+MULTIPLIES_ON = (
+    "matrix tiles (AMX)"
+    if has_tiles()
+    else "vectors with bf16 (AVX-512)"
+    if HAS_BF16
+    else "vectors of AVX-512 without bf16"
+    if compiles_for("avx512f")
+    else "vectors of AVX2"
+)
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
