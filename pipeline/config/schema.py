@@ -142,7 +142,7 @@ class EngineConfig:
     prefill_tokens: int = 2048  # prompt tokens in one forward pass
     shared_prefix: bool = True  # prefill once what prompts begin with alike, group by group
     attention: Attention = Attention.auto
-    pack_weights: bool = True  # CPU, bf16 and 4 bits: reorder the weights once and not at each call
+    pack_weights: bool = True  # CPU, bf16, 8 and 4 bits: reorder the weights once and not at each call
 
     def __post_init__(self) -> None:
         tokens = self.max_tokens_in_flight
