@@ -102,7 +102,9 @@ def flat(row: dict[str, Any]) -> Flat:
     }
     own |= {name: row.get(name) for name in ("finish_reason", "error")}
     own |= {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    own |= {name: row[name] for name in ("thinking", "token_ids", "logprobs") if name in row}
+    own |= {
+        name: row[name] for name in ("thinking", "token_ids", "logprobs", "label_logprobs") if name in row
+    }
     more = row.get("metadata") or {}
     return own | {f"metadata_{name}" if name in own else name: value for name, value in more.items()}
 
@@ -223,12 +225,14 @@ def _choice(row: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": row["completion"], "refusal": None}
     if row.get("thinking") is not None:
         message["reasoning_content"] = row["thinking"]
+    labels = {"label_logprobs": row["label_logprobs"]} if "label_logprobs" in row else {}
     logprobs = row.get("logprobs")
     return {
         "index": row["sample"],
         "message": message,
         "finish_reason": row["finish_reason"],
         "logprobs": None if logprobs is None else {"content": list(map(_logprob, logprobs)), "refusal": None},
+        **labels,
     }
 
 

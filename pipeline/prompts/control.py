@@ -67,6 +67,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], sou
     return token_ids
 
 
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase, text: str, tokens: re.Pattern[str], source: str
+) -> list[int]:
+    """Encode a text that follows a prompt, by itself; control tokens that it spells are text."""
+    hidden: list[str] = []
+    marked = hide({"role": "user", "content": text}, tokens, (), hidden)["content"]
+    return _encode_inside(lambda piece: encode(tokenizer, piece, hidden, source), marked)
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # not verbose: a prompt longer than the context is the runner's to report
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))

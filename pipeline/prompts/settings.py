@@ -25,8 +25,13 @@ OVERRIDES: dict[str, type] = {
     "regex": str,
     "choice": list,
     "grammar": str,
+    "label_logprobs": bool,
 }
-_NOT_BESIDE_THE_PROMPT = ("logprobs", *CONSTRAINTS)  # where a word as "choice" may be the user's own
+_NOT_BESIDE_THE_PROMPT = (
+    "logprobs",
+    "label_logprobs",
+    *CONSTRAINTS,
+)  # where a word as "choice" may be the user's own
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _LOGPROBS = ("logprobs", "top_logprobs")  # OpenAI's: whether, and of how many
 # What changes an answer and is not there, each with the values that ask for nothing.
