@@ -148,7 +148,7 @@ class PromptRow:
     id: str
     source: str  # "file:line", for errors
     prompt: str | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     system: str | None
     params: GenerationParams  # the job's, with this row's overrides
     metadata: dict[str, object]  # the line's other fields

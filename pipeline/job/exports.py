@@ -33,6 +33,7 @@ class Answers:
     places: list[tuple[int, int, int, int]]  # index, sample, file, offset
     kinds: dict[str, set[type]] = field(default_factory=dict)  # of each column of `flat`
     roles: dict[str, None] = field(default_factory=dict)  # the keys that messages have
+    calls: bool = False  # a message has more than texts
 
     @classmethod
     def find(cls, folder: Path, damaged: Callable[[str], object]) -> "Answers":
@@ -64,6 +65,7 @@ class Answers:
             self.kinds.setdefault(name, set()).add(type(value))
         for message in row.get("messages") or []:
             self.roles |= dict.fromkeys(message)
+            self.calls |= any(isinstance(said, list | dict) for said in message.values())
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Read the lines in order."""
@@ -169,7 +171,7 @@ def to_parquet(answers: Answers, path: Path) -> None:
 
 
 def _type(pa: Any, name: str, kinds: set[type], answers: Answers) -> Any:
-    if name == "messages" and answers.roles:
+    if name == "messages" and answers.roles and not answers.calls:
         return pa.list_(pa.struct([(key, pa.string()) for key in answers.roles]))
     if name == "token_ids":
         return pa.list_(pa.int64())
