@@ -115,6 +115,10 @@ class GenerationConfig(GenerationParams):
         super().__post_init__()
         if self.thinking and self.constraints:
             raise ValueError(f"thinking=True: must be false beside {self.constraints[0]}")
+        if self.label_logprobs and self.left_to_the_model:
+            raise ValueError(
+                "label_logprobs=True: must be false beside generation=model, as nothing is sampled"
+            )
         tags = self.thinking_tags
         if tags is not None and not (len(tags) == 2 and all(tags)):
             raise ValueError(

@@ -305,7 +305,7 @@ def test_settings_beside_the_prompt_are_used_or_refused(read):
     assert first.metadata == {"logprobs": [1], "user": "u"}
     assert "temperature" in second.error
     assert "n is said twice" in third.error
-    assert "tools is not supported" in fourth.error
+    assert "'tools[0]' is no function with a name" in fourth.error
 
 
 def test_what_else_a_message_says_reaches_the_template(tokenizer, read):
