@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from job_helper import ROOT, arguments, command, environment, texts, write_rows
+from job_helper import ROOT, arguments, environment, texts, write_rows
 
 from pipeline.commands.door import main
 from pipeline.common.exit_status import ExitStatus
@@ -88,7 +88,7 @@ def control_group() -> Iterator[Path]:
         time.sleep(0.05)
 
 
-def test_a_control_groups_kill_loses_no_row_and_the_same_command_goes_on(job, tmp_path, control_group):
+def test_a_control_groups_kill_loses_no_row_and_the_same_command_goes_on(job, tmp_path, control_group, capfd):
     line = job(tmp_path / "out")
     enter = f'echo $$ > {control_group}/cgroup.procs && exec "$@"'
     chosen = (
@@ -102,11 +102,10 @@ def test_a_control_groups_kill_loses_no_row_and_the_same_command_goes_on(job, tm
             assert process.wait(120) == -signal.SIGKILL
         finally:
             hog.kill()
-    said = " ".join(command(["status", str(job_folder(line))]).stderr.split())
-    assert "stopped" in said
-    done = command(line)
-    assert done.returncode == 0, done.stderr
-    assert "Going on: " in done.stderr
+    assert main(["status", str(job_folder(line))]) == ExitStatus.SOME_FAILED
+    assert "stopped" in capfd.readouterr().err
+    assert main(line) == ExitStatus.DONE
+    assert "Going on: " in capfd.readouterr().err
     assert len(texts(line)) == ROWS
 
 
@@ -121,8 +120,7 @@ def test_a_folder_that_is_moved_away_under_a_job_is_named_and_goes_on_when_it_is
     )
     assert f"{job_folder(line)}" in said
     away.rename(outputs)
-    done = command(line)
-    assert done.returncode == 0, done.stderr
+    assert main(line) == ExitStatus.DONE
     assert len(texts(line)) == ROWS
 
 
@@ -143,8 +141,7 @@ def test_a_file_system_that_vanishes_under_a_job_is_named_and_all_is_done_where_
         said
     )
     assert f"{job_folder(line)}" in said
-    done = command(line)
-    assert done.returncode == 0, done.stderr
+    assert main(line) == ExitStatus.DONE
     assert len(texts(line)) == ROWS
 
 
