@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,7 @@ def root() -> Path:
     return shipped if shipped.is_dir() else package.parent
 
 
+@cache  # what Hydra was told it keeps
 def register() -> None:
     """Tell Hydra the schema; conf/ names its parts."""
     store = ConfigStore.instance()

@@ -343,6 +343,7 @@ def test_report_md_has_one_table_line_for_each_job(sweep):
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_page_says_what_the_model_suggests_and_the_job_left_out(tmp_path):
     job = write_job(tmp_path, "fp32", hostile_rows("fp32"))
     noted = json.loads((job / "manifest.json").read_text())
@@ -405,6 +406,7 @@ def test_the_command_writes_a_report_and_loads_no_torch(sweep, tmp_path):
     }
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_share_of_answers_in_shape_is_a_column_where_a_job_had_constraints(tmp_path):
     rows = [{**answer_row(i, '{"a": 1}'), "complete": i > 0} for i in range(4)]
     rows.append(answer_row(4, "free"))

@@ -261,6 +261,7 @@ def test_a_phone_shows_jobs_as_cards_with_three_large_figures_and_plots_of_its_o
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_words_that_an_answer_lacks_are_struck_out_where_they_would_stand(browser, tmp_path):
     write_job(tmp_path, "fp32", [answer_row(0, "One two three four five six. The end.")])
     write_job(tmp_path, "nf4", [answer_row(0, "One two five SIX seven. The end.")])
