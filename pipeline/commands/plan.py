@@ -136,7 +136,8 @@ def rank_plans(arguments: Arguments) -> list[RankPlan]:
             each = replace(device, free_bytes=device.free_bytes // count, gpus=device.gpus[:1])
             with kept(config.prompts) as prompts:
                 work = _workload(replace(config, prompts=prompts), _short(model), each, arguments)
-            named = quant or quant_name(config.quant), work.settled(config.quant)
+            work, settled, stored = work.loaded(config.quant)
+            named = stored or quant or quant_name(config.quant), settled
             most = config.engine.max_rows or (ROWS if each.gpus else ROWS_ON_CPU)
             made.append(
                 plan_ranks(

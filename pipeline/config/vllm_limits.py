@@ -13,6 +13,8 @@ def refusal(params: GenerationParams) -> str | None:
             f"temperature={params.temperature}: vLLM takes 0 (greedy), or {LEAST_TEMPERATURE} to "
             f"{MOST_TEMPERATURE}"
         )
+    if params.label_logprobs:
+        return "label_logprobs=true: vLLM's process makes texts, and does not compare choices"
     if params.min_p > 0 and params.top_p < 1 and not params.greedy:
         return (
             f"min_p={params.min_p} and top_p={params.top_p}: vLLM applies them in the other order, which keeps "

@@ -9,7 +9,14 @@ from pipeline.common import terminal
 from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.config.schema import Config, EngineName
 from pipeline.engine.cpu.packing import pack_weights
-from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
+from pipeline.engine.host_memory import (
+    EIGHT_BIT_BYTES,
+    GLIBC_BYTES,
+    LARGE_BYTES,
+    release_files,
+    return_large_blocks,
+    trim,
+)
 from pipeline.job.paths import JobPaths
 from pipeline.job.ready import Ready
 from pipeline.job.vllm import load_vllm
@@ -46,7 +53,7 @@ def load(config: Config, prompts: str, results: JobPaths) -> Ready:
 def _load_here(config: Config) -> Ready:
     """Load the model, pack its weights, and give back what loading leaves."""
     terminal.say(f"Loading {config.model.name}")
-    return_large_blocks()
+    return_large_blocks(EIGHT_BIT_BYTES if config.quant.bits == 8 else LARGE_BYTES)
     with PeakSampler(LOADING_SAMPLE_SEC, apart=True) as sampler:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = _measure(loaded)
@@ -54,7 +61,7 @@ def _load_here(config: Config) -> Ready:
         log.info("%d linear layers packed", packed)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
-        if loaded.quant.bits != 8:
+        if loaded.quant.bits != 8 or packed:
             return_large_blocks(GLIBC_BYTES)
     if left_out := loaded.own_settings.left_out(config.generation):
         terminal.say(left_out)

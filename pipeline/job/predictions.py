@@ -17,7 +17,7 @@ from pipeline.memory.plan import footprint_bytes
 def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     """Collect what decides the job's memory, beside its prompts."""
     return Setup(
-        job_architecture(config.model, config.models_dir),
+        job_architecture(config.model, config.models_dir, config.quant, ready.gpus),
         ready.quant,
         ready.gpus,
         packed=ready.packed,
@@ -50,7 +50,7 @@ def compare(
 
 def _planned(config: Config, ready: VllmReady) -> dict[str, int | None]:
     """Say what was planned for vLLM: its weights, and what it was to reserve. Its peaks nobody predicts."""
-    arch = job_architecture(config.model, config.models_dir)
+    arch = job_architecture(config.model, config.models_dir, config.quant, ready.gpus)
     return {
         **dict.fromkeys(PARTS),
         "footprint": None if arch is None else footprint_bytes(arch, ready.quant),

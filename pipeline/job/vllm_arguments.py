@@ -103,7 +103,7 @@ def rows_in_flight(config: Config, device: str) -> int:
 def cpu_reserve(config: Config, files: Elsewhere, prompts: str, rows: int) -> int | None:
     """Plan what keys and values get of the host's memory; None for a model whose keys nothing here knows."""
     own = in_context(files.checkpoint.read_config(), config.model.context)
-    arch = job_architecture(config.model, config.models_dir) or kv_architecture(own)
+    arch = job_architecture(config.model, config.models_dir, config.quant, ()) or kv_architecture(own)
     if arch is None:
         return None
     context = min(filter(None, (arch.max_position_embeddings, config.engine.max_model_len)), default=None)

@@ -12,6 +12,7 @@ from pipeline.job.progress import JobProgress
 from pipeline.job.ready import Ready
 from pipeline.job.requests import Requests
 from pipeline.job.timeline import Timeline
+from pipeline.job.tracker import Telling
 from pipeline.job.watchdog import Watchdog
 
 
@@ -31,6 +32,7 @@ class Work:
     def __post_init__(self) -> None:
         self.engine, room = make_engine(self.ready, self.forward, self.config)
         self.requests = Requests(self.config, self.prompts, self.results, self.ledger, self.ready, room)
+        self.telling = Telling(self.config.tracker, self.results)
         self.watchdog = Watchdog(self.config.watchdog_sec, self.results.sync)
 
     def run(self) -> None:
@@ -55,6 +57,7 @@ class Work:
     def _show(self, progress: JobProgress) -> None:
         live, tokens = self.engine.live, self.engine.tokens
         self.timeline.sample(tokens)
+        self.telling.point(self.ledger.done, tokens, self.timeline.points[-1][1])
         progress.update(self.ledger.done, tokens)
         if self.config.stream and live:
             first = min(live, key=lambda s: (self.requests.place(s.request.id), s.index))
