@@ -25,7 +25,7 @@ from pipeline.models.tensor_headers import StoredTensor, read_headers
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SCALE_BYTES, _GROUP = 2, 128  # of most formats: a scale for so many weights
 # Formats of which a loaded model was held against its file, byte for byte.
-TRIED = ("torchao", "gptq", "awq", "compressed-tensors")
+TRIED = ("torchao", "compressed-tensors")
 
 
 @dataclass(frozen=True, slots=True)
