@@ -1,4 +1,4 @@
-"""Time products in bf16, in 4 bits and in float32, beside what memory and arithmetic allow here.
+"""Time products in bf16, in 8 and 4 bits and in float32, beside what memory and arithmetic allow here.
 
     python benchmarks/products.py --rows 1 4 32
     python benchmarks/products.py --shape 4096 14336 --older avx512      # as a CPU without AVX-512 would
@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,6 @@ def limits(clock: Callable[[], float]) -> tuple[float, float]:
 def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]], int]]:
     """Make each contender's products, one for each weight, and the bytes of one weight."""
     import torch
-    from bitsandbytes.nn import Linear4bit
     from torch.nn import functional as F
 
     from pipeline.engine.cpu import load_kernels
@@ -104,15 +104,11 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
 
     if load_kernels() is None:
         raise SystemExit("this needs numba, and a torch that is linked with libgomp")
+    warnings.filterwarnings("ignore", "MatMul8bitLt")
 
-    def layer(four_bits: bool) -> Any:
-        weight = {"weight": torch.randn(outputs, inputs, dtype=torch.bfloat16)}
-        if not four_bits:
-            made = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
-        else:
-            made = Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        made.load_state_dict(weight)
-        return made.to("cpu").eval()
+    def layer(quant: str) -> Any:
+        made = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+        return quantized(made, quant)
 
     def packed(made: Any) -> Any:
         block = torch.nn.ModuleDict({"own": made})
@@ -125,11 +121,29 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
     numbers = inputs * outputs
     wide = [torch.randn(outputs, inputs) for _ in range(-(-count // 2))]
     return {
-        "bf16": ([packed(layer(False)) for _ in range(count)], 2 * numbers),
-        "nf4": ([packed(layer(True)) for _ in range(2 * count)], numbers * 9 // 16),
-        "nf4, bitsandbytes": ([layer(True) for _ in range(2 * count)], numbers * 9 // 16),
+        "bf16": ([packed(layer("bf16")) for _ in range(count)], 2 * numbers),
+        "int8": ([packed(layer("int8")) for _ in range(2 * count)], numbers),
+        "int8, bitsandbytes": ([layer("int8") for _ in range(2 * count)], numbers),
+        "nf4": ([packed(layer("nf4")) for _ in range(2 * count)], numbers * 9 // 16),
+        "nf4, bitsandbytes": ([layer("nf4") for _ in range(2 * count)], numbers * 9 // 16),
         "float32, torch": ([lambda x, w=w: F.linear(x.float(), w) for w in wide], 4 * numbers),
     }
+
+
+def quantized(linear: Any, quant: str) -> Any:
+    """Return a linear layer as it is, or bitsandbytes' of its weight."""
+    import torch
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    sizes = linear.in_features, linear.out_features
+    if quant == "nf4":
+        made = Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    elif quant == "int8":
+        made = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=6.0)
+    else:
+        return linear
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu").eval()
 
 
 def measure(contenders: Any, states: Any, clock: Callable[[], float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Time decode steps of a random model of Llama-3.2-1B's shape in bf16 and nf4, beside what the machine allows.
+"""Time decode steps of a random model of Llama-3.2-1B's shape in bf16, int8 and nf4, beside what the machine allows.
 
     python benchmarks/step.py --rows 1 4 32 128
     python benchmarks/step.py --older amx avx10 avx512                    # as a CPU without AVX-512 would
@@ -9,7 +9,7 @@ In brackets: what reading the weights takes at that speed, and the products at t
 
 from typing import Any
 
-from products import arguments, fastest, prepare
+from products import arguments, fastest, prepare, quantized
 
 PROMPT = 48  # tokens of each row
 STEPS = 10  # of which the fastest counts; the contenders take turns
@@ -19,11 +19,12 @@ def main() -> None:
     parser = arguments(__doc__, [1, 4, 32, 128])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--quant", nargs="+", default=["bf16", "int8", "nf4"])
     args = parser.parse_args()
     clock, bandwidth, peak = prepare(args)
     import torch
 
-    models = {name: make(args.layers, args.vocabulary, name == "nf4") for name in ("bf16", "nf4")}
+    models = {name: make(args.layers, args.vocabulary, name) for name in args.quant}
     print(f"{'rows':>9}" + "".join(f"{name:>52}" for name in models))
     with torch.inference_mode():
         for rows in args.rows:
@@ -37,10 +38,9 @@ def main() -> None:
             print()
 
 
-def make(layers: int, vocabulary: int, four_bits: bool) -> Any:
+def make(layers: int, vocabulary: int, quant: str) -> Any:
     """Make a random model, packed as a job would."""
     import torch
-    from bitsandbytes.nn import Linear4bit
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from pipeline.engine.cpu import load_kernels
@@ -63,11 +63,8 @@ def make(layers: int, vocabulary: int, four_bits: bool) -> Any:
     linears = [
         (m, n, c) for m in model.model.modules() for n, c in m.named_children() if hasattr(c, "in_features")
     ]
-    for parent, name, linear in linears if four_bits else []:
-        sizes = linear.in_features, linear.out_features
-        coded = Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        coded.load_state_dict(linear.state_dict())
-        setattr(parent, name, coded.to("cpu"))
+    for parent, name, linear in linears:
+        setattr(parent, name, quantized(linear, quant))
     pack_weights(model)
     return model
 

@@ -194,7 +194,10 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
 
 def _there(folder: Path, model: str, tail: str) -> str | None:
     """Find a job's folder that is there already, whatever format its name says: the fingerprint tells it."""
-    found = sorted(folder.glob(f"{glob.escape(model)}-*-{glob.escape(tail)}"))
+    try:
+        found = sorted(folder.glob(f"{glob.escape(model)}-*-{glob.escape(tail)}"))
+    except OSError:  # a disk that does not answer: who makes the folder says so
+        return None
     return found[0].name if found else None
 
 

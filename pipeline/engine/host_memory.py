@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 LARGE_BYTES = 1 << 20  # blocks from here on go back to the system when they are freed
+EIGHT_BIT_BYTES = (
+    1 << 18
+)  # the same, while weights are quantized to 8 bits and packed: a small model's are of this size
 GLIBC_BYTES = 1 << 25  # glibc's own bound, which it comes to by itself once a program frees large blocks
 WEIGHTS = (".safetensors", ".bin")
 
@@ -24,8 +27,9 @@ def return_large_blocks(size_bytes: int = LARGE_BYTES) -> bool:
     """Have glibc return each block of this size or more when it is freed; say whether it could be told.
 
     Without this, it takes blocks of up to 32 MiB from its heap, whose holes the system never gets back. But
-    each block then costs page faults anew: worth it while loading, and for 8-bit products. Of its heap's end
-    it keeps twice that size, in glibc's own proportion; without, a prefill faults its pages in again and again.
+    each block then costs page faults anew: worth it while loading, and for bitsandbytes' 8-bit products. Of its
+    heap's end it keeps twice that size, in glibc's own proportion; without, a prefill faults its pages in again
+    and again.
     """
     try:
         libc = _libc()

@@ -12,7 +12,14 @@ from pipeline.config.schema import Config
 from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
 from pipeline.engine.cpu.packing import pack_weights
-from pipeline.engine.host_memory import GLIBC_BYTES, release_files, return_large_blocks, trim
+from pipeline.engine.host_memory import (
+    EIGHT_BIT_BYTES,
+    GLIBC_BYTES,
+    LARGE_BYTES,
+    release_files,
+    return_large_blocks,
+    trim,
+)
 from pipeline.memory.measured import (
     LOADING_SAMPLE_SEC,
     Peaks,
@@ -80,7 +87,7 @@ def load(config: Config) -> Ready:
         LoadError: it cannot be loaded.
     """
     terminal.say(f"Loading {config.model.name}")
-    return_large_blocks()
+    return_large_blocks(EIGHT_BIT_BYTES if config.quant.bits == 8 else LARGE_BYTES)
     with PeakSampler(LOADING_SAMPLE_SEC, apart=True) as sampler:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = _measure(loaded)
@@ -88,7 +95,7 @@ def load(config: Config) -> Ready:
         log.info("%d linear layers packed", packed)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
-        if loaded.quant.bits != 8:
+        if loaded.quant.bits != 8 or packed:
             return_large_blocks(GLIBC_BYTES)
     if left_out := loaded.own_settings.left_out(config.generation):
         terminal.say(left_out)

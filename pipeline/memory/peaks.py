@@ -25,7 +25,7 @@ BF16 = Dtype.bfloat16.value
 
 CUDA_CONTEXT_BYTES = 600 * MIB  # an assumption: driver context, kernels and workspaces, for each GPU
 # Fitted to SmolLM2 on one CPU: code and buffers that the libraries add from loading to the first passes, and
-# the heap that 8-bit products leave in pieces.
+# the heap that bitsandbytes' 8-bit products leave in pieces.
 HOST_RUNTIME_BYTES = 36 * MIB
 INT8_HEAP_BYTES = 48 * MIB
 LOADING_BYTES = 4 * MIB  # what loading takes beside weights that are not in 4 bits
@@ -42,14 +42,20 @@ def logits_bytes(
 
 
 def activation_bytes(
-    arch: Architecture, quant: QuantConfig, tokens: int, columns: int, gpus: Gpus = ()
+    arch: Architecture,
+    quant: QuantConfig,
+    tokens: int,
+    columns: int,
+    gpus: Gpus = (),
+    packed: bool = False,
 ) -> int:
     """Estimate the most that is alive at once in a layer of one forward pass; not the logits.
 
     On a CPU, either the MLP (its input, residuals and norm; gate, up and product, or fused gate_up, gate's activation
     and product) or attention (the same input; queries, rotated, padded, the result; keys, values, both
-    repeated for the query heads; the mask) or a norm's float32 copies. An int8 product's results go
-    through int32 and float32, 16 bytes each. Within 5 % of the live tensors of SmolLM2's forward pass.
+    repeated for the query heads; the mask) or a norm's float32 copies. The results of bitsandbytes' int8 products
+    go through int32 and float32, 16 bytes each; packed weights have others. Within 5 % of the live tensors of
+    SmolLM2's forward pass.
 
     Args:
         tokens: in the pass.
@@ -66,7 +72,7 @@ def activation_bytes(
     attention += element * max(tokens, columns) * 2 * queries + (1 + element) * tokens * columns
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
-    if quant.bits == 8:
+    if quant.bits == 8 and not packed:
         widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
     return max(mlp, attention, norm, int8)
@@ -183,23 +189,24 @@ def run_peak(
         prefill_tokens: tokens in one pass of the prefill.
         columns: the longest prompt.
         gpus: those that the model lies on, () for a run on the CPU. Each of them has a pass in turn.
-        packed: bf16 linear layers are packed, on a CPU.
+        packed: linear layers in bf16 and quantized ones are packed, on a CPU.
     """
+    packed = packed and not gpus
     return RunPeak(
         footprint=footprint_bytes(arch, quant),
         quant_state=quant_state_bytes(arch, quant),
-        packed=packed_bytes(arch, quant) if packed and not gpus else 0,
+        packed=packed_bytes(arch, quant) if packed else 0,
         kv_cache=kv_cache,
-        activations=activation_bytes(arch, quant, prefill_tokens, columns, gpus),
+        activations=activation_bytes(arch, quant, prefill_tokens, columns, gpus, packed),
         logits=logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus),
         scratch=scratch_bytes(arch, quant, gpus),
-        context=len(gpus) * CUDA_CONTEXT_BYTES if gpus else _host_bytes(quant),
+        context=len(gpus) * CUDA_CONTEXT_BYTES if gpus else _host_bytes(quant, packed),
     )
 
 
-def _host_bytes(quant: QuantConfig) -> int:
+def _host_bytes(quant: QuantConfig, packed: bool) -> int:
     """Return what the libraries take on a host."""
-    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.bits == 8 else 0)
+    return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.bits == 8 and not packed else 0)
 
 
 def weight_bytes(arch: Architecture, quant: QuantConfig) -> int:

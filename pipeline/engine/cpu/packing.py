@@ -1,8 +1,8 @@
 """Reorder the weights of linear layers on a CPU in bf16 once, instead of at every call.
 
 A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), in bf16 and in
-bitsandbytes' 4 bits, but for layers that do not fill whole blocks. Those in 4 bits stay bitsandbytes' own. For
-those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
+bitsandbytes' 4 and 8 bits, but for layers that do not fill whole blocks. Those that are quantized stay
+bitsandbytes' own. For those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
 weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a
 weight once are those which torch's inductor uses when it freezes a model; they are private, so they are used
 here alone, and only after they gave the very bits of `F.linear` on the weight at hand.
@@ -25,6 +25,7 @@ from pipeline.engine.model_facts import is_adapted, outside_adapters
 
 # Layers that models call one after the other on the same input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+INT8_MOST = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class PackedSibling(nn.Module):
 
 
 def pack_weights(model: Any) -> int:
-    """Replace the model's linear layers on the CPU, plain in bf16 or bitsandbytes' in 4 bits, by packed ones.
+    """Replace the model's linear layers on the CPU, plain in bf16 or bitsandbytes' in 4 and 8 bits, by packed ones.
 
     The unpacked weights are freed as it goes, but not one that the embedding shares.
 
@@ -121,7 +122,7 @@ def pack_weights(model: Any) -> int:
     """
     shared = model.get_input_embeddings().weight
     count = 0
-    if shared.dtype != torch.bfloat16:  # what a layer in 4 bits is given
+    if shared.dtype != torch.bfloat16:  # what a quantized layer is given
         return count
     for module in outside_adapters(model):
         for names in _families(module):
@@ -160,37 +161,38 @@ def _alike(module: nn.Module, names: Sequence[str]) -> bool:
 def _can_pack(module: nn.Module) -> bool:
     if is_adapted(module):
         return False
-    if type(module).__name__ == "Linear4bit":
-        return _can_pack_four_bits(module)
+    kind = type(module).__name__
+    here = not hasattr(module, "_hf_hook") and getattr(module, "weight", None) is not None
+    if not here or module.weight.device.type != "cpu":
+        return False
+    if kind in ("Linear4bit", "Linear8bitLt"):
+        fits = _can_pack_four_bits if kind == "Linear4bit" else _can_pack_eight_bits
+        bias_fits = module.bias is None or module.bias.dtype == torch.bfloat16
+        return _multiplies() and bias_fits and fits(module)
     # Another library may have put its own pass into a layer, or a weight of its own kind.
-    plain = type(module) is nn.Linear and not hasattr(module, "_hf_hook") and "forward" not in vars(module)
-    return (
-        plain
-        and type(module.weight) is nn.Parameter
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-    )
+    plain = type(module) is nn.Linear and "forward" not in vars(module)
+    return plain and type(module.weight) is nn.Parameter and module.weight.dtype == torch.bfloat16
 
 
 def _can_pack_four_bits(linear: Any) -> bool:
     """Say whether a layer of bitsandbytes fills whole blocks, multiplies in bf16, and is still as it was loaded."""
     state = linear.weight.quant_state
-    if (
-        not _multiplies()
-        or hasattr(linear, "_hf_hook")
-        or linear.weight.device.type != "cpu"
-        or state is None
-    ):
+    if state is None or linear.compute_dtype != torch.bfloat16:
         return False
-    in_bf16 = linear.compute_dtype == torch.bfloat16 and (
-        linear.bias is None or linear.bias.dtype == torch.bfloat16
-    )
     whole = linear.out_features % 32 == 0 and linear.in_features % 64 == 0 and state.blocksize == 64
-    return in_bf16 and whole and not getattr(state, "packing_format_for_cpu", False)
+    return whole and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _can_pack_eight_bits(linear: Any) -> bool:
+    """Say whether a layer of bitsandbytes fills whole blocks, and is still as it was loaded."""
+    whole = linear.out_features % 32 == 0 and linear.in_features % 32 == 0
+    return whole and linear.weight.SCB is not None
 
 
 def _codes_of(linear: Any) -> str | None:
-    """Name the type of a layer's 4-bit codes; None where its weight is plain."""
+    """Name the type of a layer's codes, as nf4 or int8; None where its weight is plain."""
+    if type(linear).__name__ == "Linear8bitLt":
+        return "int8"
     return getattr(linear.weight, "quant_type", None)
 
 
@@ -202,8 +204,10 @@ def _multiplies() -> bool:
 
 def _free(linear: Any) -> None:
     """Give a weight's memory back. bitsandbytes' layer and weight refer to each other, and would wait for it."""
-    linear.weight.data = linear.weight.new_empty(0)
-    if _codes_of(linear):
+    codes, linear.weight.data = _codes_of(linear), linear.weight.new_empty(0)
+    if codes == "int8":
+        linear.weight.CB = linear.weight.SCB = None
+    elif codes:
         linear.weight.quant_state = linear.quant_state = None
 
 
@@ -226,7 +230,11 @@ def _pack_blocks(linears: Sequence[nn.Linear]) -> PackedWeight:
             return whole
         return whole.view(2, -1, 16, *whole.shape[1:]).transpose(0, 1).reshape(whole.shape)
 
-    if _codes_of(linears[0]):
+    codes_type = _codes_of(linears[0])
+    if codes_type == "int8":
+        bytes_, scales = zip(*((linear.weight.data, linear.weight.SCB) for linear in linears), strict=True)  # type: ignore[attr-defined]
+        weight = kernels.pack_bytes(joined(bytes_), joined(scales) / INT8_MOST)
+    elif codes_type:
         codes, scales = zip(*(_four_bits(linear) for linear in linears), strict=True)
         state: Any = linears[0].weight.quant_state  # type: ignore[attr-defined]
         weight = kernels.pack_codes(joined(codes), joined(scales), state.code)

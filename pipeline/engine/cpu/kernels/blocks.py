@@ -11,6 +11,7 @@ BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
 SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
 CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
+BYTES_BYTES = BLOCK * BLOCK  # of one block in 8 bits
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 
@@ -21,12 +22,14 @@ class Blocks:
     One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
     16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits 16 bytes have a block's inputs
     of an output, the first 16 in their lower halves; a line has every fourth output of a tile, and after every
-    two blocks come the scales of their outputs.
+    two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs.
     """
 
-    # bf16 [M/32, K/32, 2, 16, 16, 2], or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 of codes, 32 scales
+    # bf16 [M/32, K/32, 2, 16, 16, 2], int8 [M/32, K/32, 2, 16, 2, 16],
+    # or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 of codes, 32 scales
     numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
+    scales: Tensor | None = None  # [M] float32: what a weight of 8 bits is a multiple of
 
     @property
     def outputs(self) -> int:
@@ -65,8 +68,15 @@ def pack_codes(codes: Tensor, scales: Tensor, values: Tensor) -> Blocks:
     return Blocks(torch.cat([part.view(strips, groups, -1) for part in parts], -1), values.float())
 
 
+def pack_bytes(weight: Tensor, scales: Tensor) -> Blocks:
+    """Reorder a weight in 8 bits. [M, K] int8, multiples of 32, and [M] float32."""
+    lines = _in_blocks(weight.contiguous().view(torch.int16), TILE_ROWS).view(torch.int8)
+    lines = lines.view(*lines.shape[:-1], TILE_ROWS, 2).transpose(-1, -2).contiguous()
+    return Blocks(lines, scales=scales.float().contiguous())
+
+
 def _in_blocks(words: Tensor, width: int) -> Tensor:
-    """Reorder 32 bits at a time, `width` of an output in a block. [M, W] → [M/32, W/width, 2, width, 16]."""
+    """Reorder numbers, `width` of an output in a block. [M, W] → [M/32, W/width, 2, width, 16]."""
     outputs, count = words.shape
     blocks = words.view(outputs // BLOCK, 2, TILE_ROWS, count // width, width)
     return blocks.permute(0, 3, 1, 4, 2).contiguous()

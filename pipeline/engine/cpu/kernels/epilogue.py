@@ -30,17 +30,24 @@ _NUMBER = ir.IntType(64)
 
 
 @inner
-def store(sums: int, rows: int, bias: int, output: int, stride: int, gated: int) -> None:
+def store(sums: int, rows: int, scales: int, bias: int, output: int, stride: int, gated: int) -> None:
     """Store the sums of a strip at their place in the output, in bf16.
 
     Args:
         sums: address of [rows, 32] float32.
-        bias: address of the strip's 32 numbers, or 0.
+        scales: address of the strip's 32 numbers in float32, or 0.
+        bias: address of its 32 numbers in bf16, or 0.
         output: address of the first row, `stride` bytes before the second.
         gated: not 0: 16 gates and 16 ups are silu(gate) · up, 16 outputs.
     """
+    numbers = carray(floats(sums), (rows, BLOCK))
+    if scales:
+        factors = carray(floats(scales), BLOCK)
+        for row in range(rows):
+            for d in range(BLOCK):
+                numbers[row, d] *= factors[d]
     if bias:
-        numbers, offsets = carray(floats(sums), (rows, BLOCK)), carray(halves(bias), BLOCK)
+        offsets = carray(halves(bias), BLOCK)
         for row in range(rows):
             for d in range(BLOCK):
                 numbers[row, d] += wide(offsets[d])

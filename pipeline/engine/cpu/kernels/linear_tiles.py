@@ -7,10 +7,10 @@ numba's cache of this file does not see a change in those that it imports: touch
 
 from typing import Any
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
 from pipeline.engine.cpu.kernels.epilogue import store
-from pipeline.engine.cpu.kernels.four_bits import unpack
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.quantized import block_bytes, unpack
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
@@ -18,10 +18,10 @@ from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
 FEWEST_ROWS = TILE_ROWS  # that a product takes
 ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
-UNPACKED = 8  # the same, of weights in 4 bits: an even number, and their codes are in the cache too
+UNPACKED = 8  # the same, of quantized weights: an even number, and their codes are in the cache too
 # The same as in linear_vectors.py; but numba's cache would not see a list of both change.
 Linear = slots(
-    "inputs weights values bias outputs configuration",
+    "inputs weights values scales bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
 )
 
@@ -36,12 +36,13 @@ def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
 def _store(p: Any, strip: int, row: int, sums: Any) -> None:
     """Store a block of sums at its place in the output."""
     rows, outputs, gated = p.rows, p.width_out, p.gated
+    scales = p.scales + strip * BLOCK * 4 if p.scales else 0
     bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     width = outputs * 2 // (1 + gated)
     for half, place in enumerate(_halves_of_block(row, rows)):
         own = sums[half * TILE_ROWS].ctypes.data
         output = p.outputs + place * width + strip * BLOCK * 2 // (1 + gated)
-        store(own, TILE_ROWS, bias, output, width, gated)
+        store(own, TILE_ROWS, scales, bias, output, width, gated)
 
 
 @inner
@@ -50,8 +51,8 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
     rows, inputs, stride, threads = p.rows, p.width_in, p.stride * 2, p.threads
     blocks = inputs // BLOCK
     parts = -(-blocks // PART)
-    part = UNPACKED if p.values else -(-blocks // parts)
-    size = CODED_BYTES if p.values else BLOCK_BYTES
+    part = UNPACKED if p.values or p.scales else -(-blocks // parts)
+    size = block_bytes(p)
     weights = p.weights + strip * blocks * size
     next_weights = weights + threads * blocks * size * (1 + p.gated)
     # Each group of rows asks for its share of the next strip.
@@ -59,8 +60,8 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
     for block in range(0, blocks, part):
         count = min(part, blocks - block)
         here = weights + block * size
-        if p.values:
-            unpack(here, p.values, count, unpacked)
+        if p.values or p.scales:
+            unpack(p, here, count, unpacked)
             here = unpacked
         for index in range((end - start + BLOCK - 1) // BLOCK):
             row = start + index * BLOCK

@@ -14,10 +14,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.epilogue import store
-from pipeline.engine.cpu.kernels.four_bits import FEW_ROWS, multiply_few, unpack
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.quantized import block_bytes, few_rows, multiply_few, unpack
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
@@ -37,12 +37,12 @@ ROWS = 12 if compiles_for("avx512f") else 2  # whose sums are in registers at on
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
-UNPACKED = 8  # blocks of 4-bit weights that are turned to bf16 at once: they stay in the L1 cache
+UNPACKED = 8  # blocks of quantized weights that are turned to bf16 at once: they stay in the L1 cache
 
 _NUMBER = ir.IntType(64)
 # The same as in linear_tiles.py; but numba's cache would not see a list of both change.
 Linear = slots(
-    "inputs weights values bias outputs configuration",
+    "inputs weights values scales bias outputs configuration",
     "rows width_in width_out stride gated threads chunk",
 )
 
@@ -148,26 +148,27 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
     """Multiply the rows [start, end) by one strip, in groups of nearly one size."""
     blocks, gated = p.width_in // BLOCK, p.gated
-    size = CODED_BYTES if p.values else BLOCK_BYTES
-    part = UNPACKED if p.values else blocks
+    size = block_bytes(p)
+    part = UNPACKED if p.values or p.scales else blocks
     weights = p.weights + strip * blocks * size
     soon = weights + p.threads * blocks * size * (1 + gated)
     sums[:] = 0
-    few = p.values and end - start <= FEW_ROWS
+    few = end - start <= few_rows(p)
     if few:
         first_input = p.inputs + start * p.stride * 2
-        multiply_few(end - start, first_input, p.stride * 2, weights, p.values, blocks, sums.ctypes.data)
+        multiply_few(p, end - start, first_input, weights, sums.ctypes.data)
     for first in range(0, 0 if few else blocks, part):
         count = min(part, blocks - first)
         here = weights + first * size
-        if p.values:
-            unpack(here, p.values, count, unpacked)
+        if p.values or p.scales:
+            unpack(p, here, count, unpacked)
             here = unpacked
         _part_of_strip(p, start, end, first, count, here, soon + first * size, size, sums)
     width = p.width_out * 2 // (1 + gated)
+    scales = p.scales + strip * BLOCK * 4 if p.scales else 0
     bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     output = p.outputs + start * width + strip * BLOCK * 2 // (1 + gated)
-    store(sums.ctypes.data, end - start, bias, output, width, gated)
+    store(sums.ctypes.data, end - start, scales, bias, output, width, gated)
 
 
 @inner

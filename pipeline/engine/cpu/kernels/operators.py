@@ -19,18 +19,29 @@ from pipeline.engine.cpu.kernels import attention as attention
 from pipeline.engine.cpu.kernels import loops as loops
 from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
+from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
 from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
 from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call, bits, prepare
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
-from pipeline.engine.cpu.kernels.vectors import compiles_for
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16, compiles_for
 
 products: Any = None  # what multiplies here; each compiles only where it can run
 if has_tiles():
     from pipeline.engine.cpu.kernels import linear_tiles as products
 elif compiles_for("avx2"):
     from pipeline.engine.cpu.kernels import linear_vectors as products
+
+MULTIPLIES_ON = (
+    "matrix tiles (AMX)"
+    if has_tiles()
+    else "vectors with bf16 (AVX-512)"
+    if HAS_BF16
+    else "vectors of AVX-512 without bf16"
+    if compiles_for("avx512f")
+    else "vectors of AVX2"
+)
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
@@ -65,8 +76,8 @@ def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = Fal
     """Multiply by a packed weight. [.., K] → [.., M], or where gated [.., M/2].
 
     Args:
-        weight: [M, K], from `pack_blocks` or `pack_codes`. Gated, 16 gates and 16 ups take turns, and the output
-            is silu(gate) · up.
+        weight: [M, K], from `pack_blocks`, `pack_codes` or `pack_bytes`. Gated, 16 gates and 16 ups take turns,
+            and the output is silu(gate) · up.
         bias: [M].
 
     Raises:
@@ -277,6 +288,7 @@ def linear_call(
         inputs=states,
         weights=weight.numbers,
         values=0 if weight.values is None else weight.values,
+        scales=0 if weight.scales is None else weight.scales,
         bias=0 if bias is None else bias,
         outputs=output,
         configuration=CONFIGURATION.ctypes.data,

@@ -98,14 +98,16 @@ def dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     if HAS_BF16:
         kind = ir.FunctionType(VECTOR, [VECTOR, LANE_NUMBERS, LANE_NUMBERS])
         return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
-    sixteen = ir.Constant(LANE_NUMBERS, [16] * LANES)
-    upper = ir.Constant(LANE_NUMBERS, [0xFFFF0000] * LANES)
-    lower_halves = [builder.shl(x, sixteen) for x in (a, b)]
-    upper_halves = [builder.and_(x, upper) for x in (a, b)]
-    for halves in (lower_halves, upper_halves):
-        left, right = (builder.bitcast(x, VECTOR) for x in halves)
+    for left, right in zip(halves_of_pairs(builder, a), halves_of_pairs(builder, b), strict=True):
         sums = add(builder, times(builder, left, right), sums)
     return sums
+
+
+def halves_of_pairs(builder: Any, pairs: Any) -> list[Any]:
+    """Widen bf16 pairs to float32: each lane's first number, and its second."""
+    first = builder.shl(pairs, ir.Constant(LANE_NUMBERS, [16] * LANES))
+    second = builder.and_(pairs, ir.Constant(LANE_NUMBERS, [0xFFFF0000] * LANES))
+    return [builder.bitcast(x, VECTOR) for x in (first, second)]
 
 
 def call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
