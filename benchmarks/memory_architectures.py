@@ -14,7 +14,7 @@ from pipeline.memory.counted import read_answer
 from pipeline.memory.counting import count
 from pipeline.memory.measured import quantization_state_bytes
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
-from pipeline.models.loading import quantization
+from pipeline.models.formats import quantization
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 CHECKED = ("none", "fp32", "int8", "nf4")

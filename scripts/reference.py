@@ -24,7 +24,7 @@ HEAD = """\
 
 Every key of a job, with its default, as `KEY=VALUE` on the command line or in a YAML file; every command; every
 exit status. What files a job writes and their fields: [output-format.md](output-format.md). What a prompt file may
-say: [prompt-format.md](prompt-format.md). From Python: [inspect.md](inspect.md#notebook).
+say: [prompt-format.md](prompt-format.md). From Python: [api.md](api.md).
 """
 
 

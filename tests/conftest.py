@@ -121,6 +121,12 @@ def tiny_dir(tiny_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_folder, tmp_path / "models" / "tiny")
 
 
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots out of reports, where a test does not look at them: they take most of the time."""
+    monkeypatch.setattr("pipeline.report.write._draw", lambda records, folder: ([], []))
+
+
 def build_tiny(name: str) -> Any:
     """A random model in float32 and eval mode; its seed is fixed."""
     config_class, changes = ARCHITECTURES[name]

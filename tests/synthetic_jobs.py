@@ -55,9 +55,11 @@ def answer_row(index, completion, *, row_id=None, prompt=None, error=None, refer
     return row if ids is None else {**row, "token_ids": ids}
 
 
-def write_job(folder: Path, quant: str, rows, *, prompt_set="invented", model="tiny", **stats) -> Path:
+def write_job(
+    folder: Path, quant: str, rows, *, prompt_set="invented", model="tiny", seed=None, **stats
+) -> Path:
     """One finished job; its figures are invented, the smaller the more bits are saved."""
-    job = folder / prompt_set / f"{model}-{quant}-greedy-{len(quant):08x}"
+    job = folder / prompt_set / f"{model}-{quant}-greedy-{1000 * (seed or 0) + len(quant):08x}"
     (job / ".hydra").mkdir(parents=True)
     config = {
         "model": {"name": f"ORG/{model}", "revision": None},
@@ -66,7 +68,7 @@ def write_job(folder: Path, quant: str, rows, *, prompt_set="invented", model="t
             "dtype": DTYPES.get(quant, "auto"),
             "double_quant": quant in ("nf4", "fp4_double"),
         },
-        "generation": {"max_new_tokens": 64, "temperature": 0.0},
+        "generation": {"max_new_tokens": 64, "temperature": 0.0} | ({} if seed is None else {"seed": seed}),
         "prompts": "invented.jsonl",
         "prompt_set": None,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from job_helper import environment
 
+import pipeline
 from pipeline.commands.arguments import take_own
 from pipeline.commands.door import choose
 from pipeline.commands.run import FLAGS_OF_HYDRA
@@ -152,3 +153,5 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         name = page.relative_to(ROOT / "docs").with_suffix("")
         built = name.parent if name.name == "index" else name
         assert (tmp_path / "site" / built / "index.html").is_file(), page
+    told = re.findall(r'id="pipeline\.[\w.]*\.(\w+)"', text_of(tmp_path / "site" / "api" / "index.html"))
+    assert set(pipeline.__all__) <= set(told)  # as their own docstrings say

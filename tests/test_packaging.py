@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pipeline.config.schema import Tracker
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -140,9 +142,11 @@ def plain(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", Requirement(requirement).name).lower()
 
 
-def test_the_extra_all_is_every_extra_for_users():
+def test_the_extra_all_is_every_extra_for_users_but_the_trackers_of_which_one_is_chosen():
     (line,) = EXTRAS["all"]
-    assert Requirement(line).extras == EXTRAS.keys() - {"all", "docs", "test"}
+    trackers = {tracker.value for tracker in Tracker}
+    assert EXTRAS.keys() > trackers
+    assert Requirement(line).extras == EXTRAS.keys() - {"all", "docs", "test"} - trackers
 
 
 def test_the_tested_versions_are_within_the_bounds():

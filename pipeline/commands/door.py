@@ -13,6 +13,7 @@ from pipeline.common.signals import Interrupt, Stopped
 from pipeline.common.suggestions import did_you_mean
 from pipeline.common.terminal import safe_streams, say, to_nowhere
 from pipeline.engine.before_torch import set_environment
+from pipeline.engine.short_turns import take_short_turns
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 def main(arguments: list[str] | None = None) -> ExitStatus:
     """Run a command line, by default this process's own, and return how it ended."""
     set_environment()
+    take_short_turns()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback
     with safe_streams(), Interrupt() as interrupt:

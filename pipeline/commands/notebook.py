@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common.errors import ConfigError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow, Request
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.compose import options, read_config
@@ -13,10 +13,10 @@ from pipeline.config.schema import Config
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.memory.capacity import context_tokens
 from pipeline.models.loading import load_model as load
-from pipeline.prompts.answer import decode, stop_token_ids
-from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat, render
-from pipeline.prompts.reader import find_prompts, open_prompts
-from pipeline.prompts.row import to_row
+from pipeline.prompts.answer import decode
+from pipeline.prompts.chat import Chat, eos_token_ids, prepare_chat
+from pipeline.prompts.reader import find_prompts, listed_prompts, open_prompts
+from pipeline.prompts.request import make_request
 
 Prompt = str | dict[str, Any]  # a text, or a row as in a prompt file
 
@@ -86,7 +86,7 @@ def read_prompts(
     if isinstance(prompts, str | PathLike):
         rows = open_prompts(model.config, find_prompts(str(prompts)), params)
     else:
-        rows = (_row(i, prompt, params) for i, prompt in enumerate(prompts))
+        rows = listed_prompts(prompts, params)
     return [_request(row, model) for row in rows]
 
 
@@ -101,25 +101,6 @@ def _params(config: Config, generation: dict[str, Any]) -> GenerationParams:
         raise ConfigError(str(error)) from error
 
 
-def _row(index: int, prompt: Prompt, params: GenerationParams) -> PromptRow | BadRow:
-    source, row_id = f"prompts[{index}]", f"row-{index}"
-    fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-    row_id = str(fields.pop("id", row_id))
-    try:
-        return to_row(fields, index, row_id, source, params, "prompt")
-    except PromptError as bad:
-        return BadRow(index, row_id, source, f"{source}: {bad}")
-
-
 def _request(row: PromptRow | BadRow, model: Model) -> Request:
-    if isinstance(row, BadRow):
-        raise PromptError(row.error)
-    token_ids = render(row, model.chat)
-    room = context_tokens(model.network.config, model.config.model.context) - len(token_ids)
-    if room < 1:
-        raise PromptError(
-            f"{row.source}: {len(token_ids)} tokens fill the model's context", "Shorten the prompt."
-        )
-    params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-    stops = stop_token_ids(model.tokenizer, params.stop)
-    return Request(row.id, tuple(token_ids), params, stops, row.constraint)
+    context = context_tokens(model.network.config, model.config.model.context)
+    return make_request(row, model.chat, context)

@@ -21,8 +21,10 @@ def main(arguments: list[str]) -> ExitStatus:
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     if len(overrides) == len(arguments):
         config = read_config(overrides)  # so that an error comes before anything is written
+        from pipeline.job.tracker import check_installed
         from pipeline.models.checkpoint import fetch_config
 
+        check_installed(config.tracker)
         fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
         if config.devices is not None:
             from pipeline.job.devices import run_devices

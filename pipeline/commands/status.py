@@ -20,11 +20,12 @@ from pipeline.slurm.state import JobState, find_folders, states_of
 
 STYLES = {"complete": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "stopped": "yellow"}
 EVERY_SEC = 5.0
-EXAMPLES = {"watch": "true"}
+EXAMPLES = {"watch": "true", "html": "FILE"}
 HELP = """\
   python -m pipeline status                          everything in outputs/
   python -m pipeline status outputs/big              one prompt set, job or shard
   python -m pipeline status outputs/big watch=true   again every 5 seconds, until all is done
+  python -m pipeline status watch=true html=FILE     as a page too, which a browser loads again by itself
 
 Reads the jobs' own files; where there is a Slurm, it also says what Slurm does with them.
 
@@ -38,13 +39,13 @@ def main(arguments: list[str]) -> ExitStatus:
     Raises:
         ConfigError: the command line is wrong, or the folder holds no jobs.
     """
-    top, watch = _parse(arguments)
+    top, watch, page = _parse(arguments)
     for place in [place for folder in find_folders(top) for place in damage(folder)]:
         say(f"Damaged, and left out: {place}", style="yellow")
-    return _watch(top) if watch else _once(top)
+    return _watch(top, page) if watch else _once(top, page)
 
 
-def _parse(arguments: list[str]) -> tuple[Path, bool]:
+def _parse(arguments: list[str]) -> tuple[Path, bool, Path | None]:
     folders, values = take_paths(arguments, EXAMPLES)
     watch = values.get("watch", "false")
     if watch not in ("true", "false"):
@@ -55,24 +56,36 @@ def _parse(arguments: list[str]) -> tuple[Path, bool]:
     if not top.is_dir():
         fix = "Jobs write to outputs/ unless outputs_dir= says otherwise."
         raise ConfigError(f"{top}: no such folder", fix)
-    return top, watch == "true"
+    return top, watch == "true", Path(values["html"]) if "html" in values else None
 
 
-def _once(top: Path) -> ExitStatus:
+def _once(top: Path, page: Path | None) -> ExitStatus:
     states = _states(top)
+    _write(page, top, states)
     console.print(_picture(top, states), soft_wrap=True)
     return exit_status(states)
 
 
-def _watch(top: Path) -> ExitStatus:
+def _watch(top: Path, page: Path | None) -> ExitStatus:
     """Refresh until nothing is queued or running."""
     states = _states(top)
-    with Live(_picture(top, states), console=console, auto_refresh=False) as live:
-        while exit_status(states) is ExitStatus.RUN_AGAIN:
-            time.sleep(EVERY_SEC)
-            states = _states(top)
-            live.update(_picture(top, states), refresh=True)
+    try:
+        with Live(_picture(top, states), console=console, auto_refresh=False) as live:
+            while exit_status(states) is ExitStatus.RUN_AGAIN:
+                _write(page, top, states, EVERY_SEC)
+                time.sleep(EVERY_SEC)
+                states = _states(top)
+                live.update(_picture(top, states), refresh=True)
+    finally:  # also where nobody watches any longer: a page that comes no more is not to be waited for
+        _write(page, top, states)
     return exit_status(states)
+
+
+def _write(page: Path | None, top: Path, states: list[JobState], again_sec: float | None = None) -> None:
+    if page is not None:
+        from pipeline.report.progress import write_progress
+
+        write_progress(page, top, states, _summary(states), again_sec)
 
 
 def exit_status(states: list[JobState]) -> ExitStatus:

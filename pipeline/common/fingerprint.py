@@ -9,7 +9,7 @@ from pipeline.common.request import CONSTRAINTS, BadRow, GenerationParams, Promp
 from pipeline.common.streams import is_nameless
 
 DEFAULTS = vars(GenerationParams())
-LATER = {"adapter", "context", "template_date", "thinking_tags", *CONSTRAINTS}
+LATER = {"adapter", "context", "template_date", "thinking_tags", "label_logprobs", *CONSTRAINTS}
 
 
 def fingerprint(value: Any, length: int = 8) -> str:
@@ -36,7 +36,7 @@ def job_fingerprint(config: dict[str, Any]) -> str:
     generation["grammar"] = _template(generation.get("grammar"))
     for later in (model, generation):  # keys that came later count where they are set, so that folders stay
         for key in LATER & later.keys():
-            if later[key] is None:
+            if later[key] is None or later[key] is False:
                 del later[key]
     quant = dict(config["quant"])
     if quant.get("compute_dtype") == "auto":  # what it was before there was an auto, so that folders stay

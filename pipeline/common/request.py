@@ -32,6 +32,7 @@ class GenerationParams:
     regex: str | None = None  # of the whole completion
     choice: Any = None  # a list of texts: the completion is one of them
     grammar: str | None = None  # in Lark's notation, or the path of its file, as with json_schema
+    label_logprobs: bool = False  # make no text: say how probable each choice is, and take the most probable
 
     def __post_init__(self) -> None:
         for name, ok, rule in (
@@ -57,6 +58,19 @@ class GenerationParams:
         asked = [*self.constraints, *(["ignore_eos"] if self.ignore_eos else [])]
         if self.constraints and len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)}: one of them, not both")
+        if self.label_logprobs:
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        """See that nothing is asked of a text that is not made."""
+        if self.choice is None:
+            raise ValueError("label_logprobs=True: needs choice, the texts to compare")
+        for name in ("n", "temperature", "repetition_penalty", "stop", "logprobs"):
+            neutral = [] if name == "stop" else getattr(GenerationParams, name)
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be {neutral!r} beside label_logprobs, as nothing is sampled"
+                )
 
     @property
     def constraints(self) -> list[str]:
@@ -83,6 +97,14 @@ class Request:
     params: GenerationParams
     stop_token_ids: frozenset[int] = frozenset()  # of stop strings that are special tokens
     constraint: str | None = None  # the grammar of its completions, as llguidance reads it
+    forced: tuple[
+        tuple[int, ...], ...
+    ] = ()  # tokens that are given to its samples, in the place of chosen ones
+
+    @property
+    def samples(self) -> int:
+        """Count the completions that the engine makes of it."""
+        return len(self.forced) or self.params.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +114,16 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob) of the most probable, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Say how probable a choice is."""
+
+    choice: str
+    logprob: float  # natural, the sum of its tokens'
+    tokens: int  # of that sum
+    probability: float  # among the choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +137,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     complete: bool | None = None  # it is whole by its constraint; None without one
+    labels: tuple[Label, ...] | None = None  # of all choices, where they were compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +148,7 @@ class PromptRow:
     id: str
     source: str  # "file:line", for errors
     prompt: str | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     system: str | None
     params: GenerationParams  # the job's, with this row's overrides
     metadata: dict[str, object]  # the line's other fields

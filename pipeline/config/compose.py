@@ -22,7 +22,7 @@ from pipeline.common.streams import is_nameless
 from pipeline.common.suggestions import did_you_mean
 from pipeline.config.overrides import in_hydras_words
 from pipeline.config.own_files import find_mistake
-from pipeline.config.quant import QuantMethod
+from pipeline.config.quant import Dtype, QuantMethod
 from pipeline.config.schema import Config, register, root
 from pipeline.config.sources import GROUPS, place, register_sources
 from pipeline.config.stored_format import format_on_disk, label
@@ -194,13 +194,17 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
 
 def _there(folder: Path, model: str, tail: str) -> str | None:
     """Find a job's folder that is there already, whatever format its name says: the fingerprint tells it."""
-    found = sorted(folder.glob(f"{glob.escape(model)}-*-{glob.escape(tail)}"))
+    try:
+        found = sorted(folder.glob(f"{glob.escape(model)}-*-{glob.escape(tail)}"))
+    except OSError:  # a disk that does not answer: who makes the folder says so
+        return None
     return found[0].name if found else None
 
 
 def _weights_format(config: dict[str, Any]) -> str | None:
     """Name the format that a checkpoint came in, as a part of a folder's name; None where it is a job's to say."""
-    if config["quant"]["method"] != QuantMethod.none.name:
+    quant = config["quant"]
+    if quant["method"] != QuantMethod.none.name or quant["dtype"] != Dtype.auto.name:
         return None
     model = config["model"]
     found = format_on_disk(model["name"], model["revision"], config["models_dir"])

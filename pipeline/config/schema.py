@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ class Attention(Enum):
     pages = "pages"  # static shapes and a graph a step, for a GPU
     rectangles = "rectangles"  # rows of similar length together, for a CPU or several GPUs
     plain = "plain"  # the model's own attention, one rectangle at a time
+
+
+class Tracker(Enum):
+    """Choose who else is told how a job goes; each is an extra to install."""
+
+    mlflow = "mlflow"
+    wandb = "wandb"
+    trackio = "trackio"
 
 
 @dataclass
@@ -107,6 +116,10 @@ class GenerationConfig(GenerationParams):
         super().__post_init__()
         if self.thinking and self.constraints:
             raise ValueError(f"thinking=True: must be false beside {self.constraints[0]}")
+        if self.label_logprobs and self.left_to_the_model:
+            raise ValueError(
+                "label_logprobs=True: must be false beside generation=model, as nothing is sampled"
+            )
         tags = self.thinking_tags
         if tags is not None and not (len(tags) == 2 and all(tags)):
             raise ValueError(
@@ -221,7 +234,8 @@ class Config:
     watchdog_sec: float | None = 1800  # without a step for so long, stop with status 4; null never stops
     stream: bool = False  # show the first row's text as it is made
     token_ids: bool = False  # write each completion's token ids too
-    report: bool = False  # at the end of a sweep, write the report of its jobs
+    report: bool = False  # at the end of a sweep, write the report of its jobs; for a tracker, one of each
+    tracker: Tracker | None = None  # a run of it for each job: docs/trackers.md
     models_dir: str = "models"  # searched first, for a folder with the model's own name
     outputs_dir: str = "outputs"
     prompt_set: str | None = None  # the job folder's parent; null is the prompt file's own name
@@ -272,6 +286,7 @@ def root() -> Path:
     return shipped if shipped.is_dir() else package.parent
 
 
+@cache  # what Hydra was told it keeps
 def register() -> None:
     """Tell Hydra the schema; conf/ names its parts."""
     store = ConfigStore.instance()

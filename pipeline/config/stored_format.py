@@ -2,12 +2,18 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
+from pipeline.common.gpu import Gpu
 from pipeline.config.model_files import find_file
 from pipeline.config.quant import STORED_BITS, Dtype, QuantConfig, QuantMethod
 
 _MARK = " (checkpoint)"  # ends the name of a format that came with the weights
+_BITSANDBYTES = tuple(method.name for method in QuantMethod if method.bits is not None)
+SKIPPED = "llm_int8_skip_modules"  # bitsandbytes' list of modules that stay plain, of 4 bits too
+# Formats that transformers turns into plain weights as it reads them, where its config asks for that.
+AS_READ = ("fp8", "mxfp8", "mxfp4", "metal", "compressed-tensors")
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str | None:
@@ -47,6 +53,44 @@ def is_label(name: str) -> bool:
 def label_bits(name: str) -> float:
     """Return the bits of a weight in a checkpoint's own format, as near as its name tells."""
     return STORED_BITS.get(name.removesuffix(_MARK), 8 if "8" in name else 4)
+
+
+def can_dequantize(found: str) -> bool:
+    """Say whether there is a way from a format to plain weights."""
+    return found in (*AS_READ, *_BITSANDBYTES)
+
+
+def dequantizes(config: Mapping[str, Any], quant: QuantConfig, gpus: tuple[Gpu, ...]) -> bool:
+    """Say whether a checkpoint's weights become plain ones: as asked, or as these GPUs do not compute in its format.
+
+    Args:
+        gpus: those that a job may use; () is the CPU.
+    """
+    found, settings = checkpoint_format(config), config.get("quantization_config")
+    if found is None or not isinstance(settings, Mapping):
+        return False
+    if quant.dtype is not Dtype.auto and not quant.quantized:
+        return True
+    if found in ("fp8", "mxfp8"):
+        return not gpus or not all(_multiplies_fp8(gpu) for gpu in gpus)
+    if found == "mxfp4":
+        return not gpus or find_spec("kernels") is None
+    # compressed-tensors unpacks all weights in the first pass; where it rounds activations, its layers are needed.
+    return found == "compressed-tensors" and not rounds_activations(settings)
+
+
+def rounds_activations(settings: Mapping[str, Any]) -> bool:
+    """Say whether compressed-tensors rounds what goes into its layers or comes out of them, too."""
+    groups = settings.get("config_groups")
+    values = groups.values() if isinstance(groups, Mapping) else ()
+    kinds = ("input_activations", "output_activations")
+    return any(bool(group.get(kind)) for group in values if isinstance(group, Mapping) for kind in kinds)
+
+
+def _multiplies_fp8(gpu: Gpu) -> bool:
+    if gpu.backend not in ("cuda", "rocm", "xpu"):
+        return False
+    return gpu.backend == "xpu" or gpu.capability is None or gpu.capability >= (8, 9)
 
 
 def bitsandbytes_settings(quant: QuantConfig) -> dict[str, Any]:

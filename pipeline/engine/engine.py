@@ -164,6 +164,9 @@ class Engine:
 
     def _append(self, sample: Sample, token: int) -> FinishReason | None:
         """Append a token that does not end the row by itself; say why the row ends, if it does."""
+        if sample.forced:
+            sample.token_ids.append(token)
+            return "stop" if len(sample.token_ids) == len(sample.forced) else None
         params = sample.request.params
         if token in self._eos_token_ids and not params.ignore_eos:
             return "stop"

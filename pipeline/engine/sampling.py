@@ -74,6 +74,15 @@ def choose(
         index = upload(sampled, logits.device)
         drawn = [samples[r] for r in sampled]
         tokens[index] = _draw(scores[index].float(), drawn, [steps[r] for r in sampled], waits)
+    return _give_forced(tokens, samples, steps)
+
+
+def _give_forced(tokens: Tensor, samples: Sequence[Sample], steps: Sequence[int]) -> Tensor:
+    """Put the tokens that some rows are given in the place of chosen ones; NONE stays. [B] int64 → [B] int64."""
+    given = {row: s.forced[steps[row]] for row, s in enumerate(samples) if s.forced}
+    if given:
+        rows, ids = upload([list(given), list(given.values())], tokens.device)
+        tokens[rows] = torch.where(tokens[rows] == NONE, NONE, ids)
     return tokens
 
 

@@ -42,6 +42,11 @@ class Sample:
         return len(self.request.prompt_token_ids) + len(self.token_ids)
 
     @property
+    def forced(self) -> tuple[int, ...]:
+        """Give the tokens that it gets in the place of chosen ones; none for most."""
+        return self.request.forced[self.index] if self.request.forced else ()
+
+    @property
     def remaining_tokens(self) -> int:
         return self.request.params.max_new_tokens - len(self.token_ids)
 
@@ -126,7 +131,7 @@ class Scheduler:
 
     def retire(self, sample: Sample) -> None:
         """Forget a finished sample."""
-        if sample.request.params.greedy:
+        if _can_lead(sample.request):
             self._leaders.pop(_text_key(sample.request), None)
             self._duplicates -= len(sample.duplicates)
 
@@ -149,8 +154,8 @@ class Scheduler:
 
     def _samples(self, request: Request) -> list[Sample]:
         """Make a request's samples; none where another request is already making the same text."""
-        if not request.params.greedy:
-            return [Sample(request, index) for index in range(request.params.n)]
+        if not _can_lead(request):
+            return [Sample(request, index) for index in range(request.samples)]
         leader = self._leaders.setdefault(_text_key(request), Sample(request, 0))
         is_leader = leader.request is request
         copies = request.params.n - is_leader
@@ -211,6 +216,11 @@ def partition(lengths: Sequence[int], overhead: int) -> list[slice]:
         slices.append(slice(cuts[i], cuts[j]))
         j = i
     return slices[::-1]
+
+
+def _can_lead(request: Request) -> bool:
+    """Say whether all its samples are one text, which others may share."""
+    return request.params.greedy and not request.forced
 
 
 def _beginning(sample: Sample) -> tuple[int, tuple[int, ...]]:

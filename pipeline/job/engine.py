@@ -39,7 +39,7 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
     room = capacity(
         ready.model,
         ready.quant,
-        arch=job_architecture(config.model, config.models_dir),
+        arch=job_architecture(config.model, config.models_dir, config.quant, ready.gpus),
         limits=forward.limits,
         fraction=settings.memory_fraction,
         prefill_tokens=settings.prefill_tokens,

@@ -33,6 +33,7 @@ class Answers:
     places: list[tuple[int, int, int, int]]  # index, sample, file, offset
     kinds: dict[str, set[type]] = field(default_factory=dict)  # of each column of `flat`
     roles: dict[str, None] = field(default_factory=dict)  # the keys that messages have
+    calls: bool = False  # a message has more than texts
 
     @classmethod
     def find(cls, folder: Path, damaged: Callable[[str], object]) -> "Answers":
@@ -64,6 +65,7 @@ class Answers:
             self.kinds.setdefault(name, set()).add(type(value))
         for message in row.get("messages") or []:
             self.roles |= dict.fromkeys(message)
+            self.calls |= any(isinstance(said, list | dict) for said in message.values())
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Read the lines in order."""
@@ -102,7 +104,9 @@ def flat(row: dict[str, Any]) -> Flat:
     }
     own |= {name: row.get(name) for name in ("finish_reason", "error")}
     own |= {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    own |= {name: row[name] for name in ("thinking", "token_ids", "logprobs") if name in row}
+    own |= {
+        name: row[name] for name in ("thinking", "token_ids", "logprobs", "label_logprobs") if name in row
+    }
     more = row.get("metadata") or {}
     return own | {f"metadata_{name}" if name in own else name: value for name, value in more.items()}
 
@@ -167,7 +171,7 @@ def to_parquet(answers: Answers, path: Path) -> None:
 
 
 def _type(pa: Any, name: str, kinds: set[type], answers: Answers) -> Any:
-    if name == "messages" and answers.roles:
+    if name == "messages" and answers.roles and not answers.calls:
         return pa.list_(pa.struct([(key, pa.string()) for key in answers.roles]))
     if name == "token_ids":
         return pa.list_(pa.int64())
@@ -223,12 +227,14 @@ def _choice(row: dict[str, Any]) -> dict[str, Any]:
     message = {"role": "assistant", "content": row["completion"], "refusal": None}
     if row.get("thinking") is not None:
         message["reasoning_content"] = row["thinking"]
+    labels = {"label_logprobs": row["label_logprobs"]} if "label_logprobs" in row else {}
     logprobs = row.get("logprobs")
     return {
         "index": row["sample"],
         "message": message,
         "finish_reason": row["finish_reason"],
         "logprobs": None if logprobs is None else {"content": list(map(_logprob, logprobs)), "refusal": None},
+        **labels,
     }
 
 

@@ -69,7 +69,7 @@ class JobFolder(JobPaths):
     def set_aside(self) -> None:
         """Move an earlier run's results into a folder of their own, run-1, run-2 …"""
         # todo.json first: without it nothing counts as complete, wherever the process dies in between.
-        results = (self.todo, self.rows, self.stats, self.manifest, self.replaced)
+        results = (self.todo, self.rows, self.stats, self.manifest, self.replaced, self.tracker)
         old = [path for path in results if path.exists()]
         if not old:
             return

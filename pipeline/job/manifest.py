@@ -17,6 +17,7 @@ import torch
 
 from pipeline.common.errors import JobError
 from pipeline.common.gpu import Gpu
+from pipeline.common.hidden import hide_environment
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.load import Ready
@@ -126,7 +127,7 @@ def manifest(prompts: str, prompts_sha256: str | None, gpus: Iterable[Gpu], **fa
     """
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "pipeline", *sys.argv[1:]],
+        "command": ["python", "-m", "pipeline", *map(hide_environment, sys.argv[1:])],
         **facts,
         "prompts": prompts,
         "prompts_sha256": prompts_sha256,

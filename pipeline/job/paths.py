@@ -24,6 +24,9 @@ class JobPaths:
         self.exports = folder / "exports"  # the same answers in other shapes
         self.events = folder / "slurm.jsonl"  # what Slurm did with it
         self.log = folder / "pipeline.log"
+        self.tracker = folder / ".tracker"  # a tracker's run, hidden from whoever looks for jobs
+        self.tracker_run = self.tracker / "run.json"  # its id there
+        self.tracker_log = self.tracker / "process.log"
         self.said = folder / "process.log"  # what a process said that nobody watched
         self.hydra = folder / ".hydra"
         self.config = self.hydra / "config.yaml"

@@ -1,8 +1,7 @@
 """Turn the rows that a job lacks into requests, and their completions into rows of outputs.jsonl."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, field
 
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
@@ -13,9 +12,9 @@ from pipeline.job.ledger import Ledger
 from pipeline.job.load import Ready
 from pipeline.job.rows import completion_row, error_row
 from pipeline.memory.capacity import Capacity, context_tokens
-from pipeline.prompts.answer import stop_token_ids
-from pipeline.prompts.chat import eos_token_ids, prepare_chat, render, say_what_matters
+from pipeline.prompts.chat import eos_token_ids, prepare_chat, say_what_matters
 from pipeline.prompts.reader import open_prompts
+from pipeline.prompts.request import make_request, weigh
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Pending:
     prompt_token_ids: tuple[int, ...]
     samples: int  # still to come from the engine
     missing: list[int]  # the samples that are not written by an earlier run
+    scored: list[Completion] = field(default_factory=list)  # of its choices, where those are compared
 
 
 class Requests:
@@ -46,7 +46,6 @@ class Requests:
         self._context = context_tokens(ready.model.config, config.model.context)
         self._room = room
         self._pending: dict[str, Pending] = {}
-        self._stops = cache(partial(stop_token_ids, self._tokenizer))  # almost all rows have the job's own
 
     def read(self, going_on: Callable[[str], bool]) -> Iterator[Request]:
         """Render the rows that are missing; a row that cannot be run is written at once.
@@ -73,7 +72,7 @@ class Requests:
                     self._ledger.mark(number, sample, failed=True)
                 continue
             assert isinstance(row, PromptRow)
-            self._pending[row.id] = Pending(row, number, request.prompt_token_ids, row.params.n, missing)
+            self._pending[row.id] = Pending(row, number, request.prompt_token_ids, request.samples, missing)
             yield request
         if number + 1 < self._ledger.rows:
             raise _changed(self._prompts)
@@ -84,6 +83,11 @@ class Requests:
         pending.samples -= 1
         if pending.samples == 0:
             del self._pending[completion.request_id]
+        if pending.row.params.label_logprobs:
+            pending.scored.append(completion)
+            if pending.samples:
+                return
+            completion = weigh(pending.row.params.choice, pending.scored, self._chat)
         if completion.sample not in pending.missing:
             return
         self._results.append(
@@ -103,31 +107,21 @@ class Requests:
         return self._pending[request_id].row.index
 
     def _request(self, row: PromptRow | BadRow) -> Request:
-        """Make the engine's request; its completion ends where the context does.
+        """Make the engine's request.
 
         Raises:
-            PromptError: the line is bad, the prompt fills the context, or it can never fit in memory.
+            PromptError: the row cannot be run, or can never fit in memory.
         """
-        if isinstance(row, BadRow):
-            raise PromptError(found=row.error)
-        token_ids = render(row, self._chat)
-        room = self._context - len(token_ids)
-        if room < 1:
-            raise PromptError(
-                found=f"{row.source}: the prompt has {len(token_ids)} tokens and the model's context "
-                f"{self._context}",
-                fix="Shorten the prompt, choose a model with a longer context, or, where the model's page says that "
-                "it can read more, set model.context.",
-            )
-        if refusal := self._room.refusal(len(token_ids)):
+        request = make_request(row, self._chat, self._context)
+        assert isinstance(row, PromptRow)
+        if refusal := self._room.refusal(len(request.prompt_token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
         if row.params.constraints and self._config.generation.thinking:
             raise PromptError(
                 found=f"{row.source}: generation.{row.params.constraints[0]} in a job with generation.thinking",
                 fix="Run such rows in a job without thinking.",
             )
-        params = replace(row.params, max_new_tokens=min(row.params.max_new_tokens, room))
-        return Request(row.id, tuple(token_ids), params, self._stops(tuple(row.params.stop)), row.constraint)
+        return request
 
 
 def _changed(where: str) -> PromptError:

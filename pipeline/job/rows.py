@@ -6,11 +6,12 @@ A new field is an entry of `completion_row`, and of docs/output-format.md.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.fingerprint import row_key
-from pipeline.common.request import BadRow, Completion, PromptRow, TokenLogprob
+from pipeline.common.request import BadRow, Completion, Label, PromptRow, TokenLogprob
 from pipeline.config.schema import Config
 from pipeline.prompts.answer import (
     THINK,
@@ -30,6 +31,7 @@ KINDS: dict[str, Any] = {  # of the fields of a row, where it has them
     "complete": bool,
     "messages": list,
     "token_ids": list,
+    "label_logprobs": list,
 }
 
 
@@ -56,6 +58,8 @@ def completion_row(
     thinking = config.generation.thinking
     text = decode_with(tokenizer, completion.token_ids, tags) if thinking else text_of(completion.token_ids)
     text = cut_at_stop(text, row.params.stop)
+    if completion.labels is not None:
+        text, more["label_logprobs"] = _labels(completion.labels)
     if completion.logprobs is not None:
         more["logprobs"] = _logprobs(completion.logprobs, text_of)
     if thinking:
@@ -165,6 +169,12 @@ def _logprobs(logprobs: Sequence[TokenLogprob], text_of: Decode) -> list[dict[st
         }
         for item in logprobs
     ]
+
+
+def _labels(labels: Sequence[Label]) -> tuple[str, list[dict[str, Any]]]:
+    """Give the most probable choice, and what is written of all."""
+    likeliest = max(labels, key=lambda label: label.logprob)
+    return likeliest.choice, [asdict(label) | {"logprob": _number(label.logprob)} for label in labels]
 
 
 def _number(value: float) -> float | None:

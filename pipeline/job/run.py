@@ -51,6 +51,7 @@ class Run:
             self.record(ready, way, taken)
         finally:
             ready.release()
+        self.telling.end("stopped" if self.ledger.missing else "done")
 
     def choose_way(self, ready: Ready) -> Way:
         """Choose the fastest exact way through the model, and write down what the job runs on."""
@@ -75,6 +76,7 @@ class Run:
             self.interrupt,
             self.timeline,
         )
+        self.telling = work.telling  # which goes on until stats.json is there
         self.interrupt.hold()
         with Meters(ready.model) as meters:
             work.run()

@@ -43,7 +43,7 @@ def job_stats(config: Config, ready: Ready, limits: Limits, taken: Taken) -> dic
 def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
     """Collect what decides the job's memory, beside its prompts."""
     return Setup(
-        job_architecture(config.model, config.models_dir),
+        job_architecture(config.model, config.models_dir, config.quant, ready.gpus),
         ready.quant,
         ready.gpus,
         packed=ready.packed,

@@ -57,20 +57,27 @@ class Watchdog:
         while not self._done.wait(tick_sec):
             self._idle_sec += tick_sec
             if self._idle_sec > self._limit_sec:
-                last = threading.Thread(target=self._last_words, daemon=True)
-                last.start()
-                last.join(LAST_WORDS_SEC)
+                # Each by itself: the terminal or the disk may be what hangs.
+                words = [threading.Thread(target=do, daemon=True) for do in (self._tell, self._note)]
+                for one in words:
+                    one.start()
+                for one in words:
+                    one.join(LAST_WORDS_SEC)
                 os._exit(ExitStatus.STALLED)
 
-    def _last_words(self) -> None:
-        message = (
+    def _tell(self) -> None:
+        terminal.say(self._message(), style="red")
+        sys.stderr.flush()
+
+    def _note(self) -> None:
+        log.error("%s\n%s", self._message(), _stacks())
+        self._flush()
+
+    def _message(self) -> str:
+        return (
             f"No progress for {self._limit_sec:g} s after {self._where}. What was written stays valid; the same "
             "command goes on from there. The log has every thread's place; watchdog_sec=… sets the time."
         )
-        log.error("%s\n%s", message, _stacks())
-        terminal.say(message, style="red")
-        sys.stderr.flush()
-        self._flush()
 
 
 def _stacks() -> str:

@@ -12,6 +12,7 @@ from pipeline.job.load import Ready
 from pipeline.job.progress import JobProgress
 from pipeline.job.requests import Requests
 from pipeline.job.timeline import Timeline
+from pipeline.job.tracker import Telling
 from pipeline.job.watchdog import Watchdog
 
 
@@ -31,6 +32,7 @@ class Work:
     def __post_init__(self) -> None:
         self.engine, room = make_engine(self.ready, self.forward, self.config)
         self.requests = Requests(self.config, self.prompts, self.results, self.ledger, self.ready, room)
+        self.telling = Telling(self.config.tracker, self.results)
         self.watchdog = Watchdog(self.config.watchdog_sec, self.results.sync)
 
     def run(self) -> None:
@@ -56,6 +58,7 @@ class Work:
         live = self.engine.live
         tokens = sum(len(s.token_ids) for s in live) + self.engine.stats.completion_tokens
         self.timeline.sample(tokens)
+        self.telling.point(self.ledger.done, tokens, self.timeline.points[-1][1])
         progress.update(self.ledger.done, tokens)
         if self.config.stream and live:
             first = min(live, key=lambda s: (self.requests.place(s.request.id), s.index))

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pipeline.common.errors import ConfigError
 from pipeline.config.quant import ELEMENT_BYTES, Dtype
+from pipeline.config.stored_format import SKIPPED
 
 MEASURE = "Load the model and read stats.json for its memory"
 
@@ -76,6 +77,9 @@ class Counted:
     weights: tuple[Weight, ...]
     note: str | None  # what of it is an estimate
     refused: str | None  # why a job would be refused
+    parameters: int | None = (
+        None  # where the weights are packed, as how many numbers; None: as their shapes say
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Architecture:
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None is full attention
     layer_keys: tuple[int, ...]  # scalars of one token's keys and values, by layer
     adapter_scalars: int = 0  # of an adapter, which are held beside weights that are quantized
+    file_bytes: int | None = None  # of the checkpoint's tensors, where they are not plain weights
     counted: Counted | None = None  # None: by formula, from what follows
     rotary_dim: int = 0  # how many of head_dim are rotated
     rotary_sets: int = 0
@@ -126,8 +131,11 @@ class Architecture:
 
 
 def has_formula(config: Mapping[str, Any]) -> bool:
-    """Say whether a config is of a family above; one of more than text (`text_config`) is not."""
-    return config.get("model_type") in _FAMILIES and "text_config" not in config
+    """Say whether a config is of a family above; one of more than text (`text_config`) is not.
+
+    Nor is one of weights of which bitsandbytes has left out some more.
+    """
+    return config.get("model_type") in _FAMILIES and "text_config" not in config and SKIPPED not in config
 
 
 def known_architecture(config: Mapping[str, Any]) -> Architecture | None:
@@ -147,7 +155,7 @@ def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, A
     return {**config, "max_position_embeddings": context}
 
 
-_DERIVED = ("layer_keys", "counted", "adapter_scalars")
+_DERIVED = ("layer_keys", "counted", "adapter_scalars", "file_bytes")
 
 
 def differences(facts: Architecture, found: Architecture) -> list[str]:

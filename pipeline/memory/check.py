@@ -52,9 +52,9 @@ def _refusal(config: Config, facts: Facts, free_bytes: int) -> tuple[str, str] |
     """Say why the model with one row of one token does not fit, and what would; None if it does."""
     settings = Settings(1.0, config.engine.prefill_tokens, 1, None, config.engine.pack_weights)
     workload = Workload(facts.name, facts, ONE_TOKEN, Device("the CPU", (), free_bytes, 0), settings)
-    quant = workload.settled(config.quant)
-    loading = load_peak(facts.architecture, quant, gpus=(), packed=settings.pack_weights)
-    runs = need(workload, quant, 1).total_bytes
+    loaded, quant, _ = workload.loaded(config.quant)
+    loading = load_peak(loaded.facts.architecture, quant, gpus=(), packed=settings.pack_weights)
+    runs = need(loaded, quant, 1).total_bytes
     if max(loading.needed, runs) <= free_bytes:
         return None
     best = best_choice(workload, SUGGESTED, lambda: [])

@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from pipeline.common.errors import LoadError, PipelineError
 from pipeline.common.units import GIB
 from pipeline.config.quant import QUANTS
+from pipeline.config.stored_format import SKIPPED
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.model_facts import RECURRENT, layer_windows, needs_own_cache
 from pipeline.memory.counted import LIMIT_SEC
@@ -48,7 +49,7 @@ def count(values: Mapping[str, Any]) -> dict[str, Any]:
     own = config.dtype or torch.float32
     network = build_on_meta(config, QUANTS["bf16"]).eval()
     text = config.get_text_config(decoder=True)
-    weights = list(_weights(network, _quantized_shapes(config)))
+    weights = list(_weights(network, _quantized_shapes(config, values.get(SKIPPED))))
     return {
         **_sizes(network, text),
         "dtype": str(own).removeprefix("torch."),
@@ -68,7 +69,11 @@ def _config(values: Mapping[str, Any]) -> Any:
             f"model_type {kind!r}: {own if 'auto_map' in values else new}",
             "Choose another model, or upgrade transformers (pip install -U transformers)",
         )
-    kept = {key: value for key, value in values.items() if key != "auto_map" and "implementation" not in key}
+    kept = {
+        key: value
+        for key, value in values.items()
+        if key not in ("auto_map", SKIPPED) and "implementation" not in key
+    }
     try:
         return CONFIG_MAPPING[str(kind)].from_dict(kept)
     except Exception as error:
@@ -117,9 +122,9 @@ def _whole(text: Any, key: str) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _quantized_shapes(config: Any) -> dict[str, list[int]]:
+def _quantized_shapes(config: Any, skipped: list[str] | None) -> dict[str, list[int]]:
     """Find the weights that bitsandbytes quantizes, [out, in]: some models hold theirs the other way round."""
-    network = build_on_meta(config, QUANTS["nf4"])
+    network = build_on_meta(config, QUANTS["nf4"], skipped=skipped)
     return {
         name: list(weight.shape)
         for name, weight in network.named_parameters()

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.common.errors import ConfigError, LoadError
+from pipeline.common.gpu import Gpu
 from pipeline.config.model_files import CONFIG, local_folder, staged_folder
+from pipeline.config.quant import QuantConfig, settle_dtypes
 from pipeline.config.schema import ModelConfig
-from pipeline.config.stored_format import checkpoint_format, label
-from pipeline.memory.architecture import MEASURE, Architecture, differences, in_context
+from pipeline.memory.architecture import Architecture, differences, in_context
 from pipeline.memory.counted import architecture_of
+from pipeline.memory.stored import Stored, plain_config, read_stored
 from pipeline.models.adapter_files import AdapterFiles, adapted, find_adapter
 from pipeline.models.checkpoint import Checkpoint, fetch_config, find_checkpoint
 from pipeline.models.config_checks import check_adapter, check_context
@@ -33,6 +35,15 @@ class Facts:
     architecture: Architecture
     source: str
     differences: tuple[str, ...] = ()
+    stored: Stored | None = None  # of weights that came quantized: `architecture` is as if they were plain
+
+    def loaded(
+        self, quant: QuantConfig, gpus: tuple[Gpu, ...]
+    ) -> tuple[Architecture, QuantConfig, str | None]:
+        """Say what it is once it is loaded as asked on these GPUs, () is the CPU, and name a format of its own."""
+        if self.stored is not None:
+            return self.stored.loaded(self.architecture, quant, gpus)
+        return self.architecture, settle_dtypes(quant, self.architecture.dtype, gpus), None
 
 
 def find_facts(model: ModelConfig, models_dir: str) -> Facts:
@@ -59,29 +70,39 @@ def find_facts(model: ModelConfig, models_dir: str) -> Facts:
             f"{staged_folder(model.name, models_dir)}, in the hub's cache or to be had",
             f"Put the model's {CONFIG} there, or give model.name a local folder",
         )
-    found = _read(checkpoint, model.context, adapter)
-    path = checkpoint.config_path
-    return Facts(model.name, found, str(path), tuple(differences(known, found)) if known else ())
+    found, stored = _read(checkpoint, model, adapter)
+    differing = tuple(differences(known, found)) if known else ()
+    return Facts(model.name, found, str(checkpoint.config_path), differing, stored)
 
 
-def job_architecture(model: ModelConfig, models_dir: str) -> Architecture | None:
-    """Find what a job's memory is predicted from; None where it is not, as the log says."""
+def job_architecture(
+    model: ModelConfig, models_dir: str, quant: QuantConfig, gpus: tuple[Gpu, ...]
+) -> Architecture | None:
+    """Find what a job's memory is predicted from, on these GPUs; None where it is not, as the log says.
+
+    Args:
+        quant: as asked.
+    """
     try:
-        return find_facts(model, models_dir).architecture
+        return find_facts(model, models_dir).loaded(quant, gpus)[0]
     except ConfigError as error:
         log.info("The job's memory is not predicted: %s", error)
         return None
 
 
-def _read(checkpoint: Checkpoint, context: int | None, adapter: AdapterFiles | None) -> Architecture:
+def _read(
+    checkpoint: Checkpoint, model: ModelConfig, adapter: AdapterFiles | None
+) -> tuple[Architecture, Stored | None]:
     path = checkpoint.config_path
     with _as_config_error():
         config = checkpoint.read_config()
         checkpoint.read_generation()
-        check_context(config, context, str(path))
-    check_plain(config, str(path))
+        check_context(config, model.context, str(path))
+        stored = read_stored(checkpoint, config, model)
     try:
-        return _with_adapter(architecture_of, in_context(config, context), adapter)
+        return _with_adapter(
+            architecture_of, in_context(plain_config(config), model.context), adapter
+        ), stored
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.found}", error.fix) from error
 
@@ -92,20 +113,6 @@ def _with_adapter(
     """Read a config with what an adapter changes in it."""
     found = read(adapted(config, adapter))
     return found if adapter is None else replace(found, adapter_scalars=adapter.scalars)
-
-
-def check_plain(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a config whose weights are quantized already: nothing here knows what they take.
-
-    Raises:
-        ConfigError: they are.
-    """
-    if (stored := checkpoint_format(config)) is not None:
-        raise ConfigError(
-            f"{source}: its weights are quantized already, {label(stored)}, and what they take is known once they "
-            "are loaded",
-            MEASURE,
-        )
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, cycle, islice
 
-from pipeline.config.quant import STORED_BITS, QuantConfig, settle_dtypes
+from pipeline.config.quant import STORED_BITS, QuantConfig
+from pipeline.config.stored_format import is_label, label_bits
 from pipeline.engine.limits import expected_limits
 from pipeline.memory import peaks, plan
 from pipeline.memory.architecture import Architecture
@@ -39,9 +40,10 @@ class Workload:
     device: Device
     settings: Settings
 
-    def settled(self, quant: QuantConfig) -> QuantConfig:
-        """Decide what `auto` is, for this model on this device."""
-        return settle_dtypes(quant, self.facts.architecture.dtype, self.device.gpus)
+    def loaded(self, quant: QuantConfig) -> tuple["Workload", QuantConfig, str | None]:
+        """Plan for what it is once loaded as asked on this device; a format that it came in is named."""
+        arch, settled, stored = self.facts.loaded(quant, self.device.gpus)
+        return replace(self, facts=replace(self.facts, architecture=arch)), settled, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +129,24 @@ class Plan:
 
 def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | None) -> Plan:
     """Predict all figures for one quantization, called by this name."""
-    quant = workload.settled(quant)
+    asked = quant
+    workload, quant, stored = workload.loaded(asked)
     arch = workload.facts.architecture
     return Plan(
         model=workload.model,
         name=workload.facts.name,
-        quant=name,
+        quant=stored if stored and not asked.quantized else name,
         facts_source=workload.facts.source,
         facts_differences=workload.facts.differences,
         estimated=arch.counted.note if arch.counted else None,
-        refused=_refused(arch, quant),
+        refused=_refused(workload, asked),
         parameters=plan.parameters(arch),
         parts=plan.parts(arch, quant),
         footprint_bytes=plan.footprint_bytes(arch, quant),
         quant_state_bytes=plan.quant_state_bytes(arch, quant),
         repacked_state_bytes=plan.quant_state_bytes(arch, quant, repacked=True),
         quantized_share=plan.quantized_share(arch) if quant.quantized else None,
-        simple_bytes=plan.parameters(arch) * _bits(arch, quant) // 8,
+        simple_bytes=int(plan.parameters(arch) * _bits(arch, quant, stored) / 8),
         reasons=tuple(_reasons(arch, quant)),
         kv_bytes_per_token={
             "full" if window is None else f"window {window}": size
@@ -160,12 +163,16 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
     )
 
 
-def _refused(arch: Architecture, quant: QuantConfig) -> str | None:
-    """Say why a job would be refused, whatever the memory; None if it would not."""
+def _refused(workload: Workload, quant: QuantConfig) -> str | None:
+    """Say why a job would be refused as asked, whatever the memory; None if it would not."""
+    arch, stored = workload.facts.architecture, workload.facts.stored
+    if stored is not None:
+        if (refusal := stored.refusal(quant)) is not None:
+            return refusal
+    elif quant.quantized and plan.quantized_share(arch) == 0:
+        return f"quant={quant.method.value} quantizes none of its weights"
     if arch.counted is not None and arch.counted.refused is not None:
         return arch.counted.refused
-    if quant.quantized and plan.quantized_share(arch) == 0:
-        return f"quant={quant.method.value} quantizes none of its weights"
     return None
 
 
@@ -257,12 +264,12 @@ def best_choice(
     """
     for candidate in _candidates(workload, others):
         for name, asked in quants.items():
-            quant = candidate.settled(asked)
-            if _refused(candidate.facts.architecture, quant) is not None:
+            if _refused(candidate, asked) is not None:
                 continue
-            verdict = _verdict(candidate, quant)
+            loaded, quant, _ = candidate.loaded(asked)
+            verdict = _verdict(loaded, quant)
             if verdict.status == FITS:
-                total = need(candidate, quant, 1).total_bytes
+                total = need(loaded, quant, 1).total_bytes
                 return Choice(candidate.model, name, total, verdict.rows)
     return None
 
@@ -274,8 +281,10 @@ def _candidates(workload: Workload, others: Callable[[], list[Workload]]) -> Ite
     yield from sorted(smaller, key=lambda other: -plan.parameters(other.facts.architecture))
 
 
-def _bits(arch: Architecture, quant: QuantConfig) -> int:
+def _bits(arch: Architecture, quant: QuantConfig, stored: str | None) -> float:
     """Return the bits of a weight, as people take it who work it out by hand."""
+    if stored is not None and is_label(stored):
+        return label_bits(stored)
     return quant.bits or STORED_BITS[plan.plain_dtype(arch, quant)]
 
 

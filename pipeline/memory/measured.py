@@ -46,8 +46,18 @@ class Peaks:
 
 
 def footprint_bytes(model: PreTrainedModel) -> int:
-    """Measure `get_memory_footprint()`: every parameter and buffer as stored, without the quantization state."""
-    return int(model.get_memory_footprint())  # type: ignore[no-untyped-call]
+    """Measure every parameter and buffer as stored, without bitsandbytes' quantization state.
+
+    That is `get_memory_footprint()`, but for torchao's weights, which it takes for as large as they were.
+    """
+    return sum(tensor_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Measure a tensor, or those that one of a library's own kind is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
@@ -63,7 +73,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                found[kind][_dtype(parameter)] += parameter.nbytes
+                found[kind][_dtype(parameter)] += tensor_bytes(parameter)
     for buffer in model.buffers():
         found["buffers"][_dtype(buffer)] += buffer.nbytes
     return {kind: dict(found[kind]) for kind in KINDS if kind in found}

@@ -209,6 +209,11 @@ def _host_bytes(quant: QuantConfig, packed: bool) -> int:
     return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.bits == 8 and not packed else 0)
 
 
+def weight_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict the weights as they are held, with their quantization state."""
+    return footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadPeak:
     """Hold what loading takes at its fullest. Bytes."""
@@ -238,7 +243,7 @@ def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: boo
     and nothing of size has to be free for them, unless they are packed, or copied out of the file at the end
     (engine/host_memory.py): then only a smaller part of it is still in use.
     """
-    stored_bytes = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
+    stored_bytes = weight_bytes(arch, quant)
     if gpus:
         held = stored_bytes + len(gpus) * quantizing_bytes(arch, quant)
         return LoadPeak(held, mapped=0, context=len(gpus) * CUDA_CONTEXT_BYTES)
@@ -264,7 +269,7 @@ def _view_bytes(arch: Architecture, quant: QuantConfig, packed: bool) -> int:
         for w in weights(arch)
         if w.part != "buffers"
         and len(w.shape) < 3
-        and not (w.quantizable and (quant.quantized or moved))
+        and not (w.quantizable and (quant.quantized or moved or arch.file_bytes is not None))
         and not (w.part == "head" and moved)
     )
 

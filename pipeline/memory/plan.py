@@ -82,6 +82,8 @@ def _linear(name: str, part: str, outputs: int, inputs: int, bias: bool) -> list
 
 def parameters(arch: Architecture) -> int:
     """Count the weights of the model; buffers are not weights."""
+    if arch.counted is not None and arch.counted.parameters is not None:
+        return arch.counted.parameters
     return sum(w.count for w in weights(arch) if w.part != "buffers")
 
 
@@ -157,7 +159,7 @@ def _state_bytes_4bit(count: int, double_quant: bool, repacked: bool) -> int:
 
 def checkpoint_bytes(arch: Architecture) -> int:
     """Predict the tensors of the checkpoint's files."""
-    return ELEMENT_BYTES[arch.dtype] * parameters(arch)
+    return arch.file_bytes or ELEMENT_BYTES[arch.dtype] * parameters(arch)
 
 
 def kv_bytes_per_token(arch: Architecture, quant: QuantConfig) -> dict[int | None, int]:

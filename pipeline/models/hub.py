@@ -4,16 +4,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
-from huggingface_hub.utils.tqdm import tqdm
+from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
 from pipeline.common.bars import BytesBar
 from pipeline.common.errors import LoadError
@@ -41,6 +43,24 @@ def fetch_file(model: ModelConfig, file: str) -> Path | None:
         return Path(path).parent
     except (OSError, HFValidationError, NetworkError):
         return None
+
+
+def fetch_headers(name: str, revision: str | None) -> list[tuple[str, str, Any, Any]] | None:
+    """Get name, dtype, shape and place of each tensor in a model's safetensors, and no weights.
+
+    Returns:
+        None where the hub has none, or gives no answer.
+    """
+    disable_progress_bars()
+    try:
+        found = get_safetensors_metadata(name, revision=revision)
+    except (OSError, HFValidationError, NetworkError, NotASafetensorsRepoError, SafetensorsParsingError):
+        return None
+    return [
+        (tensor_name, tensor.dtype, tensor.shape, tensor.data_offsets)
+        for file in found.files_metadata.values()
+        for tensor_name, tensor in file.tensors.items()
+    ]
 
 
 def download(model: ModelConfig, staged: Path, near: str, *, weights: bool) -> Path:

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers import logging as transformers_logging
@@ -24,11 +23,11 @@ from pipeline.common.errors import LoadError
 from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.config.stored_format import as_quant, bitsandbytes_settings
 from pipeline.engine.cpu import load_kernels
 from pipeline.models.adapters import AppliedAdapter, apply_adapter, get_adapter, tokenizer_files
 from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
+from pipeline.models.formats import ask_for_plain, becomes_plain, quantization, read_as, settle_format
 from pipeline.models.load_progress import loading_shown, tensor_sizes
 from pipeline.models.loading_checks import (
     SMALLER,
@@ -40,7 +39,6 @@ from pipeline.models.loading_checks import (
     check_unused,
     explained,
     first_line,
-    say_where_dequantized,
 )
 from pipeline.models.own_settings import OwnSettings, read_own_settings
 
@@ -105,11 +103,14 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     check_config(_read_config(checkpoint, model), checkpoint, model)
     own = read_own_settings(checkpoint)
     tokenizer = _read_tokenizer(tokenizer_files(adapter, checkpoint), model)
-    quant = as_quant(checkpoint.read_config(), quant)
-    quant = settle_here(quant, checkpoint, model.device_map)
-    _import_libraries(checkpoint, model, quant)
+    asked, as_stored = quant, read_as(checkpoint, quant)
+    plain = becomes_plain(checkpoint, asked, model.device_map)
+    quant = settle_here(asked if plain else as_stored, checkpoint, model.device_map)
+    _import_libraries(checkpoint, model, as_stored)
     bare = resident_bytes(), anonymous_bytes()
-    network = _read_weights(checkpoint, model, quant, stored)
+    network = _read_weights(checkpoint, model, quant, stored, plain=plain)
+    if stored:
+        settle_format(network, stored, asked, plain=plain)
     share = check_quantized(network, quant, checkpoint) if quant.quantized else None
     applied = apply_adapter(network, adapter, tokenizer) if adapter else None
     load_sec = time.perf_counter() - start
@@ -160,10 +161,13 @@ def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantCo
 
 
 def _read_weights(
-    checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig, stored: str | None
+    checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig, stored: str | None, *, plain: bool
 ) -> PreTrainedModel:
     # A quantization_config that is given, even as None, takes the place of the checkpoint's own.
-    quantized = {} if stored else {"quantization_config": quantization(quant)}
+    quantized: dict[str, Any] = {} if stored else {"quantization_config": quantization(quant)}
+    if stored and plain:
+        quantized["config"] = _read_config(checkpoint, model)
+        ask_for_plain(quantized["config"], stored)
     try:
         with loading_shown(tensor_sizes(weight_paths(checkpoint))):
             pair: Any = AutoModelForCausalLM.from_pretrained(
@@ -189,8 +193,6 @@ def _read_weights(
             checkpoint.again,
         )
     check_unused(network, sorted(report["unexpected_keys"]), checkpoint)
-    if stored:
-        say_where_dequantized(network, stored)
     if model.offload_dir is None and "disk" in getattr(network, "hf_device_map", {}).values():
         raise LoadError(
             f"{checkpoint.source}: does not fit in the memory of this machine or model.max_memory",
@@ -199,13 +201,6 @@ def _read_weights(
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
-
-
-def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
-    """Say it as transformers wants it; None for weights that stay as they are."""
-    if not quant.quantized:
-        return None
-    return BitsAndBytesConfig(**bitsandbytes_settings(quant))  # type: ignore[no-untyped-call]
 
 
 def _max_memory(limits: dict[Any, str] | None) -> dict[int | str, str] | None:

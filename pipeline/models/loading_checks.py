@@ -13,9 +13,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.config.quant import SMALLEST, QuantConfig
+from pipeline.config.quant import SMALLEST, Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.config.stored_format import checkpoint_format, label
+from pipeline.config.stored_format import can_dequantize, checkpoint_format, label
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.config_checks import beyond, check_context
 from pipeline.models.layer_checks import check_layers
@@ -44,13 +44,6 @@ def check_unused(network: Any, names: list[str], checkpoint: Checkpoint) -> None
             )
     if aside:
         terminal.say(f"Not used of the checkpoint's weights: {', '.join(sorted(aside))}.", style="yellow")
-
-
-def say_where_dequantized(network: Any, stored: str) -> None:
-    """Say where transformers has made plain numbers of a format that this device does not compute in."""
-    if not getattr(network, "is_quantized", True):
-        dtype = str(network.dtype).removeprefix("torch.")
-        terminal.say(f"This device does not compute in {stored}: the checkpoint's weights are in {dtype}.")
 
 
 def check_quantized(network: Any, quant: QuantConfig, checkpoint: Checkpoint) -> float:
@@ -170,6 +163,12 @@ def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig)
         raise LoadError(
             f"{checkpoint.source}: its weights are quantized already, {label(found)}",
             f"Use quant=none, or for quant={quant.method.value} the model's plain weights",
+        )
+    if quant.dtype is not Dtype.auto and not can_dequantize(found):
+        raise LoadError(
+            f"{checkpoint.source}: its weights are quantized, {label(found)}, and there is no way from there to plain "
+            f"{quant.dtype.value} ones",
+            f"Use quant=none, or for quant.dtype={quant.dtype.value} the model's plain weights",
         )
     return found
 

@@ -12,14 +12,21 @@ from transformers.initialization import no_tie_weights
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common.errors import ConfigError, LoadError
+from pipeline.common.gpu import Gpu
 from pipeline.config.model_files import CONFIG
 from pipeline.config.quant import Dtype, QuantConfig
-from pipeline.models.loading import quantization
+from pipeline.config.stored_format import SKIPPED, as_quant, checkpoint_format, dequantizes, label
+from pipeline.models.formats import quantization
 from pipeline.models.loading_checks import first_line
 
 
-def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = False) -> Any:
+def build_on_meta(
+    config: Any, quant: QuantConfig, *, trust_remote_code: bool = False, skipped: list[str] | None = None
+) -> Any:
     """Build the model of a transformers config as `quant` would load it.
+
+    Args:
+        skipped: modules that stay plain, in place of the head.
 
     Raises:
         ConfigError: transformers does not know it as a causal language model.
@@ -47,11 +54,34 @@ def build_on_meta(config: Any, quant: QuantConfig, *, trust_remote_code: bool = 
             f"Copy or download {CONFIG} again, or choose another model",
         ) from error
     if (settings := quantization(quant)) is not None:
+        settings.llm_int8_skip_modules = skipped
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
         quantizer.preprocess_model(network, device_map=None)
         _cast_biases(network, dtype)
     network.tie_weights()
     return network
+
+
+def loaded_as(
+    config: Any, quant: QuantConfig, gpus: tuple[Gpu, ...], source: str
+) -> tuple[Any, QuantConfig, list[str] | None]:
+    """Say what a checkpoint that came quantized is loaded as: plain, or by bitsandbytes, which leaves out a list.
+
+    Raises:
+        ConfigError: its layers are another library's.
+    """
+    values = config.to_dict()
+    found, settings = checkpoint_format(values), getattr(config, "quantization_config", None)
+    if found is None:
+        return config, quant, None
+    plain, stored = dequantizes(values, quant, gpus), as_quant(values, quant)
+    if not plain and not stored.quantized:
+        raise ConfigError(
+            f"{source}: its weights are quantized already, {label(found)}, and its layers are known once it is loaded",
+            "Use `python -m pipeline plan` for its memory",
+        )
+    del config.quantization_config
+    return config, quant if plain else stored, None if plain else dict(settings or {}).get(SKIPPED)
 
 
 def _cast_biases(network: nn.Module, dtype: torch.dtype) -> None:

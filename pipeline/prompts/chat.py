@@ -5,9 +5,12 @@ them itself: so there is never a second BOS, and the ids are those of `tokenizer
 Whatever a row says is in its prompt, or the row is refused. Typed control tokens are text (control.py).
 """
 
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -17,7 +20,7 @@ from pipeline.common.request import PromptRow
 from pipeline.common.signals import RENDER_SEC, TookTooLong
 from pipeline.config.schema import Config
 from pipeline.prompts.answer import Tags, find_tags
-from pipeline.prompts.control import control_tokens, encode, encode_text, hide
+from pipeline.prompts.control import control_tokens, encode, encode_text, hide, hide_in
 from pipeline.prompts.sandbox import RENDER_ERRORS
 from pipeline.prompts.template import (
     Findings,
@@ -26,6 +29,7 @@ from pipeline.prompts.template import (
     examine,
     find_template,
 )
+from pipeline.prompts.tools import with_text_arguments
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,13 @@ def render(row: PromptRow, chat: Chat) -> list[int]:
     own = (chat.tags.open, chat.tags.close)
     messages = [hide(message, chat.control_tokens, own, hidden) for message in conversation(row, chat)]
     if chat.template is not None:
-        text = _rendered(row, messages, chat, chat.template)
+        kwargs = {**row.template_kwargs}
+        if kwargs.get("tools"):
+            kwargs["tools"] = hide_in(kwargs["tools"], chat.control_tokens, hidden)
+        text = _rendered(row, messages, kwargs, chat, chat.template)
         token_ids = encode(chat.tokenizer, text, hidden, row.source)
+    elif row.template_kwargs.get("tools"):
+        raise _no_tools(row, chat)
     elif row.messages is not None:
         raise PromptError(
             found=f"{row.source}: has messages, but the model has no chat template",
@@ -171,15 +180,17 @@ def say_what_matters(config: Config, chat: Chat, ends: frozenset[int]) -> None:
         )
 
 
-def _rendered(row: PromptRow, messages: Messages, chat: Chat, template: Template) -> str:
-    if unread := template.unread(row.template_kwargs):
+def _rendered(
+    row: PromptRow, messages: Messages, kwargs: dict[str, Any], chat: Chat, template: Template
+) -> str:
+    if unread := template.unread({key: value for key, value in kwargs.items() if key != "tools"}):
         raise PromptError(
             found=f"{row.source}: the chat template does not read chat_template_kwargs.{unread}",
             fix="Correct the name, or leave it out.",
         )
     go_on = _goes_on(row, chat)
     try:
-        text = template.render(messages, row.template_kwargs, go_on=go_on)
+        text = _render_calls(template, messages, kwargs, go_on)
     except TookTooLong:
         raise PromptError(
             found=f"{row.source}: the chat template is not done after {RENDER_SEC:g} s",
@@ -191,12 +202,53 @@ def _rendered(row: PromptRow, messages: Messages, chat: Chat, template: Template
             fix="Change the row's messages, or pass another model.chat_template.",
         ) from error
     asked = next((m for m in reversed(messages) if m["role"] != "assistant"), None)
-    if asked is not None and asked["content"].strip() not in text:
+    if asked is not None and not _holds(text, asked["content"].strip()):
         raise PromptError(
             found=f"{row.source}: the chat template leaves out the text of the last {asked['role']} message",
             fix="Write it as a user's message, or pass another model.chat_template.",
         )
+    if kwargs.get("tools") and text == _tried(template, messages, {**kwargs, "tools": None}, go_on):
+        raise _no_tools(row, chat)
+    silent = [{key: said for key, said in m.items() if key != "tool_calls"} for m in messages]
+    if silent != messages and text == _tried(template, silent, kwargs, go_on):
+        raise PromptError(
+            found=f"{row.source}: the chat template leaves out the calls of tools",
+            fix="Write them as text in 'content', or pass another model.chat_template.",
+        )
     return text
+
+
+def _tried(template: Template, messages: Messages, kwargs: dict[str, Any], go_on: bool) -> str | None:
+    """Render what a row is without a part of it; None where that fails."""
+    try:
+        return _render_calls(template, messages, kwargs, go_on)
+    except (TookTooLong, *RENDER_ERRORS):
+        return None
+
+
+def _render_calls(template: Template, messages: Messages, kwargs: dict[str, Any], go_on: bool) -> str:
+    """Render; the arguments of calls as objects, or as JSON where the template wants texts."""
+    try:
+        return template.render(messages, kwargs, go_on=go_on)
+    except RENDER_ERRORS:
+        if not any("tool_calls" in message for message in messages):
+            raise
+        return template.render(with_text_arguments(messages), kwargs, go_on=go_on)
+
+
+def _holds(text: str, said: str) -> bool:
+    """Say whether a rendered text has what was said, as it is or inside of JSON."""
+    return (
+        said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text or json.dumps(said)[1:-1] in text
+    )
+
+
+def _no_tools(row: PromptRow, chat: Chat) -> PromptError:
+    name = Path(chat.tokenizer.name_or_path).name or "this model"
+    return PromptError(
+        found=f"{row.source}: the chat template of {name} does not take tools",
+        fix="Choose a model whose template does, pass its model.chat_template, or write them into the messages.",
+    )
 
 
 def _goes_on(row: PromptRow, chat: Chat) -> bool:

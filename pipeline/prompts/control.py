@@ -10,6 +10,7 @@ there.) The same holds for prompts without a template.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,14 +34,21 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, written: str) -> re.Patte
 
 
 def hide(
-    message: dict[str, str], tokens: re.Pattern[str], own: Sequence[str], hidden: list[str]
-) -> dict[str, str]:
-    """Put a mark in the place of each typed control token, and the token in `hidden`.
+    message: dict[str, Any], tokens: re.Pattern[str], own: Sequence[str], hidden: list[str]
+) -> dict[str, Any]:
+    """Put a mark in the place of each control token that a message spells, and the token in `hidden`.
 
     Args:
         own: what an assistant may write in its messages all the same.
     """
     kept = own if message["role"] == "assistant" else ()
+    return {
+        key: said if key == "role" else hide_in(said, tokens, hidden, kept) for key, said in message.items()
+    }
+
+
+def hide_in(value: Any, tokens: re.Pattern[str], hidden: list[str], kept: Sequence[str] = ()) -> Any:
+    """Do the same in each text of plain data, but for the tokens that are `kept`."""
 
     def mark(match: re.Match[str]) -> str:
         if match[0] in kept:
@@ -48,7 +56,17 @@ def hide(
         hidden.append(match[0])
         return f"{_MARK}{len(hidden) - 1}{_MARK}"
 
-    return {key: text if key == "role" else tokens.sub(mark, text) for key, text in message.items()}
+    def changed(value: Any) -> Any:
+        match value:
+            case str():
+                return tokens.sub(mark, value)
+            case list():
+                return [changed(item) for item in value]
+            case dict():
+                return {changed(key): changed(item) for key, item in value.items()}
+        return value
+
+    return changed(value)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], source: str) -> list[int]:
@@ -65,6 +83,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], sou
             )
         token_ids += bare + _encode_inside(lambda piece: encode_text(tokenizer, piece), following)
     return token_ids
+
+
+def encode_reply(
+    tokenizer: PreTrainedTokenizerBase, text: str, tokens: re.Pattern[str], source: str
+) -> list[int]:
+    """Encode a text that follows a prompt, by itself; control tokens that it spells are text."""
+    hidden: list[str] = []
+    marked = hide_in(text, tokens, hidden)
+    return _encode_inside(lambda piece: encode(tokenizer, piece, hidden, source), marked)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -17,7 +17,7 @@ TEMPLATE_TOKENS = 8  # a message's role and marks, where no template is at hand
 ASSUMED_PROMPT_TOKENS = 512
 ASSUMED_ROWS = 1024
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +143,23 @@ def by_tokenizer(
 
 
 def _messages(row: PromptRow, system: str | None) -> Messages:
-    """List a row's messages: a prompt is a user's turn; the row's system text goes first, else the job's."""
+    """List a row's messages: a prompt is a user's turn; the row's system text goes first, else the job's.
+
+    Tools and calls are counted as the JSON that most templates write.
+    """
     messages = row.messages or [{"role": "user", "content": row.prompt or ""}]
+    messages = [{**m, "content": _said(m)} for m in messages]
+    if tools := row.template_kwargs.get("tools"):
+        messages[0]["content"] = f"{json.dumps(tools, ensure_ascii=False)}\n{messages[0]['content']}"
     text = row.system if row.system is not None else system
     if text is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": text}, *messages]
+
+
+def _said(message: dict[str, Any]) -> str:
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls])
 
 
 def _renderer(

@@ -8,12 +8,13 @@ are like generated ones: a user's wins, wherever it stands.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.errors import ConfigError, PromptError
 from pipeline.common.request import BadRow, GenerationParams, PromptRow
@@ -106,6 +107,20 @@ def read_prompts(
     shaper = Shaper(shape, _examples(shape, params) if shape.examples else [])
     rows = islice(_rows(str(path), params, shaper), limit)
     return (row for row in rows if row.index % parts == part)
+
+
+def listed_prompts(
+    prompts: Iterable[str | dict[str, Any]], params: GenerationParams
+) -> Iterator[PromptRow | BadRow]:
+    """Give one row for each text or row of a list."""
+    for index, prompt in enumerate(prompts):
+        source = f"prompts[{index}]"
+        fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        row_id = str(fields.pop("id", f"row-{index}"))
+        try:
+            yield to_row(fields, index, row_id, source, params, "prompt")
+        except BadLine as bad:
+            yield BadRow(index, row_id, source, f"{source}: {bad}")
 
 
 def _examples(shape: Shape, params: GenerationParams) -> Turns:

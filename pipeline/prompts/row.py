@@ -16,6 +16,7 @@ from pipeline.prompts.settings import (
     take_settings,
     true_or_false,
 )
+from pipeline.prompts.tools import calls_of, check_tools, take_tools
 
 MAX_DEPTH = 64  # far below what json can write again from any depth of the call stack
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,7 +36,7 @@ def to_row(
     system = _system(fields)
     prompt = messages = None
     settings = [_optional_object(fields, "generation")]
-    switches = [_switches(fields)]
+    switches = [_switches(fields, "")]
     match _form(fields, prompt_field):
         case "prompt":
             prompt = _prompt(fields.pop(prompt_field), prompt_field)
@@ -44,7 +45,7 @@ def to_row(
         case "openai":
             body = _body(fields)
             messages = _messages(body.pop("messages"))
-            switches.append(_switches(body))
+            switches.append(_switches(body, "body."))
             settings.append(take_settings(body, "body.", openai=True))
             if not body:
                 del fields["body"]
@@ -171,17 +172,21 @@ def _optional_object(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return {} if value is None else _object(value, name)
 
 
-def _switches(fields: dict[str, Any]) -> dict[str, Any]:
+def _switches(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Take what is said to the chat template."""
     go_on = true_or_false(fields.pop("continue_final_message", None), "continue_final_message")
     if go_on and fields.get("add_generation_prompt") is False:
         del fields["add_generation_prompt"]  # as other tools want it said
     kwargs = _optional_object(fields, "chat_template_kwargs")
+    if kwargs.get("tools") is not None:
+        check_tools(kwargs["tools"], f"{where}chat_template_kwargs.tools")
+    if tools := take_tools(fields, where):
+        kwargs = merge_settings(kwargs, {"tools": tools})
     given = {"template_kwargs": kwargs or None, "continue_final_message": go_on}
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise BadLine(f"'messages' is {_kind(value)}", "Write a list of {role, content} objects.")
     if not value:
@@ -189,19 +194,19 @@ def _messages(value: Any) -> list[dict[str, str]]:
     return [_message(item, f"messages[{i}]") for i, item in enumerate(value)]
 
 
-def _message(value: Any, where: str) -> dict[str, str]:
+def _message(value: Any, where: str) -> dict[str, Any]:
     message = _object(value, where)
     role = message.get("role")
     if role not in ROLES:
         near = did_you_mean(str(role), ROLES)
         raise BadLine(f"{where}: unknown role {show(role)}", f"{near} The roles are {', '.join(ROLES)}.")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise BadLine(f"{where}: tool calls are not supported", "Write the call as text in 'content'.")
-    content = _text(message.get("content"), f"{where}.content")
+    calls = calls_of(message, where)
+    silent = calls and message.get("content") is None
+    content = "" if silent else _text(message.get("content"), f"{where}.content")
     if role == "user" and not content.strip():
         raise BadLine(f"{where}.content is empty", "Write the user's message, or remove it.")
     said = {"role": "system" if role == "developer" else role, "content": content}
-    return said | _more_of(message, where)
+    return said | _more_of(message, where) | ({"tool_calls": calls} if calls else {})
 
 
 def _more_of(message: dict[str, Any], where: str) -> dict[str, str]:
@@ -209,7 +214,7 @@ def _more_of(message: dict[str, Any], where: str) -> dict[str, str]:
     more = {
         key: value
         for key, value in message.items()
-        if key not in ("role", "content") and value not in _NOTHING
+        if key not in ("role", "content", "tool_calls", "function_call") and value not in _NOTHING
     }
     for key, value in more.items():
         if not isinstance(value, str):

@@ -25,14 +25,17 @@ OVERRIDES: dict[str, type] = {
     "regex": str,
     "choice": list,
     "grammar": str,
+    "label_logprobs": bool,
 }
-_NOT_BESIDE_THE_PROMPT = ("logprobs", *CONSTRAINTS)  # where a word as "choice" may be the user's own
+_NOT_BESIDE_THE_PROMPT = (
+    "logprobs",
+    "label_logprobs",
+    *CONSTRAINTS,
+)  # where a word as "choice" may be the user's own
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _LOGPROBS = ("logprobs", "top_logprobs")  # OpenAI's: whether, and of how many
 # What changes an answer and is not there, each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "logit_bias": ({},),
@@ -69,7 +72,8 @@ class BadLine(PromptError):
 
 def is_setting(name: str) -> bool:
     """Say whether a field of a row says how it is continued, and not what."""
-    return name in OVERRIDES or name in _OTHER_NAMES or name in _LOGPROBS or name in _REFUSED
+    known = (*OVERRIDES, *_OTHER_NAMES, *_LOGPROBS, *_REFUSED, "tools", "tool_choice")
+    return name in known
 
 
 def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pipeline.config.schema import Config
 from pipeline.prompts.sandbox import RENDER_ERRORS, sandbox
 from pipeline.prompts.settings import BadLine, show
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)

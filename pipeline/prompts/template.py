@@ -16,7 +16,7 @@ from pipeline.common.signals import RENDER_SEC, TookTooLong, time_limit
 from pipeline.common.suggestions import did_you_mean
 from pipeline.prompts.sandbox import RENDER_ERRORS
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 _SYSTEM, _USER, _REPLY = "A system text to look for.", "A user's text to look for.", "A reply to look for."
 _DATES = datetime(2001, 2, 3, 4, 5), datetime(1999, 11, 12, 13, 14)
@@ -31,6 +31,7 @@ class Template:
     kwargs: dict[str, Any]
     date: datetime  # what it takes for now, so that all rows of a job read the same day
     parts: bool = False  # it wants each message's content as a list of parts
+    for_tools: str | None = None  # what the tokenizer has in its place where there are tools
 
     def render(
         self,
@@ -47,14 +48,16 @@ class Template:
             go_on: leave the last message open, for the model to continue it.
         """
         given: Any = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        said = {**self.kwargs, **(kwargs or {})}
+        source = self.for_tools if self.for_tools and said.get("tools") else self.source
         with time_limit(RENDER_SEC):
             text = self.tokenizer.apply_chat_template(
                 given if self.parts else messages,
-                chat_template=_dated(self.source, self.date),
+                chat_template=_dated(source, self.date),
                 tokenize=False,
                 add_generation_prompt=ask and not go_on,
                 continue_final_message=go_on,
-                **{**self.kwargs, **(kwargs or {})},
+                **said,
             )
         assert isinstance(text, str)
         return text
@@ -95,7 +98,9 @@ def find_template(
     source = _source(tokenizer, template)
     if source is None:
         return None
-    found = Template(tokenizer, source, kwargs, date)
+    named = tokenizer.chat_template
+    for_tools = named.get("tool_use") if template is None and isinstance(named, dict) else None
+    found = Template(tokenizer, source, kwargs, date, for_tools=for_tools)
     asked = [
         _try(found, [_turn("user", _USER)]),
         _try(found, [_turn("system", _SYSTEM), _turn("user", _USER)]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import OutputError
+from pipeline.common.hidden import hide_environment
 from pipeline.common.terminal import visible
 from pipeline.config import quant as quants
 from pipeline.config.stored_format import is_label, label_bits
@@ -157,7 +158,8 @@ def _with_adapter(model: str, config: dict[str, Any]) -> str:
 
 
 def _overrides(hydra: dict[str, Any]) -> list[str]:
-    return ((hydra.get("hydra") or {}).get("overrides") or {}).get("task") or []
+    task = ((hydra.get("hydra") or {}).get("overrides") or {}).get("task") or []
+    return [hide_environment(word) for word in task]
 
 
 def _choices_of_name(name: str) -> dict[str, str]:
@@ -169,15 +171,18 @@ def _choices_of_name(name: str) -> dict[str, str]:
 
 
 def _label(jobs: list[ReportedJob]) -> None:
-    """Call each job by the fields in which the jobs differ; a fingerprint where these are not enough."""
+    """Call each job by the fields in which the jobs differ; its seed or fingerprint where these are not enough."""
     fields = ("model", "quant", "generation", "prompt_set")
     differ = [f for f in fields if len({getattr(job, f) for job in jobs}) > 1] or ["quant"]
     for job in jobs:
         job.label = visible(" · ".join(getattr(job, f) for f in differ))
     labels = [job.label for job in jobs]
-    for job in jobs:
-        if labels.count(job.label) > 1:
-            job.label += visible(f" · {job.folder.name.rsplit('-', 1)[-1]}")
+    for shared in {label for label in labels if labels.count(label) > 1}:
+        alike = [job for job in jobs if job.label == shared]
+        seeds = [(job.config.get("generation") or {}).get("seed") for job in alike]
+        by_seed = len(set(map(str, seeds))) == len(alike)
+        for job, seed in zip(alike, seeds, strict=True):
+            job.label += visible(f" · seed {seed}" if by_seed else f" · {job.folder.name.rsplit('-', 1)[-1]}")
     if len({job.label for job in jobs}) < len(jobs):
         for number, job in enumerate(jobs, 1):
             job.label += f" · {number}"

@@ -43,6 +43,40 @@ def write_page(
         plots: name, title, caption, and as images the SVGs: light, dark, and narrow ones of both for a phone.
         missing_plots: titles of those that no job had figures for.
     """
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    size = max(1, CHUNK_ANSWERS // len(records))
+    stream = (
+        templates()
+        .get_template("page.html.j2")
+        .stream(
+            title=title,
+            made=made,
+            records=records,
+            tables=list(_tables(records)),
+            rows=lines(records),
+            notes=notes(records),
+            prompt_count=len(prompts),
+            error_count=sum(record["rows"]["errors"] for record in records),
+            plots=[
+                {**plot, "images": {name: _base64(text.encode()) for name, text in plot["images"].items()}}
+                for plot in plots
+            ],
+            missing_plots=missing_plots,
+            setups=[_setup(record) for record in records],
+            index=_pack(_index(records, prompts, size)),
+            chunks=_chunks(prompts, size),
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=csp_hash(style),
+            script_hash=csp_hash(script),
+        )
+    )
+    with path.open("wb") as file:
+        stream.dump(file, encoding="utf-8", errors="replace")
+
+
+def templates() -> jinja2.Environment:
+    """Find the pages' templates; whatever they are given is text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -50,32 +84,7 @@ def write_page(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["visible"] = lambda value: terminal.visible(str(value))
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    size = max(1, CHUNK_ANSWERS // len(records))
-    stream = environment.get_template("page.html.j2").stream(
-        title=title,
-        made=made,
-        records=records,
-        tables=list(_tables(records)),
-        rows=lines(records),
-        notes=notes(records),
-        prompt_count=len(prompts),
-        error_count=sum(record["rows"]["errors"] for record in records),
-        plots=[
-            {**plot, "images": {name: _base64(text.encode()) for name, text in plot["images"].items()}}
-            for plot in plots
-        ],
-        missing_plots=missing_plots,
-        setups=[_setup(record) for record in records],
-        index=_pack(_index(records, prompts, size)),
-        chunks=_chunks(prompts, size),
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-    )
-    with path.open("wb") as file:
-        stream.dump(file, encoding="utf-8", errors="replace")
+    return environment
 
 
 def _tables(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
@@ -190,5 +199,6 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _hash(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """Name a style sheet or script as a page's policy does."""
     return f"sha256-{_base64(hashlib.sha256(text.encode()).digest())}"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.hidden import hide_environment
 from pipeline.common.intervals import proportion
 from pipeline.common.terminal import visible
 from pipeline.job.energy import merge_energy
@@ -147,9 +148,11 @@ def _setup(job: ReportedJob) -> Record:
     manifest = job.manifest
     command = manifest.get("command") or ["python", "-m", "pipeline", *job.overrides]
     return {
-        "command": [str(part) for part in command],
+        "command": [hide_environment(str(part)) for part in command],
         "overrides": job.overrides,
-        "config": job.config,
+        "config": {
+            key: value for key, value in job.config.items() if key != "submit"
+        },  # no part of the result
         "manifest": {name: value for name, value in manifest.items() if name != "command"},
         "engine": job.stats.get("engine") or {},
     }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.common.units import megabytes
+from pipeline.report.seeds import Repeated, repeated
 from pipeline.report.summary import Record, best_values, cells
 
 
@@ -113,12 +114,31 @@ def columns(records: Sequence[Record]) -> list[Column]:
 def lines(records: Sequence[Record], shown: Sequence[Column] | None = None) -> list[Line]:
     """Make the records' lines, in their order; a job without any row is a line with its reason.
 
+    Below them stands a line for all jobs that differ in their seed alone.
+
     Args:
         shown: the columns, with the label's as the first; None is all that say something.
     """
     best = best_values(records)
     shown = columns(records) if shown is None else shown
-    return [_line(record, shown, best) for record in records]
+    return [_line(record, shown, best) for record in records] + [
+        _line_of_seeds(group, shown) for group in repeated(records)
+    ]
+
+
+def _line_of_seeds(group: Repeated, shown: Sequence[Column]) -> Line:
+    """Lay out mean and standard deviation of the jobs that differ in their seed alone."""
+    made = []
+    for column in shown[1:]:
+        mean, deviation = group.figures.get(column.name, (None, 0.0))
+        text = str(group.records[0][column.name]) if column.text else "–"
+        made.append(
+            TableCell(text, text=column.text)
+            if mean is None
+            else TableCell(column.show(mean), f"± {column.show(deviation)}")
+        )
+    sort = {name: mean for name, (mean, _) in group.figures.items()} | {"label": group.label}
+    return Line(group.label, "mean ± standard deviation", False, False, None, made, sort)
 
 
 def _line(record: Record, shown: Sequence[Column], best: dict[str, float]) -> Line:

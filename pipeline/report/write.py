@@ -14,6 +14,7 @@ from pipeline.common.errors import OutputError
 from pipeline.report.jobs import find_jobs
 from pipeline.report.page import write_page
 from pipeline.report.prompts import align
+from pipeline.report.seeds import repeated
 from pipeline.report.summary import Record, summarize
 from pipeline.report.table import columns, lines, notes
 
@@ -44,7 +45,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None, baseline: Pat
         (out / "plots").mkdir(parents=True, exist_ok=True)
         drawn, missing = _draw(records, out / "plots")
         write_page(out / "report.html", title, made, records, prompts, drawn, missing)
-        whole = {"title": title, "made": made, "prompts": len(prompts), "jobs": records}
+        seeds = [group.plain() for group in repeated(records)]
+        whole = {"title": title, "made": made, "prompts": len(prompts), "jobs": records, "seeds": seeds}
         (out / "report.json").write_text(
             json.dumps(whole, indent=1, ensure_ascii=False, default=str, skipkeys=True) + "\n",
             "utf-8",

@@ -2,7 +2,6 @@
 
 from pipeline.common.gpu import Gpu
 from pipeline.common.units import GIB, parse_bytes
-from pipeline.config.quant import settle_dtypes
 from pipeline.config.schema import Config, SubmitConfig
 from pipeline.memory.facts import find_facts
 from pipeline.memory.peaks import load_peak
@@ -19,9 +18,8 @@ def needed_bytes(config: Config, gpus: int) -> int:
     Raises:
         ConfigError: the memory plan does not know the model.
     """
-    arch = find_facts(config.model, config.models_dir).architecture
     cards = (Gpu("cuda", "a GPU of the cluster"),) * gpus
-    quant = settle_dtypes(config.quant, arch.dtype, cards)
+    arch, quant, _ = find_facts(config.model, config.models_dir).loaded(config.quant, cards)
     row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
     weights = footprint_bytes(arch, quant) + quant_state_bytes(
         arch, quant

@@ -12,13 +12,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.config.quant import QuantConfig, quant_name
 from pipeline.config.schema import ModelConfig
-from pipeline.memory.facts import check_plain, job_architecture
+from pipeline.engine.accelerators import usable_gpus
+from pipeline.memory.facts import job_architecture
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
 from pipeline.models.checkpoint import find_checkpoint, locate
 from pipeline.models.config_checks import check_adapter
 from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
-from pipeline.models.meta import build_on_meta
+from pipeline.models.meta import build_on_meta, loaded_as
 from pipeline.models.quantized_share import QuantizedShare, quantized_share
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
@@ -67,10 +68,11 @@ def architecture_view(model: ModelConfig, quant: QuantConfig, models_dir: str) -
     """
     quiet_transformers()
     config, source = model_config(model, models_dir)
-    check_plain(config.to_dict(), source)
-    network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code)
+    gpus, asked = usable_gpus(model.device_map), quant
+    config, quant, skipped = loaded_as(config, quant, gpus, source)
+    network = build_on_meta(config, quant, trust_remote_code=model.trust_remote_code, skipped=skipped)
     tree = _tree("", network, quant, set())
-    arch = job_architecture(replace(model, adapter=None), models_dir)
+    arch = job_architecture(replace(model, adapter=None), models_dir, asked, gpus)
     return ArchitectureView(
         model=model.name,
         source=source,

@@ -8,12 +8,12 @@ from huggingface_hub import constants
 
 from pipeline.common.errors import ConfigError, LoadError, PipelineError
 from pipeline.common.units import GB, gigabytes, megabytes
-from pipeline.config.quant import SMALLEST, settle_dtypes
+from pipeline.config.quant import SMALLEST
 from pipeline.config.schema import Config
 from pipeline.config.stored_format import label
 from pipeline.memory.devices import find_device
-from pipeline.memory.facts import job_architecture
-from pipeline.memory.peaks import load_peak
+from pipeline.memory.facts import find_facts
+from pipeline.memory.peaks import load_peak, weight_bytes
 from pipeline.models.checkpoint import find_checkpoint
 from pipeline.models.loading_checks import check_format
 from pipeline.views.architecture import ArchitectureView, architecture_view
@@ -34,7 +34,8 @@ def check_room(config: Config) -> list[Check]:
         except LoadError as error:
             return [refused("quantization", error), _check_outputs(config)]
         if stored is not None:
-            return [*_check_stored(label(stored)), _check_outputs(config)]
+            found = Check("quantization", State.green, label(stored))
+            return [found, _check_memory(None, config), _check_outputs(config)]
     try:
         view = architecture_view(config.model, config.quant, config.models_dir)
     except PipelineError as error:
@@ -46,19 +47,27 @@ def check_room(config: Config) -> list[Check]:
     return [*made, _check_outputs(config)]
 
 
-def _check_memory(view: ArchitectureView, config: Config) -> Check:
-    quant, need = config.quant, view.bytes + (view.quant_state_bytes or 0)
-    words = f"{megabytes(need)} of weights"
+def _check_memory(view: ArchitectureView | None, config: Config) -> Check:
+    """Compare what a model takes with what is free; without a view, one that came quantized."""
+    quant = config.quant
+    need = view.bytes + (view.quant_state_bytes or 0) if view else 0
     try:
         device = find_device(None)
     except ConfigError as error:
         fix = "python -m pipeline plan memory=24GB says whether it fits in so much."
-        return Check("memory", State.yellow, f"{words}. {error.found}", fix)
+        return Check("memory", State.yellow, f"{megabytes(need)} of weights. {error.found}", fix)
     gpus, free = device.gpus, device.free_bytes
-    if (arch := job_architecture(config.model, config.models_dir)) is not None:
-        settled = settle_dtypes(quant, arch.dtype, gpus)
+    try:
+        arch, settled, _ = find_facts(config.model, config.models_dir).loaded(quant, gpus)
+    except ConfigError as error:
+        if view is None:
+            return refused("memory", error)
+        words = f"{megabytes(need)} of weights"
+    else:
         loading = load_peak(arch, settled, gpus=gpus, packed=config.engine.pack_weights)
-        need, words = max(need, loading.needed), f"{words}, loading them takes {loading.words}"
+        need = need or weight_bytes(arch, settled)
+        words = f"{megabytes(need)} of weights, loading them takes {loading.words}"
+        need = max(need, loading.needed)
     where = f"{gigabytes(free)} free on {device.name}"
     more = "python -m pipeline plan says what else would fit."
     if need < 0.8 * free:
@@ -90,15 +99,6 @@ def _check_quantized(view: ArchitectureView) -> list[Check]:
         ]
     fix = "quant=none may be as small, and is nearer to the model's own answers."
     return [Check("quantization", State.yellow, words, fix)] if found.passed_over else []
-
-
-def _check_stored(stored: str) -> list[Check]:
-    """Say what is known of a checkpoint that is quantized already."""
-    fix = "Run a few rows with limit=4 and read stats.json."
-    return [
-        Check("quantization", State.green, stored),
-        Check("memory", State.yellow, f"{stored}: what its weights take is known once they are loaded", fix),
-    ]
 
 
 def _check_download(config: Config, parameters: int) -> Check:

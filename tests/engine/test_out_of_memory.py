@@ -17,6 +17,7 @@ from pipeline.common.errors import JobError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine import scheduler
 from pipeline.engine.engine import Engine
+from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.rectangles.batch import RectangleBatch
 from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.rectangles.rectangle import Rectangle
@@ -97,6 +98,47 @@ def test_a_row_that_is_put_back_stays_where_it_is_in_its_grammar(tiny_model, lat
     assert done == tokens(run_engine(Engine(unhurt, EOS, tokenizer=tiny_tokenizer()), requests))
     for request, own in zip(requests, params, strict=True):
         assert re.fullmatch(own.regex or "", decode(done[request.id, 0]))
+
+
+class ScarcePages(PagedForward):
+    """The real forward pass in pages; memory runs out at some decode steps."""
+
+    def __init__(self, model: Any, *numbers: int) -> None:
+        super().__init__(copy.deepcopy(model))
+        self.calls, self._numbers = 0, numbers
+
+    def decode(self, rows: Any, long: bool) -> Any:
+        self.calls += 1
+        if self.calls in self._numbers:
+            raise OUT_OF_MEMORY
+        return super().decode(rows, long)
+
+
+def test_constrained_and_given_rows_that_pages_put_back_go_on_where_they_were(tiny_model):
+    requests = []
+    for i, request in enumerate(mixed_requests()):
+        own = GenerationParams(max_new_tokens=30, regex=f"[a-z]{{9}}-[0-9]{{{i % 5 + 2}}}", temperature=i % 3)
+        requests.append(replace(request, params=own, constraint=grammar_of(own)))
+        given = tuple(tuple(range(60 + j, 70 + i)) for j in range(3))
+        params = GenerationParams(max_new_tokens=9 + i, logprobs=0)
+        requests.append(Request(f"given {i}", request.prompt_token_ids, params, forced=given))
+
+    def made(forward: Any) -> dict[tuple[str, int], Any]:
+        engine = Engine(forward, EOS, tokenizer=tiny_tokenizer())
+        done = run_engine(engine, requests)
+        found = {
+            key: (c.token_ids, c.complete, [item.logprob for item in c.logprobs or ()])
+            for key, c in done.items()
+        }
+        return {**found, ("halved", 0): engine.stats.out_of_memory}
+
+    hurt, unhurt = made(ScarcePages(tiny_model("llama"), 3, 9)), made(PagedForward(tiny_model("llama")))
+    assert (hurt.pop(("halved", 0)), unhurt.pop(("halved", 0))) == (2, 0)
+    assert {key: value[:2] for key, value in hurt.items()} == {
+        key: value[:2] for key, value in unhurt.items()
+    }
+    for key, value in hurt.items():
+        assert value[2] == pytest.approx(unhurt[key][2], abs=1e-4)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["device", "host", "cpu allocator", "CUDA itself"])

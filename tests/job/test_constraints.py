@@ -8,9 +8,10 @@ import jsonschema
 import pytest
 import transformers
 from conftest import SMALL
-from job_helper import arguments, command, outputs, run_job, write_rows
+from job_helper import arguments, outputs, run_job, write_rows
 from schemas import SCHEMAS
 
+from pipeline.commands.door import main
 from pipeline.common.errors import ConfigError
 from pipeline.config.compose import job_folder
 
@@ -163,14 +164,16 @@ def test_a_row_says_otherwise_than_its_job(job):
         ("grammar", '"start: b"', "unknown name"),
     ],
 )
-def test_a_jobs_constraint_that_cannot_be_kept_is_refused_before_anything_is_loaded(job, key, value, said):
+def test_a_jobs_constraint_that_cannot_be_kept_is_refused_before_anything_is_loaded(
+    job, key, value, said, capsys
+):
     asked = job([{"prompt": "a"}], f"generation.{key}={value}")
     with pytest.raises(ConfigError) as caught:
         run_job(asked)
     assert f"generation.{key}" in caught.value.found
     assert said in caught.value.found
-    done = command(asked)
-    assert (done.returncode, "Traceback" in done.stderr, "Loading" in done.stderr) == (2, False, False)
+    status, told = main(asked), capsys.readouterr().err
+    assert (status, "Traceback" in told, "Loading" in told) == (2, False, False)
 
 
 @pytest.mark.parametrize(

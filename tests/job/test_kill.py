@@ -1,13 +1,15 @@
 """Kill a job at any moment, run the same command again: every row once, the texts those of a quiet run."""
 
 import contextlib
+import json
 import os
 import random
 import signal
 import time
 
+import jsonschema
 import pytest
-from job_helper import JobServer, arguments, texts, write_rows
+from job_helper import JobServer, arguments, outputs, texts, write_rows
 
 from pipeline.config.compose import job_folder
 from pipeline.job.paths import JobPaths
@@ -59,6 +61,40 @@ def test_no_kill_loses_repeats_or_changes_a_row(server, tiny_dir, tmp_path, gene
     server.start(disturbed)
     assert server.wait() == 1
     assert texts(disturbed) == texts(quiet)
+
+
+def test_a_killed_job_with_a_schema_goes_on_and_each_whole_answer_validates(server, tiny_dir, tmp_path):
+    item = {"enum": ["cat", "학교", 1.5, {"a": [None]}]}
+    schema = {"type": "array", "items": item, "minItems": 2, "maxItems": 4}
+    rows = [{"id": f"r{i}", "prompt": f"number {i}"} for i in range(60)]
+    for row in rows[::5]:
+        row["generation"] = {"choice": ["yes", "no", "none"], "label_logprobs": True, "temperature": 0}
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    shape = f"generation.json_schema={write_rows(tmp_path / 'schema.json', [schema])}"
+    settings = [shape, "generation=sample", "generation.max_new_tokens=40", "engine.max_rows=4"]
+    quiet = arguments(tiny_dir, prompts, tmp_path / "quiet", *settings)
+    killed = arguments(tiny_dir, prompts, tmp_path / "killed", *settings)
+    server.start(quiet)
+    assert server.wait() == 0
+    written = JobPaths(job_folder(killed)).rows
+    for quota in (1, 4000, 9000):  # bytes, of about 15,000
+        pid = server.start(killed)
+        started = time.monotonic()
+        while size_of(written) < quota and time.monotonic() - started < 60:
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    assert len(written.read_bytes().splitlines()) < len(rows)
+    server.start(killed)
+    assert server.wait() == 0
+    made = outputs(killed)
+    assert sorted(row["id"] for row in made) == sorted(row["id"] for row in rows)
+    whole = [json.loads(row["completion"]) for row in made if row["complete"] and "label_logprobs" not in row]
+    assert len(whole) > len(rows) // 4  # a random model writes blanks until it is cut
+    for answer in whole:
+        jsonschema.validate(answer, schema)
+    assert texts(killed) == texts(quiet)
 
 
 def wait_for_rows(path, started):

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 from job_helper import ROOT, arguments, command, environment, outputs, run_job, texts, write_rows
@@ -63,11 +62,12 @@ def test_a_finished_job_has_nothing_to_do_in_three_seconds_and_without_torch(job
 
     from job_helper import ROOT, environment
 
-    started = time.monotonic()
+    before_sec = os.times()
     done = subprocess.run(
         [sys.executable, "-c", code, *job()], capture_output=True, text=True, env=environment(), cwd=ROOT
     )
-    assert time.monotonic() - started < 3
+    after_sec = os.times()
+    assert after_sec.children_user - before_sec.children_user < 3, "processor time: the machine may be busy"
     assert done.returncode == 0, done.stderr
     assert "Nothing to do: all 4 rows" in done.stderr
     assert lines_of(job()) == before

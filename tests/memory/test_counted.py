@@ -33,7 +33,7 @@ from pipeline.memory.plan import (
     quant_state_bytes,
     quantized_share,
 )
-from pipeline.models.loading import quantization
+from pipeline.models.formats import quantization
 
 CHECKED = ("none", "fp32", "int8", "nf4")
 # A pass without values cannot tell how many tokens an expert has: keys and values are those of the config's sizes.

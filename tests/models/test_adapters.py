@@ -22,7 +22,8 @@ from pipeline.job.paths import read_json
 from pipeline.memory.facts import find_facts
 from pipeline.memory.measured import quantization_state_bytes
 from pipeline.memory.plan import footprint_bytes, quant_state_bytes
-from pipeline.models.loading import load_model, quantization
+from pipeline.models.formats import quantization
+from pipeline.models.loading import load_model
 from pipeline.report.jobs import read_job
 
 ROWS = [{"id": str(i), "prompt": "a word " * i} for i in (1, 3, 5)]

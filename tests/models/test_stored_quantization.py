@@ -9,14 +9,27 @@ import pytest
 import torch
 from job_helper import arguments, run_job, texts, write_rows
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+)
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from pipeline.commands.door import main
-from pipeline.common.errors import ConfigError, LoadError
+from pipeline.common.errors import LoadError
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
+from pipeline.config.stored_format import as_quant
 from pipeline.job.paths import read_json
+from pipeline.memory import counted, counting
+from pipeline.memory.architecture import has_formula
+from pipeline.memory.measured import quantization_state_bytes
+from pipeline.memory.plan import footprint_bytes, quant_state_bytes
+from pipeline.memory.stored import plain_config
 from pipeline.models.loading import load_model
 from pipeline.report.jobs import precision, read_job
 from pipeline.views.architecture import architecture_view
@@ -90,7 +103,8 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
     name = f"{found} (checkpoint)"
     assert read_json(job_folder(job) / "manifest.json")["quantization"] == name
     memory = read_json(job_folder(job) / "stats.json")["memory"]
-    assert set(memory["predicted"].values()) == {None}
+    for part in ("footprint_bytes", "quantization_state_bytes", "kv_cache_bytes"):
+        assert memory["predicted"][part] == memory["measured"][part]
     assert memory["measured"]["footprint_bytes"] == plain.get_memory_footprint()
     report = read_job(job_folder(job))
     assert (report.quant, precision(report)) == (name, 4.0 if found == "nf4" else 8.0)
@@ -99,10 +113,13 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
 
 def test_a_folder_that_was_named_otherwise_goes_on(quantized, tmp_path, capsys):
     _, folder = quantized
-    job = arguments(folder, write_rows(tmp_path / "p.jsonl", [{"prompt": "one"}]), tmp_path / "out")
+    job = [
+        *arguments(folder, write_rows(tmp_path / "p.jsonl", [{"prompt": "one"}]), tmp_path / "out"),
+        "quant=none",
+    ]
     assert run_job(job) == 0
     made = job_folder(job)
-    earlier = made.rename(made.with_name(f"{folder.name}-fp32-greedy-{made.name.rsplit('-', 1)[1]}"))
+    earlier = made.rename(made.with_name(f"{folder.name}-none-greedy-{made.name.rsplit('-', 1)[1]}"))
     assert job_folder(job) == earlier
     assert job_folder([*job, "shard=1/2"]) == earlier / "shard-1-of-2"
     assert run_job(job) == 0
@@ -119,17 +136,98 @@ def test_a_folders_name_holds_no_path_and_no_hyphen_of_a_format(settings, tiny_d
     assert job_folder([f"model.name={tiny_dir}"]).name.startswith(f"{tiny_dir.name}-none-")
 
 
-def test_plan_and_tree_refuse_to_count_it_and_doctor_names_it(quantized, tmp_path, capsys):
+def test_plan_tree_and_doctor_know_its_bytes(quantized, tmp_path, capsys):
     found, folder = quantized
     name = f"{found} (checkpoint)"
-    assert main(["plan", f"model.name={folder}", "memory=24GB"]) == 2
-    assert f"quantized already, {name}" in capsys.readouterr().err
+    capsys.readouterr()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (plan,) = plans_of(folder, capsys)  # on this machine, which has no GPU
+    assert plan["quant"] == (f"{name}, dequantized" if found == "fp8" else name)
+    assert (plan["refused"], plan["estimated"]) == (None, None)
+    assert plan["footprint_bytes"] == model.get_memory_footprint()
+    assert plan["quant_state_bytes"] == quantization_state_bytes(model)
+    assert plan["parameters"] == 112_448
     config = read_config([f"model.name={folder}", f"outputs_dir={tmp_path}"])
-    with pytest.raises(ConfigError, match=re.escape(name)):
-        architecture_view(config.model, config.quant, config.models_dir)
+    view = architecture_view(config.model, config.quant, config.models_dir)
+    assert view.bytes == view.predicted_bytes == plan["footprint_bytes"]
     checks = {check.name: check for check in check_room(config)}
     assert (checks["quantization"].state, checks["quantization"].found) == (State.green, name)
-    assert (checks["memory"].state, "known once" in checks["memory"].found) == (State.yellow, True)
+    assert (checks["memory"].state, " of weights, " in checks["memory"].found) == (State.green, True)
+
+
+def test_a_gpu_that_computes_in_fp8_holds_the_files_tensors(tiny_dir, capsys):
+    """As many bytes as the parameters of the layers that transformers puts in there, and the buffers."""
+    rewrite(tiny_dir, in_fp8)
+    edit(tiny_dir, quantization_config=FP8)
+    (plan,) = plans_of(tiny_dir, capsys, "memory=24GB")
+    in_8_bits = sum(part["bytes"] for part in plan["parts"] if part["dtype"] == "f8_e4m3")
+    assert in_8_bits == 73_728
+    scales = sum(
+        part["bytes"] for part in plan["parts"] if part["dtype"] == "float32" and part["part"] != "buffers"
+    )
+    config = AutoConfig.from_pretrained(tiny_dir)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+        network = replace_with_fp8_linear(network, ["lm_head"], FineGrainedFP8Config.from_dict(FP8), True)
+    assert plan["footprint_bytes"] == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert "fp8 was not tried" in plan["estimated"]
+    assert scales > 0
+
+
+def test_bytes_that_no_file_tells_are_estimated_and_called_so(tiny_dir, capsys):
+    edit(
+        tiny_dir, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}, dtype="bfloat16"
+    )
+    (tiny_dir / "model.safetensors").unlink()
+    (plan,) = plans_of(tiny_dir, capsys)
+    assert "by 4 bits and a scale for each 128" in plan["estimated"]
+    in_4_bits = sum(part["bytes"] for part in plan["parts"] if part["dtype"] == "gptq")
+    assert 73_728 / 2 < in_4_bits < 1.1 * 73_728 / 2
+    for quant in ("bf16", "nf4"):
+        (plan,) = plans_of(tiny_dir, capsys, f"quant={quant}")
+        assert "gptq (checkpoint)" in plan["refused"]
+
+
+def test_modules_that_bitsandbytes_was_told_to_leave_out_are_planned_as_they_are(tiny_dir):
+    settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "model.layers.1.mlp"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, quantization_config=settings)
+    model.save_pretrained(tiny_dir)
+    config = json.loads((tiny_dir / "config.json").read_text())
+    assert not has_formula(plain_config(config))
+    arch = counted.read_answer(counting.count(plain_config(config)))
+    quant = as_quant(config, QuantConfig())
+    assert footprint_bytes(arch, quant) == model.get_memory_footprint()
+    assert quant_state_bytes(arch, quant) == quantization_state_bytes(model)
+
+
+def test_it_is_dequantized_where_that_is_asked(quantized, tmp_path, capsys):
+    found, folder = quantized
+    rows = [{"id": str(i), "prompt": "a word " * i} for i in (1, 3)]
+    job = arguments(
+        folder, write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out", "system=null"
+    )  # quant=fp32
+    assert run_job(job) == 0
+    assert "Nothing here computes in" not in capsys.readouterr().err
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = network if found == "fp8" else network.dequantize(torch.float32)
+    tokenizer, written = AutoTokenizer.from_pretrained(folder), texts(job)
+    for row in rows:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
+        made = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert written[row["id"], 0] == tokenizer.decode(made, skip_special_tokens=True)
+    memory = read_json(job_folder(job) / "stats.json")["memory"]
+    assert memory["predicted"]["footprint_bytes"] == memory["measured"]["footprint_bytes"]
+    assert memory["measured"]["footprint_bytes"] == plain.get_memory_footprint()
+    assert "-fp32-greedy-" in job_folder(job).name
+
+
+def plans_of(folder: Path, capsys, *more: str) -> list[dict]:
+    """The plans of a folder, as JSON has them."""
+    assert main(["plan", f"model.name={folder}", "json=-", *more]) == 0
+    return json.loads(capsys.readouterr().out)["plans"]
 
 
 def test_it_is_not_quantized_again(quantized):

@@ -362,13 +362,13 @@ def test_columns_of_one_name_and_other_types_are_told(tmp_path):
     assert all("is a whole number, not text" in row.error for row in read(tmp_path / "numbers.feather"))
 
 
-def test_a_file_that_is_no_table_is_one_error_and_no_traceback(tiny_folder, tmp_path):
+def test_a_file_that_is_no_table_is_one_error_and_no_traceback(tiny_folder, tmp_path, capsys):
     for name in ("a.parquet", "a.arrow", "a.feather"):
         (tmp_path / name).write_text("prompt\nHello\n")
-        done = command(arguments(tiny_folder, tmp_path / name, tmp_path / "o"))
-        assert done.returncode == 3
-        assert "Copy it again" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert door.main(arguments(tiny_folder, tmp_path / name, tmp_path / "o")) == 3
+        said = capsys.readouterr().err
+        assert "Copy it again" in said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if "?" not in name and name != "repository"])

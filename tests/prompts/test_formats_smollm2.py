@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from job_helper import command, outputs
+from job_helper import outputs
 from test_formats import write
+
+from pipeline.commands.door import main
 
 NAMES = ("p.jsonl", "p.csv", "p.parquet")
 
@@ -24,8 +26,7 @@ def test_the_same_200_rows_in_every_format_are_the_same_outputs(smollm2_dir, tmp
         path = write(tmp_path / "files", name, rows)
         line = [f"model.name={smollm2_dir}", f"prompts={path}", f"outputs_dir={tmp_path / name}", "quant=bf16",
                 "generation.max_new_tokens=2"]  # fmt: skip
-        done = command(line)
-        assert done.returncode == 0, done.stderr
+        assert main(line) == 0
         written.append(sorted(json.dumps(row) for row in outputs(line)))
     assert len(written[0]) == 200
     assert all(lines == written[0] for lines in written)

@@ -1,21 +1,25 @@
 """Anything at all in a prompt file or on the command line: never a traceback, never a lost row."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from job_helper import arguments, run_job
+from job_helper import arguments
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.fingerprint import row_key
 from pipeline.common.request import GenerationParams, PromptRow
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.schema import Config, Resume
+from pipeline.job import runner
 from pipeline.job.ledger import Ledger
+from pipeline.models.own_settings import settle_generation
 from pipeline.prompts.reader import read_prompts
 
 CONTROL = [
@@ -98,6 +102,12 @@ def test_every_line_that_is_not_blank_is_one_row_with_a_key_of_its_own(tmp_path,
     assert ledger.missing == 0
 
 
+@functools.cache
+def composed(job: tuple[str, ...]) -> tuple[Config, Path]:
+    """Read the config of a command line that is the same for every example, and name its folder."""
+    return settle_generation(read_config(list(job))), job_folder(list(job))
+
+
 @settings(
     max_examples=25, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -108,9 +118,11 @@ def test_a_job_over_any_lines_ends_with_every_row_written_once(tiny_folder, tmp_
     shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_bytes(b"\n".join([*raw, b'{"prompt": "last"}']))
-    job = arguments(tiny_folder, prompts, tmp_path / "outputs", "generation.max_new_tokens=4")
-    status = run_job(job)
-    path = job_folder(job) / "outputs.jsonl"
+    config, folder = composed(
+        tuple(arguments(tiny_folder, prompts, tmp_path / "outputs", "generation.max_new_tokens=4"))
+    )
+    status = runner.run_job(config, folder)
+    path = folder / "outputs.jsonl"
     written = [json.loads(line, parse_constant=pytest.fail) for line in path.read_bytes().splitlines()]
     places = [(row["index"], row["sample"]) for row in written]
     assert len(set(places)) == len(places)
@@ -122,7 +134,7 @@ def test_a_job_over_any_lines_ends_with_every_row_written_once(tiny_folder, tmp_
     assert all((row["error"] is None) == isinstance(row["completion"], str) for row in written)
     assert status == int(any(row["error"] for row in written))
     before = path.read_bytes()
-    assert run_job(job) == status
+    assert runner.run_job(config, folder) == status
     assert path.read_bytes() == before
 
 

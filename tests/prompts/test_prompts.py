@@ -202,7 +202,7 @@ BAD_ROWS = {  # line of jobs/bad_rows.jsonl: the row's id, and what is said
     13: ("bad-content-missing", "'messages[0].content' is null"),
     14: ("bad-content-empty", "messages[0].content is empty"),
     15: ("bad-content-image", "Only text parts can be run"),
-    16: ("bad-tool-calls", "messages[1]: tool calls are not supported"),
+    16: ("bad-tool-calls", "'messages[1].tool_calls[0]' is no call of a function"),
     17: ("bad-two-systems", "has both 'system' and a system message"),
     18: ("bad-system-type", "'system' is a whole number"),
     22: ("row-19", "repeats the id 'good-crlf'"),

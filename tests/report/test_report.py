@@ -343,6 +343,7 @@ def test_report_md_has_one_table_line_for_each_job(sweep):
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_page_says_what_the_model_suggests_and_the_job_left_out(tmp_path):
     job = write_job(tmp_path, "fp32", hostile_rows("fp32"))
     noted = json.loads((job / "manifest.json").read_text())
@@ -405,6 +406,7 @@ def test_the_command_writes_a_report_and_loads_no_torch(sweep, tmp_path):
     }
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_share_of_answers_in_shape_is_a_column_where_a_job_had_constraints(tmp_path):
     rows = [{**answer_row(i, '{"a": 1}'), "complete": i > 0} for i in range(4)]
     rows.append(answer_row(4, "free"))
@@ -418,3 +420,34 @@ def test_the_share_of_answers_in_shape_is_a_column_where_a_job_had_constraints(t
     assert "In shape" in [column.title for column in columns(records)]
     assert "75.0 %" in write_report([held]).with_suffix(".md").read_text(encoding="utf-8")
     assert "In shape" not in [c.title for c in columns([r for r in records if r["quant"] == "fp32"])]
+
+
+def seeds(folder, quant="fp32", found=(8, 6, 7)):
+    """Jobs that differ in their seed alone, and how many of ten references each finds."""
+    for seed, right in enumerate(found, 1):
+        rows = [answer_row(i, f"it is {i if i < right else 'no'}", reference=f"is {i}") for i in range(10)]
+        write_job(folder, quant, rows, seed=seed, tokens_per_sec=100.0 + 10 * seed)
+
+
+def test_jobs_that_differ_in_their_seed_alone_have_a_line_with_mean_and_standard_deviation(tmp_path):
+    seeds(tmp_path)
+    seeds(tmp_path, "nf4", found=(5,))
+    out = write_report([tmp_path]).parent
+    (group,) = json.loads((out / "report.json").read_text())["seeds"]
+    assert group["label"] == "fp32 · 3 seeds"
+    assert group["jobs"] == ["fp32 · seed 1", "fp32 · seed 2", "fp32 · seed 3"]
+    assert group["figures"]["reference"] == {"mean": pytest.approx(0.7), "deviation": pytest.approx(0.1)}
+    assert group["figures"]["tokens_per_sec"] == {"mean": 120.0, "deviation": 10.0}
+    (line,) = [line for line in (out / "report.md").read_text("utf-8").splitlines() if "3 seeds" in line]
+    assert "| 70.0 % (± 10.0 %) |" in line
+    assert "| 120.0 (± 10.0) |" in line
+    assert "<small>± 10.0 %</small>" in (out / "report.html").read_text("utf-8")
+
+
+def test_jobs_that_differ_in_more_than_their_seed_are_not_put_together(tmp_path):
+    seeds(tmp_path, "fp32", found=(8,))
+    seeds(tmp_path, "nf4", found=(8,))
+    longer = write_job(tmp_path, "fp32", [answer_row(0, "x")], seed=2)
+    config = longer / ".hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("max_new_tokens: 64", "max_new_tokens: 65"))
+    assert json.loads((write_report([tmp_path]).parent / "report.json").read_text())["seeds"] == []

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 import time
 from urllib.parse import quote
 
@@ -21,42 +19,6 @@ from synthetic_jobs import (
 )
 
 from pipeline.report.write import write_report
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def give_up(reason):
-    """Skip on a developer's machine; fail where CI is to test everything."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        give_up("selenium is not installed: pip install -e '.[test]'")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        give_up("no chromium and chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +261,7 @@ def test_a_phone_shows_jobs_as_cards_with_three_large_figures_and_plots_of_its_o
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_words_that_an_answer_lacks_are_struck_out_where_they_would_stand(browser, tmp_path):
     write_job(tmp_path, "fp32", [answer_row(0, "One two three four five six. The end.")])
     write_job(tmp_path, "nf4", [answer_row(0, "One two five SIX seven. The end.")])

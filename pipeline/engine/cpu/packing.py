@@ -207,7 +207,9 @@ def _can_pack(module: nn.Module) -> bool:
         fits = _can_pack_four_bits if kind == "Linear4bit" else _can_pack_eight_bits
         bias_fits = module.bias is None or module.bias.dtype == torch.bfloat16
         return _multiplies() and bias_fits and fits(module)
-    return type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+    # Another library may have put its own pass into a layer, or a weight of its own kind.
+    plain = type(module) is nn.Linear and "forward" not in vars(module)
+    return plain and type(module.weight) is nn.Parameter and module.weight.dtype == torch.bfloat16
 
 
 def _can_pack_four_bits(linear: Any) -> bool:

@@ -306,4 +306,5 @@ class PagedBatch:
 def _is_plain(sample: Sample) -> bool:
     """Say whether the next token is the most probable one."""
     params = sample.request.params
-    return params.greedy and params.repetition_penalty == 1 and sample.request.constraint is None
+    chosen = sample.request.constraint is None and not sample.forced
+    return params.greedy and params.repetition_penalty == 1 and chosen

@@ -24,7 +24,8 @@ class Row:
 
     @property
     def goes_on(self) -> bool:
-        return not self.done and self.made < self.sample.request.params.max_new_tokens
+        most = len(self.sample.forced) or self.sample.request.params.max_new_tokens
+        return not self.done and self.made < most
 
 
 @dataclass(frozen=True, slots=True)

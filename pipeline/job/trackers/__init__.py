@@ -1,0 +1,1 @@
+"""Speak a tracker's language: a file for each, and the process that calls it."""

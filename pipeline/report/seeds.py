@@ -1,0 +1,60 @@
+"""Put jobs together that differ in their seed alone: it says how much of a figure is chance."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report.summary import BEST, Record, cells
+
+ALIKE = ("model", "prompts", "system", "prompt_template", "columns", "examples", "shots", "limit")
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Hold jobs that are alike but for their seeds, and of each figure that all have, mean and deviation."""
+
+    label: str
+    records: list[Record]
+    figures: dict[str, tuple[float, float]]  # the standard deviation over the seeds
+
+    def plain(self) -> dict[str, Any]:
+        """Give plain data for report.json."""
+        figures = {name: {"mean": mean, "deviation": spread} for name, (mean, spread) in self.figures.items()}
+        return {
+            "label": self.label,
+            "jobs": [record["label"] for record in self.records],
+            "figures": figures,
+        }
+
+
+def repeated(records: Sequence[Record]) -> list[Repeated]:
+    """Find the jobs that are done and were repeated with another seed."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record["state"] == "done" and seed_of(record["setup"]["config"]) is not None:
+            groups.setdefault(_all_but_seed(record), []).append(record)
+    return [_repeated(group) for group in groups.values() if len(group) > 1]
+
+
+def seed_of(config: dict[str, Any]) -> int | None:
+    """Read a job's seed; None where its config does not say."""
+    seed: int | None = (config.get("generation") or {}).get("seed")
+    return seed
+
+
+def _all_but_seed(record: Record) -> str:
+    config = record["setup"]["config"]
+    generation = {key: value for key, value in config["generation"].items() if key != "seed"}
+    named = [record[name] for name in ("model", "quant", "generation", "prompt_set")]
+    return json.dumps([named, generation, [config.get(key) for key in ALIKE]], sort_keys=True, default=str)
+
+
+def _repeated(group: list[Record]) -> Repeated:
+    table, figures = [cells(record) for record in group], {}
+    for name in BEST:
+        values = [value for row in table if (value := row[name]) is not None]
+        if len(values) == len(group):
+            figures[name] = statistics.fmean(values), statistics.stdev(values)
+    return Repeated(f"{group[0]['label'].rpartition(' · ')[0]} · {len(group)} seeds", group, figures)
