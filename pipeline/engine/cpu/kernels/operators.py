@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
+from pipeline.engine.cpu.kernels import linear_floats
 from pipeline.engine.cpu.kernels import loops as loops
 from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
@@ -42,6 +43,8 @@ MULTIPLIES_ON = (
     if compiles_for("avx512f")
     else "vectors of AVX2"
 )
+
+FEW_ROWS = 64  # in float32: more are as fast or faster by MKL
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
@@ -94,6 +97,33 @@ def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = Fal
     output = states.new_empty(len(states), width)
     _run(linear_call(states, weight, bias, output, gated))
     return output[:count].view(*input.shape[:-1], width)
+
+
+def linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by a contiguous weight as it lies, all in float32. [.., K] and [M, K] → [.., M].
+
+    K is a multiple of 16, M one of 4.
+    """
+    outputs, inputs = weight.shape
+    states = input.reshape(-1, inputs)
+    states = states if states.stride(1) == 1 else states.contiguous()
+    output = states.new_empty(len(states), outputs)
+    _run(
+        prepare(
+            linear_floats.linear,
+            linear_floats.LinearFloats,
+            -(-outputs // linear_floats.TASK),
+            inputs=states,
+            weights=weight,
+            bias=0 if bias is None else bias,
+            outputs=output,
+            rows=len(states),
+            width_in=inputs,
+            width_out=outputs,
+            stride=_stride(states),
+        )
+    )
+    return output.view(*input.shape[:-1], outputs)
 
 
 def argmax(scores: Tensor) -> Tensor:
