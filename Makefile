@@ -12,13 +12,13 @@ INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet insta
 export PYTHON
 
 help:
-	@echo 'make demo    set up .venv and a small real model (3 minutes the first time), then run a job on it'
+	@echo 'make demo    set up .venv and a small model (3 minutes at first), then run a job'
 	@echo 'make test    set up the same and the test tools, then run all tests'
 	@echo 'make check   format, lint, types and the house'
-	@echo 'make docs    write docs/reference.md, and build the site of docs/ to .cache/site'
+	@echo 'make docs    write docs/reference.md, build the site of docs/ to .cache/site'
 	@echo 'make vllm    make the environment of engine=vllm, in ~/.cache (3 GB, once)'
 	@echo 'make dist    build wheel and sdist to dist/, and check them'
-	@echo 'make oldest  run a job with the oldest versions that pyproject.toml allows (3 GB to download)'
+	@echo 'make oldest  run a job with the oldest versions allowed (3 GB to download)'
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json

@@ -156,6 +156,32 @@ def argmax(pointer: Any) -> None:
         outputs[row] = place
 
 
+Forbid = slots("scores height width which allowed words")
+
+
+@threaded
+def forbid(pointer: Any) -> None:
+    """Put −inf where the bit of a number is not set, 64 bits a word, a row a task; and beyond the last word."""
+    p = read(pointer, Forbid)
+    width = p.width
+    inputs = carray(halves(p.scores), (p.height, width))
+    which, words = carray(longs(p.which), p.tasks), carray(longs(p.allowed), (p.tasks, p.words))
+    least = types.uint16(0xFF80)  # −inf
+    while True:
+        task = next_task(pointer)
+        if task >= p.tasks:
+            break
+        numbers = inputs[which[task]]
+        for word in range(p.words):
+            allowed, first = words[task, word], 64 * word
+            if allowed != -1:  # most of a vocabulary may come within a free text, little of it elsewhere
+                for i in range(min(64, width - first)):
+                    if not (allowed >> i) & 1:
+                        numbers[first + i] = least
+        for i in range(64 * p.words, width):
+            numbers[i] = least
+
+
 Run = namedtuple("Run", "calls count arrived team")
 
 
