@@ -16,8 +16,7 @@ from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
 from pipeline.memory.ranks import RankPlan, plan_ranks, shared
-from pipeline.models.at_hand import expect_generation, tokenizer_folder
-from pipeline.prompts.lengths import expect_lengths
+from pipeline.models.at_hand import expect_generation, expected_lengths
 
 EXAMPLES = {"model": "llama", "model.name": "ORG/NAME", "quant": "nf4", "memory": "24GB", "gpus": "4",
     "json": "plan.json"}  # fmt: skip
@@ -167,9 +166,8 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
         max_tokens_in_flight=config.engine.max_tokens_in_flight,
         pack_weights=config.engine.pack_weights,
     )
-    lengths = expect_lengths(
+    lengths = expected_lengths(
         config,
-        tokenizer_folder(config),
         facts.architecture.max_position_embeddings,
         given=any(override.startswith("prompts=") for override in arguments.overrides),
     )
