@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common import terminal
+from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.gpu import Gpu
 from pipeline.common.request import GenerationParams
@@ -158,8 +159,7 @@ def find_python(asked: str | None) -> str:
     """
     if asked is not None:
         return str(Path(asked).expanduser())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "llm-job-pipeline" / "vllm" / "bin" / "python"
+    made = cache_folder() / "vllm" / "bin" / "python"
     if made.is_file():
         return str(made)
     if importlib.util.find_spec("vllm") is not None:
