@@ -76,11 +76,16 @@ def _config(values: Mapping[str, Any]) -> Any:
         if key not in ("auto_map", SKIPPED) and "implementation" not in key
     }
     try:
-        return CONFIG_MAPPING[str(kind)].from_dict(kept)
+        return CONFIG_MAPPING[str(kind)].from_dict(json.loads(json.dumps(kept), object_hook=_special_float))
     except Exception as error:
         raise LoadError(
             f"transformers cannot read it: {first_line(error)}", "Copy or download it again"
         ) from error
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """Read infinity as transformers writes it into a config.json."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def _refused(config: Any) -> str | None:
