@@ -325,17 +325,23 @@ def test_it_is_not_quantized_again(quantized):
 
 
 @pytest.mark.parametrize(
-    ("found", "package"),
-    [("gptq", "optimum"), ("awq", "gptqmodel"), ("aqlm", "aqlm"), ("hqq", "hqq")],
+    ("found", "package", "line"),
+    [
+        ("gptq", "optimum", "Run: pip install optimum gptqmodel; or choose"),
+        ("awq", "gptqmodel", "Run: pip install gptqmodel; or choose"),
+        ("aqlm", "aqlm", "Run: pip install aqlm; or choose"),
+        ("hqq", "hqq", "Install the package that this names, or choose"),  # which would be of no use today
+    ],
 )
 @pytest.mark.parametrize("method", [QuantMethod.none, QuantMethod.nf4])
-def test_a_format_whose_package_is_missing_names_both(found, package, method, tiny_dir):
+def test_a_format_whose_package_is_missing_names_both(found, package, line, method, tiny_dir):
     if importlib.util.find_spec(package.replace("-", "_")):
         pytest.skip(f"{package} is installed")
     edit(tiny_dir, quantization_config={"quant_method": found, "bits": 4, "group_size": 128})
     message = refused(tiny_dir, QuantConfig(method))
     assert f"{found} (checkpoint), and cannot be read here" in message
     assert package in message.partition("read here")[2].lower()
+    assert f"{line} a copy of the model with plain weights" in message
     assert "quant=none" not in message
     config = read_config([f"model.name={tiny_dir}"])
     checks = {check.name: check for check in check_room(config)}
