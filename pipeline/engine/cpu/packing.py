@@ -112,16 +112,34 @@ class PackedSibling(nn.Module):
         return self._siblings.output(self._index, input)
 
 
-def pack_weights(model: Any) -> int:
-    """Replace the model's linear layers on the CPU, plain in bf16 or bitsandbytes' in 4 and 8 bits, by packed ones.
+class FloatLinear(nn.Module):
+    """Stand for a linear layer in float32, whose weight stays as it lies: few rows go through the kernels."""
 
-    The unpacked weights are freed as it goes, but not one that the embedding shares.
+    def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self._kernels = linear.weight, linear.bias, kernels
+
+    def forward(self, input: Tensor) -> Tensor:
+        few = input.numel() // self.in_features <= self._kernels.FEW_ROWS
+        multiply = self._kernels.linear_in_float32 if few and input.dtype == torch.float32 else F.linear
+        output: Tensor = multiply(input, self.weight, self.bias)
+        return output
+
+
+def pack_weights(model: Any) -> int:
+    """Replace the model's linear layers on the CPU by those of the kernels.
+
+    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed; the unpacked weights are freed as it goes, but
+    not one that the embedding shares. Those in float32 keep their weight.
 
     Returns:
-        How many layers were packed: 0 where this torch or this CPU cannot.
+        How many layers were replaced: 0 where this torch or this CPU cannot.
     """
     shared = model.get_input_embeddings().weight
     count = 0
+    if shared.dtype == torch.float32:
+        return _keep_weights(model)
     if shared.dtype != torch.bfloat16:  # what a quantized layer is given
         return count
     for module in outside_adapters(model):
@@ -139,6 +157,26 @@ def pack_weights(model: Any) -> int:
                     _free(linear)
                 count += 1
     return count
+
+
+def _keep_weights(model: nn.Module) -> int:
+    """Replace linear layers in float32; return how many."""
+    kernels, count = load_kernels(), 0
+    for module in outside_adapters(model) if _multiplies() else []:
+        for name, linear in list(module.named_children()):
+            if _fits_in_float32(linear):
+                setattr(module, name, FloatLinear(linear, kernels))  # type: ignore[arg-type]
+                count += 1
+    return count
+
+
+def _fits_in_float32(module: Any) -> bool:
+    """Say whether a layer is plain, in float32, and fills whole registers."""
+    if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
+        return False
+    weight = module.weight
+    here = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return here and module.in_features % 16 == 0 and module.out_features % 4 == 0
 
 
 def is_packed(model: nn.Module) -> bool:

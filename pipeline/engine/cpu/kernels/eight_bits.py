@@ -1,8 +1,7 @@
 """Turn weights in 8 bits to bf16 on vectors: for a few rows in the registers, else a few blocks at a time.
 
 Whole numbers of 8 bits are exact in bf16, and their scales, one for each output, come to the sums: a product is
-that of the weights as they are stored, with inputs that are not rounded. numba's cache of the products does not
-see a change in this file: touch linear_*.py.
+that of the weights as they are stored, with inputs that are not rounded.
 """
 
 from typing import Any

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
+from pipeline.engine.cpu.kernels import linear_floats
 from pipeline.engine.cpu.kernels import loops as loops
 from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
@@ -42,6 +43,8 @@ MULTIPLIES_ON = (
     if compiles_for("avx512f")
     else "vectors of AVX2"
 )
+
+FEW_ROWS = 64  # in float32: more are as fast or faster by MKL
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
@@ -96,12 +99,46 @@ def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = Fal
     return output[:count].view(*input.shape[:-1], width)
 
 
+def linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by a contiguous weight as it lies, all in float32. [.., K] and [M, K] → [.., M].
+
+    K is a multiple of 16, M one of 4.
+    """
+    outputs, inputs = weight.shape
+    states = input.reshape(-1, inputs)
+    states = states if states.stride(1) == 1 else states.contiguous()
+    output = states.new_empty(len(states), outputs)
+    _run(
+        prepare(
+            linear_floats.linear,
+            linear_floats.LinearFloats,
+            -(-outputs // linear_floats.TASK),
+            inputs=states,
+            weights=weight,
+            bias=0 if bias is None else bias,
+            outputs=output,
+            rows=len(states),
+            width_in=inputs,
+            width_out=outputs,
+            stride=_stride(states),
+        )
+    )
+    return output.view(*input.shape[:-1], outputs)
+
+
 def argmax(scores: Tensor) -> Tensor:
     """Find the first of the largest. Contiguous [B, V] → [B] int64."""
     rows, width = scores.shape
     places = torch.empty(rows, dtype=torch.int64)
     _run(prepare(loops.argmax, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
     return places
+
+
+def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    """Put −inf in place where no bit is set. Contiguous [B, V]; rows [K] int64, allowed [K, words] int64."""
+    height, width = scores.shape
+    sizes = {"height": height, "width": width, "words": allowed.shape[1]}
+    _run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
 
 
 def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
