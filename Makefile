@@ -1,4 +1,4 @@
-# make demo    make test    make check    make docs    make dist    make oldest    make clean    make help
+# make demo    make test    make check    make docs    make vllm    make dist    make oldest    make clean    make help
 #
 # PYTHON=python3.12   the Python to build .venv with; else the first that works of those in scripts/setup_venv.sh
 # CONSTRAINTS=        install the newest versions (on a GPU machine: the newest torch) and not the tested ones
@@ -12,18 +12,19 @@ INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet insta
 export PYTHON
 
 help:
-	@echo 'make demo    set up .venv and a small real model (3 minutes the first time), then run a job on it'
+	@echo 'make demo    set up .venv and a small model (3 minutes at first), then run a job'
 	@echo 'make test    set up the same and the test tools, then run all tests'
 	@echo 'make check   format, lint, types and the house'
-	@echo 'make docs    write docs/reference.md, and build the site of docs/ to .cache/site'
+	@echo 'make docs    write docs/reference.md, build the site of docs/ to .cache/site'
+	@echo 'make vllm    make the environment of engine=vllm, in ~/.cache (3 GB, once)'
 	@echo 'make dist    build wheel and sdist to dist/, and check them'
-	@echo 'make oldest  run a job with the oldest versions that pyproject.toml allows (3 GB to download)'
+	@echo 'make oldest  run a job with the oldest versions allowed (3 GB to download)'
 	@echo 'make clean   remove .venv and caches; models/ and outputs/ stay'
 
 demo: $(VENV)/run.stamp $(MODEL)/config.json
 	$(BIN)/python -m pipeline demo
 
-test: $(VENV)/test.stamp $(MODEL)/config.json
+test: $(VENV)/test.stamp $(MODEL)/config.json vllm
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/test.stamp
@@ -35,6 +36,9 @@ check: $(VENV)/test.stamp
 docs: $(VENV)/test.stamp
 	$(BIN)/python scripts/reference.py
 	$(BIN)/python -m mkdocs --quiet build
+
+vllm:
+	@scripts/setup_vllm.sh
 
 oldest: $(VENV)/run.stamp $(MODEL)/config.json
 	scripts/try_oldest.sh $(BIN)/python models
@@ -62,4 +66,4 @@ $(MODEL)/config.json: $(VENV)/run.stamp
 	@$(BIN)/python -m pipeline demo fetch=only
 	@touch $@ # newer than the environment, so that make does not ask again
 
-.PHONY: help demo test check docs dist oldest clean
+.PHONY: help demo test check docs vllm dist oldest clean

@@ -41,7 +41,7 @@ Views:
 What to look at (tokens, chat, batch, step):
   text=TEXT            several of them for view=batch
   prompts=FILE row=3   a row of a prompt file, counted from 0; view=batch takes it and the next, limit=4 of them
-  messages=JSON        a conversation, as '[{"role": "user", "content": "Hello"}]'
+  messages=JSON        a conversation: '[{"role": "user", "content": "Hi"}]'
   chat=true            view=step: put the text through the chat template
 
 How:

@@ -1,27 +1,30 @@
 """Say whether a job fits in memory, before a weight is downloaded."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 
-from pipeline.commands.arguments import take_own, write_json
+from pipeline.commands.arguments import take_own, whole_number, write_json
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.streams import kept
 from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EngineName
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
-from pipeline.models.at_hand import expect_generation, tokenizer_folder
-from pipeline.prompts.lengths import expect_lengths
+from pipeline.memory.ranks import RankPlan, plan_ranks, shared
+from pipeline.models.at_hand import expect_generation, expected_lengths
 
-EXAMPLES = {"model": "llama", "model.name": "ORG/NAME", "quant": "nf4", "memory": "24GB", "json": "plan.json"}
+EXAMPLES = {"model": "llama", "model.name": "ORG/NAME", "quant": "nf4", "memory": "24GB", "gpus": "4",
+    "json": "plan.json"}  # fmt: skip
 HELP = """\
   python -m pipeline plan model=llama quant=nf4 prompts=jokes.jsonl     on this machine
   python -m pipeline plan model=llama quant=all memory=24GB             on a GPU of that size
   python -m pipeline plan model.name=ORG/A,ORG/B,FOLDER memory=24GB     which of these fits
+  python -m pipeline plan engine=vllm model=llama gpus=4 memory=24GB    vLLM, on GPUs that share each layer
 
 Needs no weights, no GPU and no network: it answers from the facts in conf/model/, or from a config.json
 that is at hand; the hub is asked for that file alone. An architecture without a formula is counted once, in a
@@ -30,6 +33,7 @@ process of its own, from its config and without its code.
   model=a,b quant=c,d   every combination; model=all and quant=all take all that there are
   model.name=A,B        likewise, names on the hub and folders
   memory=24GB           plan for a GPU of that size instead of this machine
+  gpus=4                with engine=vllm: so many of them; engine.pipeline_parallel=2 makes two groups of them
   json=FILE             write the figures, in bytes; json=- prints them instead of the tables
 
 All other arguments are a job's: prompts=, limit=, generation.max_new_tokens=, engine.max_rows= …
@@ -43,6 +47,7 @@ class Arguments:
     models: list[tuple[str, ...]]  # arguments that choose one; () is the config's own choice
     quants: list[str | None]
     memory: str | None
+    gpus: int | None  # of a size each, that share the model
     json_file: str | None
     overrides: list[str]  # for Hydra
 
@@ -65,7 +70,8 @@ def parse(arguments: list[str]) -> Arguments:
     ]
     quants = _choices("quant", own.get("quant"), list(QUANTS))
     overrides = [other for other in others if other not in ("-m", "--multirun")]
-    return Arguments(models, quants, own.get("memory"), own.get("json"), overrides)
+    gpus = whole_number(own["gpus"], "gpus", EXAMPLES["gpus"], 1) if "gpus" in own else None
+    return Arguments(models, quants, own.get("memory"), gpus, own.get("json"), overrides)
 
 
 def _choices(group: str, value: str | None, known: list[str]) -> list[str | None]:
@@ -112,6 +118,29 @@ def plans(arguments: Arguments) -> list[Plan]:
         ]
 
 
+def rank_plans(arguments: Arguments) -> list[RankPlan]:
+    """Plan each model with each quantization for vLLM.
+
+    Raises:
+        ConfigError: as `plans`, or the GPUs cannot be parted so.
+    """
+    made = []
+    for model in arguments.models:
+        for quant in arguments.quants:
+            config = _config(arguments, model, quant)
+            engine = shared(config.engine, arguments.gpus)
+            device = _device(arguments, config)
+            count = max(1, len(device.gpus))
+            each = replace(device, free_bytes=device.free_bytes // count, gpus=device.gpus[:1])
+            with kept(config.prompts) as prompts:
+                work = _workload(replace(config, prompts=prompts), _short(model), each, arguments)
+            work, settled, stored = work.loaded(config.quant)
+            named = stored or quant or quant_name(config.quant), settled
+            arch = work.facts.architecture
+            made.append(plan_ranks(work.model, arch, named, work.lengths, engine, each))
+    return made
+
+
 def _config(arguments: Arguments, model: tuple[str, ...], quant: str | None) -> Config:
     chosen = [*model, *([] if quant is None else [f"quant={quant}"])]
     return expect_generation(read_config([*arguments.overrides, *chosen]))
@@ -137,9 +166,8 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
         max_tokens_in_flight=config.engine.max_tokens_in_flight,
         pack_weights=config.engine.pack_weights,
     )
-    lengths = expect_lengths(
+    lengths = expected_lengths(
         config,
-        tokenizer_folder(config),
         facts.architecture.max_position_embeddings,
         given=any(override.startswith("prompts=") for override in arguments.overrides),
     )
@@ -153,11 +181,16 @@ def main(arguments: list[str]) -> ExitStatus:
         ConfigError, PromptError: as `plans`.
     """
     parsed = parse(arguments)
-    made = plans(parsed)
+    engine = shared(_config(parsed, parsed.models[0], parsed.quants[0]).engine, parsed.gpus)
+    made: Sequence[Plan | RankPlan] = rank_plans(parsed) if engine.name is EngineName.vllm else plans(parsed)
     if parsed.json_file is not None:
         write_json({"plans": [asdict(plan) for plan in made]}, parsed.json_file)
     if parsed.json_file != "-":
-        from pipeline.commands.plan_tables import print_plans
+        from pipeline.commands.plan_tables import print_plans, print_ranks
 
-        print_plans(made)
+        ranks = [plan for plan in made if isinstance(plan, RankPlan)]
+        if ranks:
+            print_ranks(ranks)
+        else:
+            print_plans([plan for plan in made if isinstance(plan, Plan)])
     return ExitStatus.DONE

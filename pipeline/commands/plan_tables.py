@@ -8,7 +8,8 @@ from rich.table import Table
 from pipeline.common.terminal import answer
 from pipeline.common.units import gigabytes, in_gigabytes, in_megabytes, megabytes
 from pipeline.config.quant import STORED_BITS
-from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, Plan
+from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, TOO_LARGE, Plan
+from pipeline.memory.ranks import RankPlan
 
 _COLOURS = {FITS: "green", OFFLOAD: "yellow"}
 
@@ -20,6 +21,28 @@ def print_plans(plans: list[Plan], console: Console | None = None) -> None:
         _print_whole(plans[0], out)
     else:
         _print_lines(plans, out)
+
+
+def print_ranks(plans: list[RankPlan], console: Console | None = None) -> None:
+    """Show what each of vLLM's ranks would hold, a line a plan."""
+    out = console or answer
+    columns = ("GPUs", "weights", "work", "keys, values", "tokens", "rows", "")
+    table = _table(f"engine=vllm, each rank on {plans[0].device}", "model, quant", *columns)
+    for plan in plans:
+        gpus = f"{plan.tensor_parallel} × {plan.pipeline_parallel}"
+        sizes = map(gigabytes, (plan.weight_bytes, plan.work_bytes, max(0, plan.kv_cache_bytes)))
+        verdict = f"[green]{FITS}[/green]" if plan.fits else f"[red]{TOO_LARGE}[/red]"
+        name = f"{plan.model}, {plan.quant}"
+        table.add_row(name, gpus, *sizes, f"{plan.tokens:,}", str(plan.rows), verdict)
+    out.print(table)
+    for plan in plans:
+        if plan.refused:
+            out.print(f"{plan.model}: [red]vLLM refuses it[/red]: {escape(plan.refused)}", highlight=False)
+    out.print(
+        f"GPUs: tensor × pipeline parallel. The longest row has {plans[0].longest_row_tokens:,} tokens. "
+        "vLLM measures its own work at its start; that of a pass is an estimate here.",
+        highlight=False,
+    )
 
 
 def _print_whole(plan: Plan, out: Console) -> None:

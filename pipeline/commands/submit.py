@@ -31,8 +31,9 @@ Takes what `python -m pipeline -m` takes, and
 
   shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)
   submit=NAME          conf/submit/NAME.yaml: what a cell gets
-  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width,
-                       signal_sec, options, setup, python, environment, offline, dry_run
+  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width, \
+signal_sec, options, setup, python, environment, offline, dry_run
+
 More: docs/slurm.md
 """
 

@@ -9,6 +9,7 @@ from pipeline.common.request import CONSTRAINTS, BadRow, GenerationParams, Promp
 from pipeline.common.streams import is_nameless
 
 DEFAULTS = vars(GenerationParams())
+ENGINE = ("name", "max_model_len", "extra")  # what of another engine's settings decides the text
 LATER = {"adapter", "context", "template_date", "thinking_tags", "label_logprobs", *CONSTRAINTS}
 
 
@@ -21,7 +22,7 @@ def fingerprint(value: Any, length: int = 8) -> str:
 def job_fingerprint(config: dict[str, Any]) -> str:
     """Hash all that decides a job's text, from the composed config as plain data.
 
-    What only decides how fast it comes is left out: the engine's settings, devices, folders, a shard or a limit.
+    What only decides how fast it comes is left out: our engine's settings, devices, folders, a shard or a limit.
     So is what `auto` comes to on a device, which a cluster's login node cannot know: manifest.json has that.
     """
     model = dict(config["model"])
@@ -52,6 +53,9 @@ def job_fingerprint(config: dict[str, Any]) -> str:
         shape |= {"examples": file_digest(shape["examples"]), "shots": config["shots"]}
     if shape:
         parts.append(shape)
+    engine = config.get("engine") or {}
+    if engine.get("name", "default") != "default":
+        parts.append({key: engine[key] for key in ENGINE})
     return fingerprint(parts)
 
 

@@ -80,6 +80,9 @@ def anonymous_bytes() -> int | None:
     return None if shared is None else int(memory.rss) - shared
 
 
-def resident_bytes() -> int:
-    """Return this process's resident set now."""
-    return int(psutil.Process().memory_info().rss)
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the resident set now, of this process or of another; 0 of one that has ended."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0

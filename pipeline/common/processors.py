@@ -11,9 +11,14 @@ NOTICED_CORES = 0.3  # less is what any system does by itself
 
 
 class OthersWork:
-    """Count, from when it is made, the cores that other processes keep busy."""
+    """Count, from when it is made, the cores that other processes keep busy.
 
-    def __init__(self) -> None:
+    Args:
+        helper: the pid of a process that works for this one, and does not count as another; it may start later.
+    """
+
+    def __init__(self, helper: int | None = None) -> None:
+        self.helper = helper
         self._cores = usable_cores()
         self._started = self._look()
 
@@ -25,10 +30,21 @@ class OthersWork:
     def _look(self) -> tuple[float, float]:
         """Read the clock, and the seconds that all these cores were busy without those of this process."""
         own = os.times()
-        spent = own.user + own.system + own.children_user + own.children_system
+        spent = own.user + own.system + own.children_user + own.children_system + self._helpers_sec()
         every = psutil.cpu_times(percpu=True)
         busy = sum(_busy_sec(every[core]) for core in self._cores if core < len(every))
         return time.monotonic(), busy - spent
+
+    def _helpers_sec(self) -> float:
+        """Sum the seconds of the helper and of what it started."""
+        if self.helper is None:
+            return 0.0
+        try:
+            helper = psutil.Process(self.helper)
+            spent = [process.cpu_times() for process in (helper, *helper.children(recursive=True))]
+        except psutil.Error:
+            return 0.0
+        return sum(times.user + times.system for times in spent)
 
 
 def usable_cores() -> list[int]:

@@ -23,7 +23,7 @@ from pipeline.common.suggestions import did_you_mean
 from pipeline.config.overrides import in_hydras_words
 from pipeline.config.own_files import find_mistake
 from pipeline.config.quant import Dtype, QuantMethod
-from pipeline.config.schema import Config, register, root
+from pipeline.config.schema import Config, EngineName, register, root
 from pipeline.config.sources import GROUPS, place, register_sources
 from pipeline.config.stored_format import format_on_disk, label
 
@@ -35,6 +35,8 @@ SYNONYMS = {  # other tools' words, which no spelling finds
     "max_tokens": "generation.max_new_tokens",
     "max_length": "generation.max_new_tokens",
     "num_return_sequences": "generation.n",
+    "tensor_parallel_size": "engine.tensor_parallel",
+    "engine.data_parallel": "devices",  # a process each, on shards of the job
     "device": "model.device_map",
     "input": "prompts",
     "input_file": "prompts",
@@ -163,7 +165,7 @@ def job_folder(overrides: list[str]) -> Path:
 
 
 def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
-    """Name outputs/<prompt set>/<model>-<quant>-<generation>-<fingerprint>[/shard-I-of-N], for Hydra."""
+    """Name outputs/<prompt set>/<model>-<quant>-<generation>[+vllm]-<fingerprint>[/shard-I-of-N], for Hydra."""
     plain: dict[str, Any] = {
         str(key): OmegaConf.to_container(value, enum_to_str=True) if isinstance(value, DictConfig) else value
         for key, value in _root_.items()
@@ -182,7 +184,9 @@ def _job_folder(where: str = "", *, _root_: DictConfig) -> str:
         plain["examples"]
     ).exists():
         plain["examples"] = str(shipped)
-    tail = f"{choices.generation}-{job_fingerprint(plain)}"
+    engine = plain["engine"]["name"]
+    how = choices.generation if engine == EngineName.default.name else f"{choices.generation}+{engine}"
+    tail = f"{how}-{job_fingerprint(plain)}"
     folder = Path(prompt_set) / (
         _there(Path(plain["outputs_dir"]) / prompt_set, model, tail)
         or f"{model}-{_weights_format(plain) or choices.quant}-{tail}"

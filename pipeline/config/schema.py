@@ -17,6 +17,7 @@ from omegaconf import MISSING
 
 from pipeline.common.request import GenerationParams
 from pipeline.config.quant import QuantConfig
+from pipeline.config.vllm_limits import refusal
 
 
 class OnError(Enum):
@@ -47,6 +48,13 @@ class Attention(Enum):
     pages = "pages"  # static shapes and a graph a step, for a GPU
     rectangles = "rectangles"  # rows of similar length together, for a CPU or several GPUs
     plain = "plain"  # the model's own attention, one rectangle at a time
+
+
+class EngineName(Enum):
+    """Choose who computes."""
+
+    default = "default"  # this program, with transformers' models
+    vllm = "vllm"  # vLLM, in a process and an environment of its own
 
 
 class Tracker(Enum):
@@ -135,12 +143,13 @@ class GenerationConfig(GenerationParams):
 
 @dataclass
 class EngineConfig:
-    """Say how the batch is run; it never decides the text.
+    """Say who computes, and how the batch is run.
 
     Raises:
         ValueError: a value is outside its range; the message names the key.
     """
 
+    name: EngineName = EngineName.default
     max_rows: int | None = None  # rows in flight; null is as many as memory holds
     max_tokens_in_flight: int | None = None  # prompt and completion tokens of those rows; null likewise
     memory_fraction: float = 0.85  # how much of the free memory may be used
@@ -148,17 +157,40 @@ class EngineConfig:
     shared_prefix: bool = True  # prefill once what prompts begin with alike, group by group
     attention: Attention = Attention.auto
     pack_weights: bool = True  # CPU, bf16, 8 and 4 bits: reorder the weights once and not at each call
+    python: str | None = None  # vllm: of its environment; null is that of make vllm, or this one
+    tensor_parallel: int = 1  # vllm: GPUs that share each layer
+    pipeline_parallel: int = 1  # vllm: GPUs, or groups of them, that share the layers
+    max_model_len: int | None = None  # vllm: tokens of a row; null is the model's, or what the memory holds
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # vllm: more of its arguments, as {enforce_eager: true}
 
     def __post_init__(self) -> None:
-        tokens = self.max_tokens_in_flight
+        tokens, length = self.max_tokens_in_flight, self.max_model_len
         for name, ok, rule in (
             ("max_rows", self.max_rows is None or self.max_rows >= 1, "null, or at least 1"),
             ("max_tokens_in_flight", tokens is None or tokens >= 1, "null, or at least 1"),
             ("memory_fraction", 0 < self.memory_fraction <= 1, "above 0 and at most 1"),
             ("prefill_tokens", self.prefill_tokens >= 1, "at least 1"),
+            ("tensor_parallel", self.tensor_parallel >= 1, "at least 1"),
+            ("pipeline_parallel", self.pipeline_parallel >= 1, "at least 1"),
+            ("max_model_len", length is None or length >= 1, "null, or at least 1"),
         ):
             if not ok:
                 raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
+
+    @property
+    def unread(self) -> list[str]:
+        """List the keys that are set, and that this engine has no use for."""
+        others = OWN_ALONE if self.name is EngineName.vllm else VLLM_ALONE
+        return [f"engine.{name}" for name, unset in others.items() if getattr(self, name) != unset]
+
+
+# What one engine has and the other has not, with the value that asks for nothing.
+OWN_ALONE: dict[str, Any] = {"attention": Attention.auto, "pack_weights": True}
+VLLM_ALONE: dict[str, Any] = {
+    "python": None, "tensor_parallel": 1, "pipeline_parallel": 1, "max_model_len": None, "extra": {},
+}  # fmt: skip
 
 
 @dataclass
@@ -249,8 +281,30 @@ class Config:
                 raise ValueError(f"{name}=: is empty; it must be {rule}")
         self._check_shape()
         self._check_devices()
+        self._check_engine()
         if "://" in self.model.name:  # which is not shown: it may hold a token
             raise ValueError("model.name: is an address; it must be ORG/NAME on the hub, or a local folder")
+
+    def _check_engine(self) -> None:
+        """Refuse what vLLM does not do, before it is loaded."""
+        if self.engine.name is not EngineName.vllm:
+            return
+        model, with_vllm = self.model, "engine=vllm"
+        if self.quant.quantized:
+            instead = "use quant=none, fp32, fp16 or bf16, or a copy of the model in GPTQ, AWQ or FP8"
+            raise ValueError(f"quant.method={self.quant.method.value} {with_vllm}: vLLM does not; {instead}")
+        if self.stream:
+            raise ValueError(f"stream=true {with_vllm}: vLLM hands over whole completions; leave it out")
+        if model.device_map not in ("auto", "cpu"):
+            instead = "leave it out; CUDA_VISIBLE_DEVICES chooses GPUs, engine.tensor_parallel shares them"
+            raise ValueError(
+                f"model.device_map={model.device_map} {with_vllm}: must be auto or cpu; {instead}"
+            )
+        for name in ("max_memory", "offload_dir", "attn_implementation"):
+            if getattr(model, name):
+                raise ValueError(f"model.{name} {with_vllm}: vLLM has no such setting; leave it out")
+        if wrong := refusal(self.generation):
+            raise ValueError(f"generation.{wrong}")
 
     def _check_devices(self) -> None:
         if self.devices is None:

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
-
 from pipeline.common.errors import JobError
 
 
@@ -35,10 +33,10 @@ class Constraint:
         """Take the next token of the text."""
         self._matcher.consume_token(token)
 
-    def write_allowed(self, bits: np.ndarray) -> None:
-        """Write a bit for each token of the vocabulary: set where it may come next. bits [words] uint32."""
+    def write_allowed(self, address: int, size_bytes: int) -> None:
+        """Write a bit for each token of the vocabulary to this address: set where it may come next."""
         if self.error is None:
-            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(address, size_bytes)
 
 
 class Constraints:

@@ -106,6 +106,11 @@ class Engine:
         """List the rows of the running batch."""
         return self._batch.live
 
+    @property
+    def tokens(self) -> int:
+        """Count the tokens made so far, those of rows in flight too."""
+        return sum(len(sample.token_ids) for sample in self.live) + self.stats.completion_tokens
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield completions as they finish, in any order."""
         for finished in self.steps(requests):

@@ -63,7 +63,8 @@ def choose(
         waits: for the device, to see whether the HEAD is enough. Else AGAIN stands where it was not.
     """
     params = [s.request.params for s in samples]
-    scores = logits if forbidden is None else forbidden.apply(logits)
+    reported = any(p.logprobs is not None for p in params)  # of the logits as they are
+    scores = logits if forbidden is None else forbidden.apply(logits, keep=reported)
     if seen is not None:
         scores = _penalise(scores, [p.repetition_penalty for p in params], seen)
     sampled = [r for r, p in enumerate(params) if not p.greedy]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.pages import Pages
@@ -76,7 +77,7 @@ class EngineStats:
         self.columns_attended += sum((h // PAGE + 1) * PAGE for h in held)
         self.columns_needed += sum(h + 1 for h in held)
 
-    def summary(self) -> dict[str, float | int | None]:
+    def summary(self) -> dict[str, Any]:
         """Return what stats.json says of the batch; a ratio of nothing is None."""
         padding = self.prefill_columns - self.prefill_tokens
         return {

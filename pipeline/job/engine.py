@@ -8,10 +8,11 @@ from pipeline.common import terminal
 from pipeline.config.schema import Config
 from pipeline.engine.engine import Engine
 from pipeline.engine.probe import AnyForward, choose_forward
-from pipeline.job.load import Ready
-from pipeline.memory.capacity import Capacity, capacity, context_tokens
+from pipeline.engine.vllm.engine import VllmEngine
+from pipeline.job.ready import Ready
+from pipeline.job.vllm import VllmReady
+from pipeline.memory.capacity import Capacity, capacity
 from pipeline.memory.facts import job_architecture
-from pipeline.prompts.chat import eos_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -20,22 +21,36 @@ log = logging.getLogger(__name__)
 class Way:
     """Hold the way through a model, and what the manifest says of it."""
 
-    forward: AnyForward
+    forward: AnyForward | None  # None: vLLM has its own
     report: dict[str, Any]
 
 
 def choose_way(ready: Ready, config: Config) -> Way:
     """Choose the fastest exact way through the model, and say so where it is not the fastest of all."""
-    longest = context_tokens(ready.model.config, config.model.context)
+    if isinstance(ready, VllmReady):
+        return Way(None, {"path": "vllm", "max_logit_difference": None, "why": None})
+    longest = ready.context(config.model.context)
     forward, report = choose_forward(ready.model, config.engine.attention.value, longest)
     if report["why"]:
         terminal.say(f"Attention: {report['path']}, and no faster: {report['why']}.", style="yellow")
     return Way(forward, report)
 
 
-def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engine, Capacity]:
+def make_engine(
+    ready: Ready, forward: AnyForward | None, config: Config
+) -> tuple[Engine | VllmEngine, Capacity]:
     """Make the engine, and say what it has room for."""
     settings = config.engine
+    if isinstance(ready, VllmReady):
+        engine = VllmEngine(
+            ready.process,
+            ready.ends,
+            ready.tokenizer,
+            max_rows=ready.rows,
+            reserved_bytes=ready.reserved["kv_cache_bytes"],
+        )
+        return engine, Capacity(ready.rows, ready.longest_row, None, ready.quant, (), settings.prefill_tokens)
+    assert forward is not None
     room = capacity(
         ready.model,
         ready.quant,
@@ -49,14 +64,14 @@ def make_engine(ready: Ready, forward: AnyForward, config: Config) -> tuple[Engi
         context=config.model.context,
     )
     log.info("At most %d rows and %d tokens in flight", room.max_rows, room.max_tokens)
-    engine = Engine(
+    own = Engine(
         forward,
-        eos_token_ids(ready.model.generation_config, ready.loaded.tokenizer),
+        ready.ends,
         ready.decode,
-        ready.loaded.tokenizer,
+        ready.tokenizer,
         max_rows=room.max_rows,
         max_tokens=room.max_tokens,
         prefill_tokens=settings.prefill_tokens,
         share_prefix=settings.shared_prefix,
     )
-    return engine, room
+    return own, room

@@ -1,16 +1,13 @@
 """Load a job's model, and measure what that takes."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from torch import get_num_threads
+
 from pipeline.common import terminal
-from pipeline.common.gpu import Gpu
-from pipeline.config.quant import QuantConfig
-from pipeline.config.schema import Config
-from pipeline.config.stored_format import label
-from pipeline.engine.accelerators import model_gpus
+from pipeline.common.processors import OthersWork, say_if_crowded
+from pipeline.config.schema import Config, EngineName
 from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.host_memory import (
     EIGHT_BIT_BYTES,
@@ -20,72 +17,41 @@ from pipeline.engine.host_memory import (
     return_large_blocks,
     trim,
 )
+from pipeline.job.paths import JobPaths
+from pipeline.job.ready import Ready
+from pipeline.job.vllm import load_vllm
 from pipeline.memory.measured import (
     LOADING_SAMPLE_SEC,
-    Peaks,
     PeakSampler,
     footprint_bytes,
     quantization_state_bytes,
     weight_bytes,
 )
-from pipeline.models.dtypes import computed_in
-from pipeline.models.loading import Loaded, load_model, release
-from pipeline.prompts.answer import decode
+from pipeline.models.loading import Loaded, load_model
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Hold a model that is ready to run, and what it took to get there."""
+def load(config: Config, prompts: str, results: JobPaths) -> Ready:
+    """Load the model, here or in vLLM's process, and say where other programs have the cores meanwhile.
 
-    loaded: Loaded
-    packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
-    weights: dict[str, Any]  # what they take, as loaded and before the engine touches them
-    peaks: Peaks  # of loading
-
-    @property
-    def model(self) -> Any:
-        """Give the model, which is there until `release`."""
-        assert self.loaded.model is not None
-        return self.loaded.model
-
-    @property
-    def gpus(self) -> tuple[Gpu, ...]:
-        """Name the GPUs that it lies on; none is a run on the CPU."""
-        return model_gpus(self.model)
-
-    @property
-    def quant(self) -> QuantConfig:
-        """Give its quantization, with the dtypes that this device computes in."""
-        return self.loaded.quant
-
-    @property
-    def quantization(self) -> str:
-        """Name its quantization: the method, or the format that the checkpoint was stored in."""
-        stored = self.loaded.format
-        return label(stored) if stored else self.loaded.quant.method.value
-
-    @property
-    def dtypes(self) -> dict[str, str | None]:
-        """Name the dtypes that it computes in."""
-        return computed_in(self.model, self.loaded.quant)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Give the text of generated ids."""
-        return decode(self.loaded.tokenizer, token_ids)
-
-    def release(self) -> None:
-        """Give the model's memory back."""
-        release(self.loaded)
-
-
-def load(config: Config) -> Ready:
-    """Load the model, pack its weights, and give back what loading leaves.
+    Args:
+        prompts: the prompt file.
 
     Raises:
-        LoadError: it cannot be loaded.
+        PipelineError: it cannot be loaded.
     """
+    others = OthersWork()
+    by_vllm = config.engine.name is EngineName.vllm
+    ready = load_vllm(config, prompts, results.engine_log) if by_vllm else _load_here(config)
+    others.helper = ready.helper
+    if not ready.gpus:
+        say_if_crowded(others, get_num_threads())
+    return ready
+
+
+def _load_here(config: Config) -> Ready:
+    """Load the model, pack its weights, and give back what loading leaves."""
     terminal.say(f"Loading {config.model.name}")
     return_large_blocks(EIGHT_BIT_BYTES if config.quant.bits == 8 else LARGE_BYTES)
     with PeakSampler(LOADING_SAMPLE_SEC, apart=True) as sampler:

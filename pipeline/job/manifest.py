@@ -20,10 +20,9 @@ from pipeline.common.gpu import Gpu
 from pipeline.common.hidden import hide_environment
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
-from pipeline.job.load import Ready
 from pipeline.job.paths import JobPaths, read_json
+from pipeline.job.ready import Ready
 from pipeline.job.stored import read_manifest
-from pipeline.memory.capacity import context_tokens
 from pipeline.prompts.template import examine, find_template
 
 PACKAGES = (
@@ -36,6 +35,7 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
     """Say which model this is, and what it computes in: rows of another are other rows."""
     asked, own = config.model.context, ready.loaded.own_settings
     return {
+        "engine": ready.engine,
         "model": ready.loaded.source,
         "revision": ready.loaded.revision,
         "model_digest": "+".join(_digests(ready)),
@@ -43,7 +43,7 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
         "dtypes": ready.dtypes,
         "quantization": ready.quantization,
         "context": {
-            "tokens": context_tokens(ready.model.config, asked),
+            "tokens": ready.context(asked),
             "source": "config.json" if asked is None else "model.context",
         },
         "suggested_generation": {
@@ -112,7 +112,7 @@ def day_facts(ready: Ready, config: Config) -> dict[str, Any]:
     """Say which day the job has for today, and whether its prompts say it."""
     model = config.model
     day = datetime.datetime.fromisoformat(str(model.template_date))
-    template = find_template(ready.loaded.tokenizer, model.chat_template, model.chat_template_kwargs, day)
+    template = find_template(ready.tokenizer, model.chat_template, model.chat_template_kwargs, day)
     written = template is not None and examine(template).writes_date
     return {"template_date": model.template_date, "prompts_have_date": written}
 

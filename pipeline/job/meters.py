@@ -4,13 +4,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from pipeline.common.processors import OthersWork
 from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import EnergyMeter
 from pipeline.job.manifest import gpu_uuids
-from pipeline.memory.measured import Peaks, PeakSampler
+from pipeline.job.ready import Ready
+from pipeline.job.vllm import VllmReady
+from pipeline.memory.measured import FamilyPeaks, Peaks, PeakSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,21 @@ class Taken:
 class Meters:
     """Measure while a `with` lasts."""
 
-    def __init__(self, model: Any) -> None:
-        self._peaks, self._energy = PeakSampler(), EnergyMeter(gpu_uuids(model))
+    def __init__(self, ready: Ready) -> None:
+        self._helper = ready.helper
+        if isinstance(ready, VllmReady):
+            process = ready.process
+            self._peaks: PeakSampler | FamilyPeaks = FamilyPeaks(process.pid, lambda: process.gpus)
+            self._energy = EnergyMeter(ready.reserved["gpu_uuids"])
+        else:
+            self._peaks, self._energy = PeakSampler(), EnergyMeter(gpu_uuids(ready.model))
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self._peaks)
             stack.enter_context(self._energy)
             self._stack = stack.pop_all()
-        self._others, self._started = OthersWork(), time.perf_counter()
+        self._others, self._started = OthersWork(self._helper), time.perf_counter()
         return self
 
     def __exit__(

@@ -28,6 +28,7 @@ class JobPaths:
         self.tracker_run = self.tracker / "run.json"  # its id there
         self.tracker_log = self.tracker / "process.log"
         self.said = folder / "process.log"  # what a process said that nobody watched
+        self.engine_log = folder / "engine.log"  # what vLLM said
         self.hydra = folder / ".hydra"
         self.config = self.hydra / "config.yaml"
         self.hydra_config = self.hydra / "hydra.yaml"

@@ -9,10 +9,10 @@ from pipeline.common.request import BadRow, Completion, PromptRow, Request
 from pipeline.config.schema import Config
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready
+from pipeline.job.ready import Ready
 from pipeline.job.rows import completion_row, error_row
-from pipeline.memory.capacity import Capacity, context_tokens
-from pipeline.prompts.chat import eos_token_ids, prepare_chat, say_what_matters
+from pipeline.memory.capacity import Capacity
+from pipeline.prompts.chat import prepare_chat, say_what_matters
 from pipeline.prompts.reader import open_prompts
 from pipeline.prompts.request import make_request, weigh
 
@@ -39,12 +39,13 @@ class Requests:
         self._prompts = prompts
         self._results = results
         self._ledger = ledger
-        self._tokenizer = ready.loaded.tokenizer
-        embeddings = ready.model.get_input_embeddings().weight.shape[0]
-        self._chat = prepare_chat(self._tokenizer, config, embeddings)
-        say_what_matters(config, self._chat, eos_token_ids(ready.model.generation_config, self._tokenizer))
-        self._context = context_tokens(ready.model.config, config.model.context)
+        self._tokenizer = ready.tokenizer
+        self._chat = prepare_chat(self._tokenizer, config, ready.embeddings)
+        say_what_matters(config, self._chat, ready.ends)
+        context = ready.context(config.model.context)
+        self._context = min(context, ready.longest_row or context)
         self._room = room
+        self._refusal = ready.refusal
         self._pending: dict[str, Pending] = {}
 
     def read(self, going_on: Callable[[str], bool]) -> Iterator[Request]:
@@ -112,6 +113,10 @@ class Requests:
         Raises:
             PromptError: the row cannot be run, or can never fit in memory.
         """
+        if isinstance(row, PromptRow) and (wrong := self._refusal(row.params)):
+            raise PromptError(
+                found=f"{row.source}: generation.{wrong}", fix="Change it, or use engine=default."
+            )
         request = make_request(row, self._chat, self._context)
         assert isinstance(row, PromptRow)
         if refusal := self._room.refusal(len(request.prompt_token_ids)):

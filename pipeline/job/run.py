@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
-from torch import get_num_threads
-
-from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.common.signals import Interrupt
 from pipeline.config.schema import Config
 from pipeline.job.engine import Way, choose_way
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready, load
+from pipeline.job.load import load
 from pipeline.job.manifest import check_same_model, day_facts, manifest, model_facts, with_day
 from pipeline.job.meters import Meters, Taken
+from pipeline.job.ready import Ready
 from pipeline.job.stats import job_stats, show_stats
 from pipeline.job.timeline import Timeline
 from pipeline.job.work import Work
@@ -41,10 +39,8 @@ class Run:
             Stopped: a signal came before there was anything to finish.
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
-        others = OthersWork()
-        ready = load(self.config)
-        if not ready.gpus:
-            say_if_crowded(others, get_num_threads())
+        ready = load(self.config, self.prompts, self.results)
+        self.timeline.helper = ready.helper
         try:
             way = self.choose_way(ready)
             taken = self.run(ready, way)
@@ -78,14 +74,14 @@ class Run:
         )
         self.telling = work.telling  # which goes on until stats.json is there
         self.interrupt.hold()
-        with Meters(ready.model) as meters:
+        with Meters(ready) as meters:
             work.run()
         return meters.taken(work.engine.stats)
 
     def record(self, ready: Ready, way: Way, taken: Taken) -> None:
         """Write stats.json, and show the short of it."""
         ledger = self.ledger
-        stats = job_stats(self.config, ready, way.forward.limits, taken)
+        stats = job_stats(self.config, ready, way.forward, taken)
         counts = {"done": ledger.done, "errors": ledger.errors, "done_before": self.done_before}
         stats |= {"rows": {"total": ledger.total, **counts}, "timeline": self.timeline.points}
         stats["attention"] = way.report

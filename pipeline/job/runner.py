@@ -64,6 +64,8 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     if write_bad_rows(config, prompts, results, ledger):
         Todo.note(results, state, sha256, config.limit, ledger, submissions)
         return ExitStatus.SOME_FAILED
+    if unread := config.engine.unread:
+        terminal.say(f"engine={config.engine.name.value} does not read {', '.join(unread)}.", style="yellow")
     check_memory(config)
     for name, count in PRODUCTS.items():
         os.environ.setdefault(name, count)

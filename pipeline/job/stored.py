@@ -26,7 +26,7 @@ STATS = {
         "run_peak": _PEAK,
         "predicted": {str: NUMBER},
     },
-    "engine": {"peak_kv_cache_bytes": NUMBER},
+    "engine": {"peak_kv_cache_bytes": NUMBER, "reserved_kv_cache_bytes": NUMBER},
     "energy": {"joules": NUMBER, "joules_per_1000_tokens": NUMBER, "source": str},
 }
 MANIFEST = {

@@ -8,8 +8,8 @@ from pipeline.engine.probe import AnyForward
 from pipeline.job.engine import make_engine
 from pipeline.job.folder import JobFolder
 from pipeline.job.ledger import Ledger
-from pipeline.job.load import Ready
 from pipeline.job.progress import JobProgress
+from pipeline.job.ready import Ready
 from pipeline.job.requests import Requests
 from pipeline.job.timeline import Timeline
 from pipeline.job.tracker import Telling
@@ -25,7 +25,7 @@ class Work:
     results: JobFolder
     ledger: Ledger
     ready: Ready
-    forward: AnyForward
+    forward: AnyForward | None
     interrupt: Interrupt
     timeline: Timeline
 
@@ -55,8 +55,7 @@ class Work:
         return not self.interrupt.signal
 
     def _show(self, progress: JobProgress) -> None:
-        live = self.engine.live
-        tokens = sum(len(s.token_ids) for s in live) + self.engine.stats.completion_tokens
+        live, tokens = self.engine.live, self.engine.tokens
         self.timeline.sample(tokens)
         self.telling.point(self.ledger.done, tokens, self.timeline.points[-1][1])
         progress.update(self.ledger.done, tokens)

@@ -15,7 +15,7 @@ from pipeline.engine.accelerators import describe, free_bytes
 from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.model_facts import input_device
 from pipeline.memory.architecture import Architecture, in_context, known_architecture
-from pipeline.memory.peaks import activation_bytes, logits_bytes, scratch_bytes
+from pipeline.memory.peaks import activation_bytes, work_bytes
 from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes
 
 log = logging.getLogger(__name__)
@@ -101,22 +101,6 @@ def capacity(
     ]
     tokens = tokens_on_all(arch, quant, found, budgets, rows, limits)
     return Capacity(rows, max_tokens or tokens, arch, quant, found, prefill_tokens)
-
-
-def work_bytes(
-    arch: Architecture,
-    quant: QuantConfig,
-    gpus: tuple[Gpu, ...],
-    prefill_tokens: int,
-    rows: int,
-    sampled: bool,
-) -> int:
-    """Predict what a device needs beside keys and values, wherever in the model its layers are."""
-    return (
-        activation_bytes(arch, quant, prefill_tokens, prefill_tokens, gpus)
-        + scratch_bytes(arch, quant, gpus)
-        + logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus)
-    )
 
 
 def places(model: Any) -> tuple[Place, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common import terminal
+from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
@@ -60,12 +61,6 @@ def _counted(config: str) -> Architecture:
         raise ConfigError(f"the model of this config cannot be counted ({error})", MEASURE) from error
     _keep(kept, answer)
     return found
-
-
-def cache_folder() -> Path:
-    """Find the user's folder for what can be made anew."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llm-job-pipeline"
 
 
 def _digest(config: str) -> str:

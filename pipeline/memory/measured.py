@@ -1,14 +1,16 @@
 """Measure memory, in bytes. What cannot be measured is None and never 0."""
 
+import contextlib
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -97,10 +99,14 @@ def devices() -> list[DeviceMemory]:
     return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]
 
 
-def peak_resident_bytes() -> int | None:
-    """Return the kernel's own peak of the resident set, since the process began or it was reset; else None."""
+def peak_resident_bytes(pid: int | None = None) -> int | None:
+    """Return the kernel's own peak of the resident set, since the process began or it was reset; else None.
+
+    Args:
+        pid: of another process than this one.
+    """
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
@@ -170,6 +176,49 @@ class PeakSampler:
         self._largest = max(self._largest, resident_bytes())
         if self._apart and (now := anonymous_bytes()) is not None:
             self._anonymous = max(self._anonymous or 0, now)
+
+
+class FamilyPeaks:
+    """Measure the peak of a process and those that it started, as PeakSampler does that of this one.
+
+    The kernel's own peaks are added, which need not have come at the same time: with several it is a bound.
+
+    Args:
+        gpus: gives what that process says of its GPUs.
+    """
+
+    def __init__(self, pid: int, gpus: Callable[[], list[dict[str, Any]]]) -> None:
+        self._pid, self._gpus = pid, gpus
+        self._final: Peaks | None = None
+
+    def __enter__(self) -> Self:
+        for pid in self._family():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._final = self.peaks()
+
+    def peaks(self) -> Peaks:
+        """Return the peaks so far, or those of the whole phase once it has ended."""
+        if self._final is not None:
+            return self._final
+        found = [peak for pid in self._family() if (peak := peak_resident_bytes(pid)) is not None]
+        told = [DeviceMemory(**gpu) for gpu in self._gpus()]
+        return Peaks(sum(found) or None, len(found) == 1, None, told)
+
+    def resident_bytes(self) -> int:
+        """Return their resident sets now."""
+        return sum(map(resident_bytes, self._family()))
+
+    def _family(self) -> list[int]:
+        try:
+            return [self._pid, *(child.pid for child in psutil.Process(self._pid).children(recursive=True))]
+        except psutil.Error:
+            return []
 
 
 def kind_of(path: str, module: nn.Module, head: nn.Module | None) -> str:

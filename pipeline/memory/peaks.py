@@ -289,3 +289,19 @@ def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:
     if quant.bits == 8:
         return arrived + ELEMENT_BYTES[Dtype.float16.value] * largest
     return arrived + (2 * 4 * largest // BLOCK if quant.double_quant else 0)
+
+
+def work_bytes(
+    arch: Architecture,
+    quant: QuantConfig,
+    gpus: tuple[Gpu, ...],
+    prefill_tokens: int,
+    rows: int,
+    sampled: bool,
+) -> int:
+    """Predict what a device needs beside keys and values, wherever in the model its layers are."""
+    return (
+        activation_bytes(arch, quant, prefill_tokens, prefill_tokens, gpus)
+        + scratch_bytes(arch, quant, gpus)
+        + logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus)
+    )

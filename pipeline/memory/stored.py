@@ -25,7 +25,7 @@ from pipeline.models.tensor_headers import StoredTensor, read_headers
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SCALE_BYTES, _GROUP = 2, 128  # of most formats: a scale for so many weights
 # Formats of which a loaded model was held against its file, byte for byte.
-TRIED = ("torchao", "gptq", "awq", "compressed-tensors")
+EXACT = ("torchao", "compressed-tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +103,7 @@ def _kept(plain: Architecture, stored: Stored) -> Architecture:
     else:
         names = {tensor.name for tensor in stored.headers}
         buffers = [w for w in buffers if w.name not in names]
-        note = (
-            None
-            if name in TRIED
-            else f"its weights, taken to be held as they lie in the files: {name} was not tried"
-        )
+        note = None if name in EXACT else f"its weights, taken to be held as they lie in the files ({name})"
         if name == "compressed-tensors":  # unpacked as it is loaded; what its layers round with stays
             held = [w for w in weights(plain) if w.part != "buffers"]
             held += [_as_stored(t) for t in stored.headers if not _is_weight(t.name)]

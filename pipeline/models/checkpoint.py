@@ -71,6 +71,16 @@ class Checkpoint:
         check_ends(settings, path, self.again)
         return settings
 
+    def read_ends(self) -> int | list[int] | None:
+        """Read the ids that end a completion by the model's own files, as transformers does when it loads it.
+
+        Raises:
+            LoadError: as `read_config` and `read_generation`.
+        """
+        own = self.read_config()
+        sources = self.read_generation(), own, own.get("text_config") or {}
+        return next((source["eos_token_id"] for source in sources if "eos_token_id" in source), None)
+
 
 def find_checkpoint(model: ModelConfig, models_dir: str, file: str = CONFIG) -> Checkpoint | None:
     """Find a model on this machine that has this file; None where the hub has to be asked."""

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def settle_here(quant: QuantConfig, checkpoint: Checkpoint, device_map: Any) -> QuantConfig:
     """Decide what `auto` is for this checkpoint on the devices that a job may use."""
-    return settle(quant, _own_dtype(checkpoint), usable_gpus(device_map))
+    return settle(quant, own_dtype(checkpoint), usable_gpus(device_map))
 
 
 def settle(quant: QuantConfig, own: str | None, gpus: tuple[Gpu, ...]) -> QuantConfig:
@@ -43,7 +43,7 @@ def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:
     }
 
 
-def _own_dtype(checkpoint: Checkpoint) -> str | None:
+def own_dtype(checkpoint: Checkpoint) -> str | None:
     """Read the dtype that its config names, for the whole or for the text part."""
     config = checkpoint.read_config()
     values = {**(config.get("text_config") or {}), **config}

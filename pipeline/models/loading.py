@@ -84,7 +84,7 @@ def load_tokenizer(model: ModelConfig, models_dir: str) -> Any:
     """
     quiet_transformers()
     checkpoint = locate(model, models_dir, weights=False)
-    return _read_tokenizer(tokenizer_files(get_adapter(model, models_dir), checkpoint), model)
+    return read_tokenizer(tokenizer_files(get_adapter(model, models_dir), checkpoint), model)
 
 
 def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loaded:
@@ -102,7 +102,7 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     stored = check_format(checkpoint, model, quant)
     check_config(_read_config(checkpoint, model), checkpoint, model)
     own = read_own_settings(checkpoint)
-    tokenizer = _read_tokenizer(tokenizer_files(adapter, checkpoint), model)
+    tokenizer = read_tokenizer(tokenizer_files(adapter, checkpoint), model)
     asked, as_stored = quant, read_as(checkpoint, quant)
     plain = becomes_plain(checkpoint, asked, model.device_map)
     quant = settle_here(asked if plain else as_stored, checkpoint, model.device_map)
@@ -136,7 +136,12 @@ def release(loaded: Loaded) -> None:
         torch.cuda.empty_cache()
 
 
-def _read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+def read_tokenizer(checkpoint: Checkpoint, model: ModelConfig) -> Any:
+    """Load the tokenizer of these files.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:

@@ -44,6 +44,7 @@ class ReportedJob:
     manifest: dict[str, Any]
     scores: dict[str, Any]
     problem: str | None  # the last error in its log
+    engine: str = "default"
     label: str = ""  # unique in a report, short
     shards: list[Path] = field(default_factory=list)  # whose rows are the job's
     damaged: list[str] = field(default_factory=list)  # what of its files cannot be read
@@ -114,6 +115,7 @@ def read_job(folder: Path) -> ReportedJob:
         model=_with_adapter(choices["model"], config),
         quant=stored if is_label(stored) else choices["quant"],
         generation=choices["generation"],
+        engine=_engine(config) or choices.get("engine", "default"),
         prompt_set=visible(config.get("prompt_set") or folder.resolve().parent.name),
         config=config,
         overrides=overrides,
@@ -149,6 +151,13 @@ def _choices(hydra: dict[str, Any]) -> dict[str, str] | None:
     return {**{k: str(v) for k, v in chosen.items()}, **({"model": Path(named[-1]).name} if named else {})}
 
 
+def _engine(config: dict[str, Any]) -> str | None:
+    """Name the engine that a job's config chose; None where it says nothing."""
+    settings = config.get("engine")
+    name = settings.get("name") if isinstance(settings, dict) else None
+    return None if name is None else visible(str(name))
+
+
 def _with_adapter(model: str, config: dict[str, Any]) -> str:
     """Name a model with its adapter, as the job's folder does."""
     settings = config.get("model")
@@ -163,16 +172,18 @@ def _overrides(hydra: dict[str, Any]) -> list[str]:
 
 
 def _choices_of_name(name: str) -> dict[str, str]:
-    """Take <model>-<quant>-<generation>-<fingerprint> apart; a model's name may hold hyphens."""
+    """Take <model>-<quant>-<generation>[+<engine>]-<fingerprint> apart; a model's name may hold hyphens."""
     parts = name.rsplit("-", 3)
     if len(parts) != 4:
         return {"model": name, "quant": "?", "generation": "?"}
-    return dict(zip(("model", "quant", "generation"), parts, strict=False))
+    model, quant, how, _ = parts
+    generation, _, engine = how.partition("+")
+    return {"model": model, "quant": quant, "generation": generation, "engine": engine or "default"}
 
 
 def _label(jobs: list[ReportedJob]) -> None:
     """Call each job by the fields in which the jobs differ; its seed or fingerprint where these are not enough."""
-    fields = ("model", "quant", "generation", "prompt_set")
+    fields = ("model", "quant", "generation", "engine", "prompt_set")
     differ = [f for f in fields if len({getattr(job, f) for job in jobs}) > 1] or ["quant"]
     for job in jobs:
         job.label = visible(" · ".join(getattr(job, f) for f in differ))

@@ -38,6 +38,7 @@ def summarize(
                 "model": job.model,
                 "quant": job.quant,
                 "generation": job.generation,
+                "engine": job.engine,
                 "prompt_set": job.prompt_set,
                 **_state(job, own, number),
                 **_speed(job, own, number),
@@ -98,7 +99,7 @@ def memory(stats: dict[str, Any]) -> Record:
     weights = measured.get("weight_bytes") or {}
     parts = {part: sum(filter(None, sizes.values())) for part, sizes in weights.items() if sizes}
     parts["quantization state"] = measured.get("quantization_state_bytes") or 0
-    parts["KV cache"] = (stats.get("engine") or {}).get("peak_kv_cache_bytes") or 0
+    parts["KV cache"] = _kv_cache_bytes(stats.get("engine") or {})
     peak_bytes = allocated or peak.get("host_bytes")
     parts["rest"] = max(0, (peak_bytes or 0) - sum(parts.values()))
     predicted = measured.get("predicted") or {}
@@ -115,6 +116,11 @@ def memory(stats: dict[str, Any]) -> Record:
         "predicted_footprint_bytes": _first(predicted, "footprint_bytes", "footprint"),
         "predicted_peak_bytes": predicted_peak,
     }
+
+
+def _kv_cache_bytes(engine: dict[str, Any]) -> int:
+    """Take what keys and values held: vLLM holds all that it has reserved, used or not."""
+    return engine.get("reserved_kv_cache_bytes") or engine.get("peak_kv_cache_bytes") or 0
 
 
 def _first(values: dict[str, Any], *names: str) -> int | None:

@@ -60,6 +60,7 @@ COLUMNS = (  # in the page, those that people come for stand first, and the othe
     Column("label", "Job", "What tells this job from the others", text=True, first=True),
     Column("model", "Model", "model=", text=True),
     Column("quant", "Quantization", "quant=", text=True),
+    Column("engine", "Engine", "engine=", text=True),
     Column("state", "State", "done, stopped or failed", text=True),
     Column(
         "peak_bytes", "Peak", "Most memory held during the run: GPU memory, else the resident set", megabytes,
@@ -95,6 +96,7 @@ COLUMNS = (  # in the page, those that people come for stand first, and the othe
     Column("top1", "Same top token", "How often the most probable token is the baseline's", _share),
     Column("perplexity", "Perplexity", "Of the baseline's completions", lambda x: f"{x:.3f}"),
 )  # fmt: skip
+NAMED = ("model", "quant", "engine")  # which a label may say already
 ALWAYS = {"label", "state", "rows", "errors", "completion_tokens", "tokens_per_sec", "load_sec", "peak_bytes"}
 PREDICTED = {"footprint_bytes": "predicted_footprint_bytes", "peak_bytes": "predicted_peak_bytes"}
 
@@ -104,7 +106,9 @@ def columns(records: Sequence[Record]) -> list[Column]:
     table = [{**cells(record), **record} for record in records]
 
     def wanted(column: Column) -> bool:
-        if column.name in ("model", "quant"):
+        if column.name == "engine" and all(record["engine"] == "default" for record in records):
+            return False
+        if column.name in NAMED:
             return any(record[column.name] not in record["label"].split(" · ") for record in records)
         return column.name in ALWAYS or any(line.get(column.name) is not None for line in table)
 
@@ -153,7 +157,7 @@ def _line(record: Record, shown: Sequence[Column], best: dict[str, float]) -> Li
 def _about(record: Record) -> str:
     """Say in a few words of a job what its label leaves out: model, quantization, state, rows."""
     rows, named = record["rows"], record["label"].split(" · ")
-    words = [record[name] for name in ("model", "quant") if record[name] not in named]
+    words = [record[name] for name in NAMED if record[name] not in (*named, "default")]
     if record["state"] != "done":
         words.append(record["state"])
     if record["state"] != "failed":

@@ -92,12 +92,9 @@ def check_tokenizer(config: Config) -> list[Check]:
 
 
 def _own_ends(config: Config) -> GenerationConfig:
-    """Read the ids that end a completion by the model's own files, as transformers does when it loads it."""
+    """Read the ids that end a completion by the model's own files; none where they are not here."""
     checkpoint = find_checkpoint(config.model, config.models_dir)
-    own = checkpoint.read_config() if checkpoint else {}
-    suggested = checkpoint.read_generation() if checkpoint else {}
-    sources = suggested, own, own.get("text_config") or {}
-    ends = next((source["eos_token_id"] for source in sources if "eos_token_id" in source), None)
+    ends = checkpoint.read_ends() if checkpoint else None
     return GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
 
 

@@ -1,5 +1,6 @@
 """The one door: every command is found, helps, and ends in one line and a status that says how."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from job_helper import ROOT, arguments, environment, write_rows
 
 from pipeline.commands import door
+from pipeline.commands.help import fit
 from pipeline.commands.table import COMMANDS, module_of
 from pipeline.common.exit_status import ExitStatus
 
@@ -53,21 +55,31 @@ def test_an_unknown_command_names_the_nearest(typed, meant, capsys):
 def test_every_command_helps_in_the_same_shape(command, capsys):
     assert door.main([command, "--help"]) == ExitStatus.DONE
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 120
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
     if command != "run":
-        assert text.startswith(f"{COMMANDS[command]}.\n\n  python -m pipeline {command}")
+        assert text.startswith(f"{fit(COMMANDS[command] + '.')}\n  python -m pipeline {command}")
         assert all(
             f"  {key}=" in text or f" {key}=" in text for key in getattr(module_of(command), "EXAMPLES", ())
         )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_breaks_no_command(command, capsys):
+    assert door.main([command, "--help"]) == ExitStatus.DONE
+    said = capsys.readouterr().out
+    for line in said.splitlines():
+        assert len(line) <= 80 or line.lstrip().startswith("python -m pipeline"), line
+    module = module_of(command)
+    for whole in re.findall(r"^ *(python -m pipeline .*?)(?:   |$)", getattr(module, "HELP", ""), re.M):
+        assert whole in said
+
+
 def test_the_help_names_every_command_and_every_exit_status(capsys):
     assert door.main(["--help"]) == ExitStatus.DONE
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    said = " ".join(capsys.readouterr().out.split())
     for word, meaning in [*COMMANDS.items(), *((str(int(s)), s.meaning) for s in ExitStatus)]:
-        assert [word, meaning] in lines
+        assert f" {word} {meaning} " in said
 
 
 @pytest.mark.parametrize(

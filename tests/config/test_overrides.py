@@ -83,6 +83,7 @@ def test_one_entry_of_a_dictionary_is_set_with_and_without_a_plus():
     assert set(dictionary_keys()) == {
         "model.device_map", "model.max_memory", "model.chat_template_kwargs", "model.architecture",
         "submit.environment", "generation.json_schema", "generation.choice", "prompt_template", "columns",
+        "engine.extra",
     }  # fmt: skip
 
 

@@ -132,7 +132,10 @@ def test_constrained_and_given_rows_that_pages_put_back_go_on_where_they_were(ti
         }
         return {**found, ("halved", 0): engine.stats.out_of_memory}
 
-    hurt, unhurt = made(ScarcePages(tiny_model("llama"), 3, 9)), made(PagedForward(tiny_model("llama")))
+    hurt, unhurt = (
+        made(ScarcePages(tiny_model("llama"), 3, 9)),
+        made(PagedForward(copy.deepcopy(tiny_model("llama")))),
+    )
     assert (hurt.pop(("halved", 0)), unhurt.pop(("halved", 0))) == (2, 0)
     assert {key: value[:2] for key, value in hurt.items()} == {
         key: value[:2] for key, value in unhurt.items()

@@ -17,6 +17,7 @@ from job_helper import arguments, job_folder, run_job, write_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pipeline.commands.door import main
+from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.quant import QUANTS
@@ -24,7 +25,7 @@ from pipeline.engine.rectangles.forward import FlatForward, PaddedForward
 from pipeline.engine.scheduler import Sample
 from pipeline.memory import counted, counting
 from pipeline.memory.architecture import Architecture
-from pipeline.memory.counted import architecture_of, cache_folder, count_architecture
+from pipeline.memory.counted import architecture_of, count_architecture
 from pipeline.memory.measured import quantization_state_bytes
 from pipeline.memory.plan import (
     footprint_bytes,

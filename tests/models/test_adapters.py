@@ -265,3 +265,14 @@ def test_the_real_model_with_an_adapter_says_what_peft_says(smollm2_dir, tmp_pat
     command = job(smollm2_dir, adapter, tmp_path)
     assert run_job(command) == 0
     assert texts(command) == made_by_peft(smollm2_dir, adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vllm_computes_an_adapter_as_our_own_engine_does(smollm2_dir, tmp_path):
+    adapter = make_adapter(smollm2_dir, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    prompts = write_rows(tmp_path / "p.jsonl", ROWS)
+    own = [*arguments(smollm2_dir, prompts, tmp_path), f"model.adapter={adapter}"]
+    by_vllm = [*own, "engine=vllm", "engine.extra={enforce_eager:true}"]
+    assert run_job(own) == run_job(by_vllm) == run_job(own[:-1]) == 0
+    assert texts(by_vllm) == texts(own) != texts(own[:-1])
+    assert "+adapter-" in job_folder(by_vllm).name

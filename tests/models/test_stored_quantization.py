@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_tokenizer
+from engine.test_every_architecture import config_of
 from job_helper import arguments, run_job, texts, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -91,15 +93,8 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
     job = arguments(folder, write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out", "quant=none")
     job += ["system=null", "engine.max_rows=1"]  # an 8-bit product depends on the rows beside it
     assert run_job(job) == 0
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    written = texts(job)
-    for row in rows:
-        chat = [{"role": "user", "content": row["prompt"]}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
-            "input_ids"
-        ]
-        made = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-        assert written[row["id"], 0] == tokenizer.decode(made, skip_special_tokens=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert texts(job) == generated(plain, folder, rows)
     name = f"{found} (checkpoint)"
     assert read_json(job_folder(job) / "manifest.json")["quantization"] == name
     memory = read_json(job_folder(job) / "stats.json")["memory"]
@@ -109,6 +104,58 @@ def test_its_text_is_that_of_plain_transformers_and_its_format_is_named(quantize
     report = read_job(job_folder(job))
     assert (report.quant, precision(report)) == (name, 4.0 if found == "nf4" else 8.0)
     assert f"-{found}_checkpoint-greedy-" in job_folder(job).name
+
+
+def in_mxfp4(tensors: dict[str, torch.Tensor]) -> None:
+    """Put random blocks of 32 and scales in place of the experts [E, in, out]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = tensors.pop(name).shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(122, 127, shape, dtype=torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' of rope's factors
+def test_experts_in_mxfp4_are_run_as_plain_transformers_runs_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # In this process, which has torch already.
+    monkeypatch.setattr(counted, "_ask", lambda config: counting.count(json.loads(config)))
+    folder = tmp_path / "tiny-oss"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config_of("gpt_oss")).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rewrite(folder, in_mxfp4)
+    edit(
+        folder,
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    )
+    rows = [{"id": str(i), "prompt": "a word " * i} for i in (1, 3)]
+    job = arguments(
+        folder, write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out", "quant=none", "system=null"
+    )
+    assert run_job(job) == 0
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert texts(job) == generated(plain, folder, rows)
+    memory = read_json(job_folder(job) / "stats.json")["memory"]
+    for part in ("footprint_bytes", "kv_cache_bytes"):
+        assert memory["predicted"][part] == memory["measured"][part]
+    assert memory["measured"]["footprint_bytes"] == plain.get_memory_footprint()
+
+
+def generated(model, folder: Path, rows: list[dict]) -> dict[tuple[str, int], str]:
+    """What plain transformers makes of each row alone."""
+    tokenizer, made = AutoTokenizer.from_pretrained(folder), {}
+    for row in rows:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
+        tokens = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        made[row["id"], 0] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return made
 
 
 def test_a_folder_that_was_named_otherwise_goes_on(quantized, tmp_path, capsys):
@@ -170,7 +217,7 @@ def test_a_gpu_that_computes_in_fp8_holds_the_files_tensors(tiny_dir, capsys):
         network = AutoModelForCausalLM.from_config(config)
         network = replace_with_fp8_linear(network, ["lm_head"], FineGrainedFP8Config.from_dict(FP8), True)
     assert plan["footprint_bytes"] == sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-    assert "fp8 was not tried" in plan["estimated"]
+    assert "as they lie in the files (fp8)" in plan["estimated"]
     assert scales > 0
 
 
@@ -210,14 +257,7 @@ def test_it_is_dequantized_where_that_is_asked(quantized, tmp_path, capsys):
     assert "Nothing here computes in" not in capsys.readouterr().err
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = network if found == "fp8" else network.dequantize(torch.float32)
-    tokenizer, written = AutoTokenizer.from_pretrained(folder), texts(job)
-    for row in rows:
-        chat = [{"role": "user", "content": row["prompt"]}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
-            "input_ids"
-        ]
-        made = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-        assert written[row["id"], 0] == tokenizer.decode(made, skip_special_tokens=True)
+    assert texts(job) == generated(plain, folder, rows)
     memory = read_json(job_folder(job) / "stats.json")["memory"]
     assert memory["predicted"]["footprint_bytes"] == memory["measured"]["footprint_bytes"]
     assert memory["measured"]["footprint_bytes"] == plain.get_memory_footprint()

@@ -29,7 +29,7 @@ def start(tracker: str, job: TrackedJob, run_id: str | None) -> "MlflowRun":
 
 
 class MlflowRun:
-    """A run of MLflow's."""
+    """Hold a run of MLflow's."""
 
     def __init__(self, run_id: str, started: float) -> None:
         self.id, self._started = run_id, started

@@ -27,7 +27,7 @@ def start(tracker: str, job: TrackedJob, run_id: str | None) -> "WandbRun":
 
 
 class WandbRun:
-    """A run of one of the two."""
+    """Hold a run of one of the two."""
 
     def __init__(self, module: Any, run: Any, run_id: str) -> None:
         self._module, self._run, self.id = module, run, run_id

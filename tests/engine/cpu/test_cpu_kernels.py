@@ -15,6 +15,7 @@ from conftest import ARCHITECTURES, build_tiny
 from torch.nn import functional as F
 
 from pipeline.engine.cpu import load_kernels
+from pipeline.engine.masks import Forbidden
 
 kernels = load_kernels()
 if kernels is None:
@@ -117,6 +118,24 @@ def test_argmax_is_the_first_of_the_largest(width: int) -> None:
     scores[2] = -torch.inf
     scores[3] = torch.tensor([-0.0, 0.0])[torch.arange(width) % 2]
     assert kernels.argmax(scores).tolist() == scores.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("width", [31, 64, 300, 320, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_forbidden_is_minus_infinity_and_all_else_as_it_was(width: int, dtype: torch.dtype) -> None:
+    scores, rows = random(6, width).to(dtype), [4, 0, 1]
+    allowed = torch.tensor([[-1] * 5, [0] * 5, [1, -1, 0, 0x5555555555555555, -(2**63)]])
+    bits = [
+        [allowed[k, i // 64].item() >> i % 64 & 1 if i < 320 else 0 for i in range(width)] for k in range(3)
+    ]
+    expected = scores.clone()
+    expected[rows] = expected[rows].masked_fill(~torch.tensor(bits).bool(), -torch.inf)
+    before, forbidden = scores.clone(), Forbidden(rows, allowed)
+    assert torch.equal(forbidden.apply(scores, keep=True), expected)
+    assert torch.equal(scores, before)
+    assert torch.equal(forbidden.apply(scores, keep=False), expected)
+    every = Forbidden([0, 1, 2], allowed).apply(scores[[4, 0, 1]], keep=False)
+    assert torch.equal(every, expected[rows])
 
 
 def test_a_prefix_is_copied_into_every_row() -> None:

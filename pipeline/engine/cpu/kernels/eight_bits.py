@@ -1,8 +1,7 @@
 """Widen weights in 8 bits on vectors: in the registers, or to bf16 a few blocks at a time, for many rows.
 
 Whole numbers of 8 bits are exact in bf16, and their scales, one for each output, come to the sums: a product is
-that of the weights as they are stored, with inputs that are not rounded. numba's cache of the products does not
-see a change in this file: touch linear_*.py.
+that of the weights as they are stored, with inputs that are not rounded.
 """
 
 from typing import Any

@@ -2,8 +2,6 @@
 
 Some outputs and some rows are multiplied together: both are read along the inputs, and each pair of them has a
 vector of sums, whose lanes are added up at the end.
-
-numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any

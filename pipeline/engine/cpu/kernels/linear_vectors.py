@@ -3,8 +3,6 @@
 A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
 two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
 quarter of that room.
-
-numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Loop over rows in compiled code: norms, silu, argmax, and the program that runs one kernel after the other.
 
 Numbers in bf16 are held as uint16, the upper half of a float32: they come in and go out in bf16, and what lies
-between is float32. numba's cache of this file does not see a change in those that it imports: touch this one too.
+between is float32.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from pipeline.engine.cpu.kernels.compiled import keep_apart
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import arrive, arrived, call_at, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
@@ -20,6 +21,7 @@ ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
 
 # fastmath lets a sum be vectorised; "numpy" divides without a check for 0 that would keep a loop scalar.
+keep_apart()
 inner = njit(fastmath=True, error_model="numpy")
 threaded = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=True, error_model="numpy")
 
@@ -154,6 +156,32 @@ def argmax(pointer: Any) -> None:
         while _order(numbers[place]) != most:
             place += 1
         outputs[row] = place
+
+
+Forbid = slots("scores height width which allowed words")
+
+
+@threaded
+def forbid(pointer: Any) -> None:
+    """Put −inf where the bit of a number is not set, 64 bits a word, a row a task; and beyond the last word."""
+    p = read(pointer, Forbid)
+    width = p.width
+    inputs = carray(halves(p.scores), (p.height, width))
+    which, words = carray(longs(p.which), p.tasks), carray(longs(p.allowed), (p.tasks, p.words))
+    least = types.uint16(0xFF80)  # −inf
+    while True:
+        task = next_task(pointer)
+        if task >= p.tasks:
+            break
+        numbers = inputs[which[task]]
+        for word in range(p.words):
+            allowed, first = words[task, word], 64 * word
+            if allowed != -1:  # most of a vocabulary may come within a free text, little of it elsewhere
+                for i in range(min(64, width - first)):
+                    if not (allowed >> i) & 1:
+                        numbers[first + i] = least
+        for i in range(64 * p.words, width):
+            numbers[i] = least
 
 
 Run = namedtuple("Run", "calls count arrived team")

@@ -109,6 +109,13 @@ def argmax(scores: Tensor) -> Tensor:
     return places
 
 
+def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
+    """Put −inf in place where no bit is set. Contiguous [B, V]; rows [K] int64, allowed [K, words] int64."""
+    height, width = scores.shape
+    sizes = {"height": height, "width": width, "words": allowed.shape[1]}
+    _run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
+
+
 def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
     """Write the first columns of one row into every row of a store, from its own start on.
 

@@ -1,7 +1,4 @@
-"""Choose how weights in 4 and in 8 bits come into a product, by what its numbers name.
-
-numba's cache of the products does not see a change in this file: touch linear_*.py.
-"""
+"""Choose how weights in 4 and in 8 bits come into a product, by what its numbers name."""
 
 from typing import Any
 

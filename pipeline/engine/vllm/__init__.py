@@ -1,0 +1,1 @@
+"""Run requests through vLLM, in a process and a Python of its own."""

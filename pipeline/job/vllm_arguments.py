@@ -1,0 +1,105 @@
+"""Write the arguments of vLLM's engine from a job's config."""
+
+from typing import Any
+
+from pipeline.common.errors import ConfigError
+from pipeline.common.host import host_free_bytes
+from pipeline.config.quant import Dtype
+from pipeline.config.schema import Config
+from pipeline.memory.architecture import in_context
+from pipeline.memory.capacity import kv_architecture
+from pipeline.memory.facts import job_architecture
+from pipeline.memory.reserve import reserve_bytes, row_tokens
+from pipeline.models.adapter_files import AdapterFiles
+from pipeline.models.dtypes import own_dtype
+from pipeline.models.elsewhere import Elsewhere
+from pipeline.prompts.reader import open_prompts
+
+MOST_LOGPROBS = 100
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, that vLLM has room for
+FIT = -1  # vLLM's word for the longest row that the memory holds
+# What an argument of vLLM's is called here, where a job says it otherwise.
+OTHERWISE = {
+    "model": "model.name", "tokenizer": "model.name", "revision": "model.revision", "dtype": "quant",
+    "trust_remote_code": "model.trust_remote_code", "load_format": "model.safetensors_only",
+    "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_rows",
+    "max_num_batched_tokens": "engine.prefill_tokens", "enable_prefix_caching": "engine.shared_prefix",
+    "tensor_parallel_size": "engine.tensor_parallel", "pipeline_parallel_size": "engine.pipeline_parallel",
+    "kv_cache_memory_bytes": "engine.max_tokens_in_flight", "gpu_memory_utilization": "engine.memory_fraction",
+    "enable_lora": "model.adapter", "max_lora_rank": "model.adapter", "data_parallel_size": "devices",
+    "generation_config": "generation", "max_logprobs": "generation.logprobs", "seed": "generation.seed",
+    "structured_outputs_config": "generation.json_schema", "hf_token": "HF_TOKEN",
+}  # fmt: skip
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Refuse arguments that have a key of their own.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in extra:
+        if (key := OTHERWISE.get(str(name))) is not None:
+            raise ConfigError(f"engine.extra.{name}: is said otherwise here", f"Use {key}=… instead")
+
+
+def arguments(
+    config: Config,
+    files: Elsewhere,
+    *,
+    rows: int,
+    kv_cache_bytes: int | None,
+) -> dict[str, Any]:
+    """Write them, all those by which a job's text or memory is decided.
+
+    Args:
+        rows: in flight.
+        kv_cache_bytes: what to reserve; None lets vLLM measure what is free.
+    """
+    model, settings = config.model, config.engine
+    auto = config.quant.dtype is Dtype.auto
+    return {
+        "model": str(files.checkpoint.folder),
+        "tokenizer": str(files.tokenizer_files.folder),
+        "dtype": own_dtype(files.checkpoint) or "auto" if auto else config.quant.dtype.value,
+        "trust_remote_code": model.trust_remote_code,
+        "load_format": "safetensors" if model.safetensors_only else "auto",
+        "max_model_len": settings.max_model_len or model.context or FIT,
+        "max_num_seqs": rows,
+        "max_num_batched_tokens": max(settings.prefill_tokens, rows),
+        "enable_prefix_caching": settings.shared_prefix,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "pipeline_parallel_size": settings.pipeline_parallel,
+        "generation_config": "vllm",  # not the model's: a job says all of it
+        "max_logprobs": MOST_LOGPROBS,
+        "structured_outputs_config": {"backend": "guidance"},
+        "disable_log_stats": True,
+        "seed": 0,
+        **_memory(settings.memory_fraction, kv_cache_bytes),
+        **_adapter(files.adapter),
+        **settings.extra,
+    }
+
+
+def _memory(fraction: float, kv_cache_bytes: int | None) -> dict[str, Any]:
+    if kv_cache_bytes is None:
+        return {"gpu_memory_utilization": fraction}
+    return {"kv_cache_memory_bytes": kv_cache_bytes}
+
+
+def _adapter(adapter: AdapterFiles | None) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    asked = adapter.settings.get("r") or 1
+    return {"enable_lora": True, "max_lora_rank": next((rank for rank in RANKS if rank >= asked), asked)}
+
+
+def cpu_reserve(config: Config, files: Elsewhere, prompts: str, rows: int) -> int | None:
+    """Plan what keys and values get of the host's memory; None for a model whose keys nothing here knows."""
+    own = in_context(files.checkpoint.read_config(), config.model.context)
+    arch = job_architecture(config.model, config.models_dir, config.quant, ()) or kv_architecture(own)
+    if arch is None:
+        return None
+    context = min(filter(None, (arch.max_position_embeddings, config.engine.max_model_len)), default=None)
+    tokens = row_tokens(open_prompts(config, prompts), config.system, context, rows)
+    return reserve_bytes(arch, files.loaded.quant, tokens, rows, config.engine, host_free_bytes())
