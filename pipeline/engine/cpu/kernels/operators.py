@@ -113,7 +113,7 @@ def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
     """Put −inf in place where no bit is set. Contiguous [B, V]; rows [K] int64, allowed [K, words] int64."""
     height, width = scores.shape
     sizes = {"height": height, "width": width, "words": allowed.shape[1]}
-    _run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
+    run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
 
 
 def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
