@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, Linear
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.quantized import (
@@ -23,7 +23,7 @@ from pipeline.engine.cpu.kernels.quantized import (
     unpack,
     widen,
 )
-from pipeline.engine.cpu.kernels.slots import read, slots
+from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
@@ -45,11 +45,6 @@ LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 UNPACKED = 8  # blocks of quantized weights that are turned to bf16 at once: they stay in the L1 cache
 
 _NUMBER = ir.IntType(64)
-# The same as in linear_tiles.py; but numba's cache would not see a list of both change.
-Linear = slots(
-    "inputs weights values scales bias outputs configuration",
-    "rows width_in width_out stride gated threads chunk",
-)
 
 
 @intrinsic

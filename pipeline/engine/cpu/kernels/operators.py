@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
 from pipeline.engine.cpu.kernels import loops as loops
-from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
+from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, Linear, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
 from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
@@ -295,7 +295,7 @@ def linear_call(
     tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
     return prepare(
         products.linear,
-        products.Linear,
+        Linear,
         tasks,
         inputs=states,
         weights=weight.numbers,
