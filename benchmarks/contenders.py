@@ -24,6 +24,11 @@ class Contender:
 
 
 OURS = "ours"
+# Our job around vLLM, with the peer's environment: what it costs beside vLLM alone.
+BY_VLLM = {
+    "ours by vllm": [],
+    "ours by vllm-eager": ["engine.extra={enforce_eager: true}"],
+}
 PEERS = [
     Contender("generate", "transformers", "generate.py"),
     Contender("pipeline", "transformers", "text_pipeline.py"),
@@ -71,18 +76,22 @@ def peer_command(peer: Contender, setting: Setting, tokens: Path, out: Path) -> 
     return command if converted is None else [*command, "--converted", str(converted)]
 
 
-def job_command(setting: Setting, prompts: Path, generation: list[str], out: Path) -> list[str]:
-    """Our own job, into an empty folder."""
+def job_command(
+    setting: Setting, prompts: Path, generation: list[str], out: Path, name: str = OURS
+) -> list[str]:
+    """Our own job, by our own engine or by vLLM, into an empty folder."""
+    python = setting.envs / "vllm" / "bin" / "python"
+    engine = ["engine=vllm", f"engine.python={python}", *BY_VLLM[name]] if name in BY_VLLM else []
     return [
         setting.python, "-m", "pipeline", "model=smollm2", f"model.name={setting.model}",
         f"quant={setting.dtype}", f"prompts={prompts}", f"outputs_dir={out}", "resume=never",
-        *generation, *setting.job_args,
+        *generation, *engine, *setting.job_args,
     ]  # fmt: skip
 
 
-def environment(peer: Contender | None) -> dict[str, str]:
+def environment(peer: Contender | None, name: str = OURS) -> dict[str, str]:
     """What every contender gets: all cores, and no look at the hub."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    if peer and peer.own_threads:
+    if name in BY_VLLM or (peer and peer.own_threads):
         del env["OMP_NUM_THREADS"]
     return env

@@ -21,6 +21,7 @@ from typing import Any
 
 import report
 from contenders import (
+    BY_VLLM,
     HERE,
     OURS,
     PEERS,
@@ -50,7 +51,7 @@ class Task:
 
 
 def arguments() -> argparse.Namespace:
-    names = [OURS, *(peer.name for peer in PEERS)]
+    names = [OURS, *BY_VLLM, *(peer.name for peer in PEERS)]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a local model folder")
     parser.add_argument("--workload", nargs="*", choices=sorted(WORKLOADS), default=[])
@@ -139,14 +140,15 @@ def rounds(
     peers = {peer.name: peer for peer in PEERS}
     runs: dict[str, list[Run]] = {name: [] for name in args.peers}
     for name in args.peers:
-        if name != OURS and (command := missing(peers[name], setting)):
+        peer = peers.get("vllm" if name in BY_VLLM else name)
+        if peer and (command := missing(peer, setting)):
             left_out[name] = f"not installed: `{command}`"
     for i in range(args.runs):
         for name in [name for name in args.peers if name not in left_out]:
             if not wait_until_idle(args.idle):
                 print(f"{name}: the machine is busy; its figures will be too low", flush=True)
             try:
-                run = one_run(peers.get(name), setting, task, folder / f"{name}-{i}", args.timeout)
+                run = one_run(name, peers.get(name), setting, task, folder / f"{name}-{i}", args.timeout)
             except RuntimeError as error:
                 left_out[name] = f"failed: {error}"
                 print(f"{task.name} {name}: {error}", flush=True)
@@ -160,11 +162,13 @@ def rounds(
             yield name, runs[name]
 
 
-def one_run(peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float) -> Run:
+def one_run(
+    name: str, peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float
+) -> Run:
     """One process: a peer's, or our own job's where there is no peer."""
-    log, env = out.with_suffix(".log"), environment(peer)
+    log, env = out.with_suffix(".log"), environment(peer, name)
     if peer is None:
-        command = job_command(setting, task.prompts, task.generation, out)
+        command = job_command(setting, task.prompts, task.generation, out, name)
         return measure_job(command, env, out, log, timeout_sec)
     out = out.with_suffix(".jsonl")
     return measure_peer(peer_command(peer, setting, task.tokens, out), env, out, log, timeout_sec)

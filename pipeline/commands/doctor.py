@@ -48,6 +48,7 @@ def diagnose(config: Config) -> list[Any]:
     from pipeline.views import machine as health
     from pipeline.views import model as model_health
     from pipeline.views import room
+    from pipeline.views.vllm import check_vllm
 
     quiet_transformers()
     return [
@@ -55,6 +56,7 @@ def diagnose(config: Config) -> list[Any]:
         *health.check_devices(),
         *health.check_load(),
         *health.check_kernels(),
+        *check_vllm(config),
         *(check for device in health.devices() for check in health.check_bitsandbytes(device)),
         *model_health.check_login(),
         *model_health.check_access(config.model, config.models_dir),

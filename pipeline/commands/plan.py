@@ -7,19 +7,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from pipeline.commands.arguments import take_own, whole_number, write_json
-from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.streams import kept
 from pipeline.config.compose import job_keys, options, read_config
 from pipeline.config.quant import QUANTS, SUGGESTED, quant_name
 from pipeline.config.schema import Config, EngineName
-from pipeline.config.vllm_limits import ROWS, ROWS_ON_CPU
 from pipeline.memory.devices import Device, find_device, given_device
 from pipeline.memory.facts import find_facts
 from pipeline.memory.fit import Plan, Settings, Workload, best_choice, make_plan
-from pipeline.memory.ranks import RankPlan, plan_ranks
-from pipeline.models.at_hand import expect_generation, tokenizer_folder
-from pipeline.prompts.lengths import expect_lengths
+from pipeline.memory.ranks import RankPlan, plan_ranks, shared
+from pipeline.models.at_hand import expect_generation, expected_lengths
 
 EXAMPLES = {"model": "llama", "model.name": "ORG/NAME", "quant": "nf4", "memory": "24GB", "gpus": "4",
     "json": "plan.json"}  # fmt: skip
@@ -130,7 +127,8 @@ def rank_plans(arguments: Arguments) -> list[RankPlan]:
     made = []
     for model in arguments.models:
         for quant in arguments.quants:
-            config = _shared(_config(arguments, model, quant), arguments.gpus)
+            config = _config(arguments, model, quant)
+            engine = shared(config.engine, arguments.gpus)
             device = _device(arguments, config)
             count = max(1, len(device.gpus))
             each = replace(device, free_bytes=device.free_bytes // count, gpus=device.gpus[:1])
@@ -138,25 +136,9 @@ def rank_plans(arguments: Arguments) -> list[RankPlan]:
                 work = _workload(replace(config, prompts=prompts), _short(model), each, arguments)
             work, settled, stored = work.loaded(config.quant)
             named = stored or quant or quant_name(config.quant), settled
-            most = config.engine.max_rows or (ROWS if each.gpus else ROWS_ON_CPU)
-            made.append(
-                plan_ranks(
-                    work.model, work.facts.architecture, named, work.lengths, config.engine, each, most
-                )
-            )
+            arch = work.facts.architecture
+            made.append(plan_ranks(work.model, arch, named, work.lengths, engine, each))
     return made
-
-
-def _shared(config: Config, gpus: int | None) -> Config:
-    """Share the model among so many GPUs: those that no pipeline parts, by tensor parallel."""
-    engine = config.engine
-    if gpus is None:
-        return config
-    tensor, rest = divmod(gpus, engine.pipeline_parallel)
-    if rest or engine.tensor_parallel not in (1, tensor):
-        asked = f"engine.tensor_parallel={engine.tensor_parallel} engine.pipeline_parallel={engine.pipeline_parallel}"
-        raise ConfigError(f"gpus={gpus} {asked}: their product is another number", "Leave gpus= out.")
-    return replace(config, engine=replace(engine, tensor_parallel=tensor))
 
 
 def _config(arguments: Arguments, model: tuple[str, ...], quant: str | None) -> Config:
@@ -184,9 +166,8 @@ def _workload(config: Config, name: str | None, device: Device, arguments: Argum
         max_tokens_in_flight=config.engine.max_tokens_in_flight,
         pack_weights=config.engine.pack_weights,
     )
-    lengths = expect_lengths(
+    lengths = expected_lengths(
         config,
-        tokenizer_folder(config),
         facts.architecture.max_position_embeddings,
         given=any(override.startswith("prompts=") for override in arguments.overrides),
     )
@@ -200,10 +181,8 @@ def main(arguments: list[str]) -> ExitStatus:
         ConfigError, PromptError: as `plans`.
     """
     parsed = parse(arguments)
-    by_vllm = _config(parsed, parsed.models[0], parsed.quants[0]).engine.name is EngineName.vllm
-    if parsed.gpus is not None and not by_vllm:
-        raise ConfigError(f"gpus={parsed.gpus}: is for engine=vllm", "Add engine=vllm, or leave it out.")
-    made: Sequence[Plan | RankPlan] = rank_plans(parsed) if by_vllm else plans(parsed)
+    engine = shared(_config(parsed, parsed.models[0], parsed.quants[0]).engine, parsed.gpus)
+    made: Sequence[Plan | RankPlan] = rank_plans(parsed) if engine.name is EngineName.vllm else plans(parsed)
     if parsed.json_file is not None:
         write_json({"plans": [asdict(plan) for plan in made]}, parsed.json_file)
     if parsed.json_file != "-":

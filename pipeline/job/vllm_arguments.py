@@ -6,7 +6,6 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.host import host_free_bytes
 from pipeline.config.quant import Dtype
 from pipeline.config.schema import Config
-from pipeline.config.vllm_limits import ROWS, ROWS_ON_CPU
 from pipeline.memory.architecture import in_context
 from pipeline.memory.capacity import kv_architecture
 from pipeline.memory.facts import job_architecture
@@ -93,11 +92,6 @@ def _adapter(adapter: AdapterFiles | None) -> dict[str, Any]:
         return {}
     asked = adapter.settings.get("r") or 1
     return {"enable_lora": True, "max_lora_rank": next((rank for rank in RANKS if rank >= asked), asked)}
-
-
-def rows_in_flight(config: Config, device: str) -> int:
-    """Say how many rows run at once."""
-    return config.engine.max_rows or (ROWS_ON_CPU if device == "cpu" else ROWS)
 
 
 def cpu_reserve(config: Config, files: Elsewhere, prompts: str, rows: int) -> int | None:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common import terminal
+from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
 
-FORMAT = 1  # of what is kept: one more whenever its meaning changes
+FORMAT = 2  # of what is kept: one more whenever its meaning changes
 LIMIT_SEC = 120  # a hundred times the time of the largest model, and a slow disk's time to import torch
 COMMAND = ("-m", "pipeline.memory.counting")
 _VERSIONS = ("transformers", "torch", "bitsandbytes")
@@ -60,12 +61,6 @@ def _counted(config: str) -> Architecture:
         raise ConfigError(f"the model of this config cannot be counted ({error})", MEASURE) from error
     _keep(kept, answer)
     return found
-
-
-def cache_folder() -> Path:
-    """Find the user's folder for what can be made anew."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llm-job-pipeline"
 
 
 def _digest(config: str) -> str:
@@ -135,12 +130,11 @@ def read_answer(answer: Mapping[str, Any]) -> Architecture:
         Weight(**{**weight, "shape": tuple(weight["shape"]), "wide_in": tuple(weight["wide_in"])})
         for weight in sizes.pop("weights")
     )
-    windows, keys = tuple(sizes.pop("windows")), tuple(sizes.pop("layer_keys"))
+    for key in ("windows", "layer_keys", "layer_states", "layer_state_bytes"):
+        sizes[key] = tuple(sizes[key])
     counted = Counted(weights, sizes.pop("note"), sizes.pop("refused"))
     return Architecture(
         **sizes,
-        num_hidden_layers=len(windows),
-        windows=windows,
-        layer_keys=keys,
+        num_hidden_layers=len(sizes["windows"]),
         counted=counted,
     )

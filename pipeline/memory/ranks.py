@@ -1,10 +1,12 @@
 """Plan a model for vLLM: what each rank holds of it where GPUs share it, and what is left for keys and values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from pipeline.common.errors import ConfigError
 from pipeline.config.quant import QuantConfig
-from pipeline.config.schema import EngineConfig
+from pipeline.config.schema import EngineConfig, EngineName
+from pipeline.config.vllm_limits import rows_in_flight
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.devices import Device
 from pipeline.memory.peaks import CUDA_CONTEXT_BYTES, work_bytes
@@ -46,18 +48,17 @@ def plan_ranks(
     lengths: PromptLengths,
     settings: EngineConfig,
     device: Device,
-    most_rows: int,
 ) -> RankPlan:
     """Plan a model on ranks that have such a device each.
 
     Args:
         device: of one rank.
-        most_rows: in flight.
     """
     name, config = quant
     tensor, stages = settings.tensor_parallel, settings.pipeline_parallel
     held = rank_bytes(arch, config, tensor, stages)
     context = CUDA_CONTEXT_BYTES if device.gpus else 0
+    most_rows = rows_in_flight(settings.max_rows, on_cpu=not device.gpus)
     rows = min(most_rows, len(lengths.samples)) or 1
     work = context + work_bytes(arch, config, device.gpus, settings.prefill_tokens, rows, lengths.sampled)
     left = int(device.free_bytes * settings.memory_fraction) - held - work
@@ -79,6 +80,26 @@ def plan_ranks(
         sum(lengths.samples[0]) if lengths.samples else 1,
         _refusal(arch, tensor, stages),
     )
+
+
+def shared(settings: EngineConfig, gpus: int | None) -> EngineConfig:
+    """Share the model among so many GPUs: those that no pipeline parts, by tensor parallel.
+
+    Raises:
+        ConfigError: they cannot be parted so, or by another engine than vLLM.
+    """
+    if gpus is None:
+        return settings
+    if settings.name is not EngineName.vllm:
+        raise ConfigError(f"gpus={gpus}: is for engine=vllm", "Add engine=vllm, or leave it out.")
+    tensor, rest = divmod(gpus, settings.pipeline_parallel)
+    if rest or settings.tensor_parallel not in (1, tensor):
+        asked = (
+            f"engine.tensor_parallel={settings.tensor_parallel} "
+            f"engine.pipeline_parallel={settings.pipeline_parallel}"
+        )
+        raise ConfigError(f"gpus={gpus} {asked}: their product is another number", "Leave gpus= out.")
+    return replace(settings, tensor_parallel=tensor)
 
 
 def rank_bytes(arch: Architecture, quant: QuantConfig, tensor: int, stages: int) -> int:

@@ -7,14 +7,21 @@ from pipeline.config.schema import Config
 from pipeline.models.adapter_files import find_adapter
 from pipeline.models.checkpoint import GENERATION, TOKENIZER, find_checkpoint
 from pipeline.models.own_settings import settle_generation
+from pipeline.prompts.lengths import PromptLengths, expect_lengths
 
 
-def tokenizer_folder(config: Config) -> Path | None:
-    """Find the folder that has the model's tokenizer.json, or its adapter's; None where it is not on this machine.
+def expected_lengths(config: Config, context: int, *, given: bool) -> PromptLengths:
+    """Measure the prompt file with the model's own tokenizer where that is here, as `expect_lengths`.
 
     Raises:
         LoadError: the adapter cannot be used.
+        PromptError: a file that was given cannot be read.
     """
+    return expect_lengths(config, _tokenizer_folder(config), context, given=given)
+
+
+def _tokenizer_folder(config: Config) -> Path | None:
+    """Find the folder that has the model's tokenizer.json, or its adapter's; None where it is not on this machine."""
     adapter = find_adapter(config.model, config.models_dir)
     if adapter is not None and (adapter.files.folder / TOKENIZER).is_file():
         return adapter.files.folder

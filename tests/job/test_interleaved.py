@@ -20,9 +20,10 @@ from pipeline.common.fingerprint import row_key
 from pipeline.config.compose import job_folder, read_config
 from pipeline.job import run
 from pipeline.job.folder import JobFolder
-from pipeline.job.load import Ready, load
+from pipeline.job.load import load
 from pipeline.job.merge import merge
 from pipeline.job.paths import JobPaths
+from pipeline.job.ready import Ready
 from pipeline.job.rows import read_rows
 from pipeline.prompts.count import count_once, prompts_sha256
 from pipeline.prompts.reader import open_prompts
@@ -217,7 +218,7 @@ def _json(path: Path) -> dict[str, Any]:
 def ready(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ready:
     """The tiny model, loaded once for every run of these tests."""
     nowhere = tmp_path_factory.mktemp("none")
-    return load(read_config(arguments(tiny_folder, nowhere, nowhere)))
+    return load(read_config(arguments(tiny_folder, nowhere, nowhere)), "", JobPaths(nowhere))
 
 
 def fresh(ready: Ready) -> Ready:
@@ -230,7 +231,7 @@ def test_what_is_said_of_rows_is_right_after_any_sequence(
     sequence: int, ready: Ready, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(run, "load", lambda config: fresh(ready))
+    monkeypatch.setattr(run, "load", lambda *job: fresh(ready))
     monkeypatch.setattr(Ready, "release", lambda ready: None)
     monkeypatch.setattr(terminal.console, "quiet", True)
     seed = random.randrange(1 << 32)

@@ -42,9 +42,14 @@ OWN = [
     {"id": "grammar", "prompt": "Is water wet?", "generation": {"grammar": 'start: "may" "be"'}},
     {"id": "hot", "prompt": "x", "generation": {"temperature": 5}},
     {"id": "orders", "prompt": "x", "generation": {"temperature": 1, "min_p": 0.1, "top_p": 0.5}},
+    {"id": "labels", "prompt": "x", "generation": {"choice": ["a", "b"], "label_logprobs": True}},
     {"id": "long", "prompt": "x " * 9000},
 ]
-REFUSED = {"hot": "vLLM takes 0 (greedy), or 0.01 to 2", "orders": "applies them in the other order"}
+REFUSED = {
+    "hot": "vLLM takes 0 (greedy), or 0.01 to 2",
+    "orders": "applies them in the other order",
+    "labels": "does not compare choices",
+}
 DRAWN = {"three", "request-3", "good-overrides", *REFUSED}
 
 

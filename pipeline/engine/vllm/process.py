@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from pipeline.common.children import last_lines, start_child
 from pipeline.common.errors import JobError
 from pipeline.common.exit_status import ended
+from pipeline.engine.before_torch import SPINS
 
 WORKER = Path(__file__).with_name("worker.py")
 SETTINGS = {
@@ -19,8 +20,19 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a folder
 }
-DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # other programs run on these cores too
 PATIENCE_SEC = 5.0
+
+
+def environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Make the process's environment from our own: vLLM's threads wait as it wants, and are bound to no core
+    where OMP_NUM_THREADS says how many there may be.
+    """
+    found = {**own, **SETTINGS}
+    if found.get("GOMP_SPINCOUNT") == SPINS:  # which suits our own engine
+        del found["GOMP_SPINCOUNT"]
+    if "OMP_NUM_THREADS" in found:
+        found.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    return found
 
 
 class VllmProcess:
@@ -31,13 +43,12 @@ class VllmProcess:
     """
 
     def __init__(self, python: str, log: Path) -> None:
-        environment = {**DEFAULTS, **os.environ, **SETTINGS}
         command = [python, "-I", str(WORKER)]  # -I: no PYTHONPATH, which is for another Python
         self.log = log
         self.gpus: list[dict[str, Any]] = []  # as it last told of them
         try:
             self._process = start_child(
-                command, environment, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                command, environment(os.environ), log, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         except OSError as error:
             raise JobError(

@@ -1,7 +1,4 @@
-"""Loop over rows and heads in compiled code: a prefill's way into its rectangle and out, and a decode step.
-
-numba's cache of this file does not see a change in those that it imports: touch this one too.
-"""
+"""Loop over rows and heads in compiled code: a prefill's way into its rectangle and out, and a decode step."""
 
 from typing import Any
 

@@ -1,7 +1,6 @@
 """Write attention's inner loops in LLVM's vectors: scores, exponentials, weighted sums, rotation.
 
-Written out, because LLVM's own vectoriser finds neither the instruction for bf16 nor where to prefetch. numba's
-cache of the loops does not see a change in this file: touch attention.py too.
+Written out, because LLVM's own vectoriser finds neither the instruction for bf16 nor where to prefetch.
 """
 
 from typing import Any

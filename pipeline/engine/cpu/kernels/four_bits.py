@@ -2,8 +2,7 @@
 
 A code's value times its scale is rounded to bf16 as bitsandbytes does, so that the products are those of the
 weight that it dequantizes. That is done once for the 16 codes of each output and scale: two tables of 16 bytes,
-which an instruction looks up for 16 codes at once. numba's cache of the products does not see a change in this
-file: touch linear_*.py.
+which an instruction looks up for 16 codes at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence

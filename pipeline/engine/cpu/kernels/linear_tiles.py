@@ -1,8 +1,6 @@
 """Multiply by packed weights on a CPU's matrix tiles.
 
 A strip is 32 outputs. Its weights are read once for all rows of a chunk, in parts that stay in the L1 cache.
-
-numba's cache of this file does not see a change in those that it imports: touch this one too.
 """
 
 from typing import Any

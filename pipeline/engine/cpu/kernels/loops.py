@@ -1,7 +1,7 @@
 """Loop over rows in compiled code: norms, silu, argmax, and the program that runs one kernel after the other.
 
 Numbers in bf16 are held as uint16, the upper half of a float32: they come in and go out in bf16, and what lies
-between is float32. numba's cache of this file does not see a change in those that it imports: touch this one too.
+between is float32.
 """
 
 import math
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from pipeline.engine.cpu.kernels.compiled import keep_apart
 from pipeline.engine.cpu.kernels.slots import read, slots
-from pipeline.engine.cpu.kernels.threads import arrive, arrived, call, let_others_run, next_task, team
+from pipeline.engine.cpu.kernels.threads import arrive, arrived, call_at, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
 
 PATIENCE = 1000  # looks at a counter, some dozen nanoseconds each, before others may run
@@ -20,6 +21,7 @@ ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
 
 # fastmath lets a sum be vectorised; "numpy" divides without a check for 0 that would keep a loop scalar.
+keep_apart()
 inner = njit(fastmath=True, error_model="numpy")
 threaded = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=True, error_model="numpy")
 
@@ -191,7 +193,7 @@ def run(pointer: Any) -> None:
     p = read(pointer, Run)
     kernels, threads = carray(longs(p.calls), (p.count, 2)), team(p.team)
     for i in range(p.count):
-        call(kernels[i, 0], kernels[i, 1])
+        call_at(kernels[i, 0], kernels[i, 1])
         arrive(p.arrived)
         looks = 0
         # Within a run the counter only rises, so no thread can miss a meeting that the others have left.

@@ -3,8 +3,6 @@
 A kernel gets one pointer, to a row of int64 numbers: addresses, sizes, and floats by their bits. Their order is
 one list of names beside the kernel: the kernel reads them all at once and says `p.rows`, and who calls it says
 `rows=…`. Compiled, that is the load that `p[5]` would be.
-
-A list belongs into the file of its kernel: numba's cache would not see it change in another.
 """
 
 from collections import namedtuple

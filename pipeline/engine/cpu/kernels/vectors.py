@@ -1,8 +1,7 @@
 """Write LLVM instructions on addresses and vectors, where numba's own language does not reach.
 
 Each function marked `intrinsic` is called from compiled code; its inner `codegen` writes the instructions.
-A vector has 16 lanes on any CPU; where its registers are shorter, LLVM takes several. numba's cache of the
-loops does not see a change in this file: touch those too.
+A vector has 16 lanes on any CPU; where its registers are shorter, LLVM takes several.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,48 @@
+"""What numba compiled is used again only with the same sources and on the same kind of CPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+ROOT = Path(__file__).resolve().parents[3]
+LOOK = (
+    "from pipeline.engine.cpu.kernels.compiled import keep_apart; from numba import config;"
+    "keep_apart(); print(config.CACHE_DIR)"
+)
+
+
+def folder_of(root: Path, **settings: str) -> Path:
+    """Ask a process of its own where it keeps what it compiles."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        env={**environment, "PYTHONPATH": str(root), **settings},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return Path(done.stdout.strip())
+
+
+def test_sources_and_kinds_of_cpu_have_folders_of_their_own(tmp_path):
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    here = folder_of(ROOT, **cache)
+    older = folder_of(ROOT, **cache, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx2,+fma")
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    assert folder_of(tmp_path, **cache) == here
+    with (tmp_path / "pipeline/engine/cpu/kernels/vectors.py").open("a") as source:
+        source.write("\n")
+    changed = folder_of(tmp_path, **cache)
+    assert len({here, older, changed}) == 3
+    assert {folder.parent for folder in (here, older, changed)} == {tmp_path / "cache" / "llm-job-pipeline"}
+
+
+def test_a_users_own_cache_is_taken(tmp_path):
+    assert folder_of(ROOT, NUMBA_CACHE_DIR=str(tmp_path)).parent == tmp_path
