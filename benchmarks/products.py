@@ -97,12 +97,12 @@ def limits(clock: Callable[[], float]) -> tuple[float, float]:
 def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]], int]]:
     """Make each contender's products, one for each weight, and the bytes of one weight."""
     import torch
-    from torch.nn import functional as F
 
     from pipeline.engine.cpu import load_kernels
-    from pipeline.engine.cpu.packing import PackedLinear, pack_weights
+    from pipeline.engine.cpu.packing import FloatLinear, PackedLinear, pack_weights
 
-    if load_kernels() is None:
+    kernels = load_kernels()
+    if kernels is None:
         raise SystemExit("this needs numba, and a torch that is linked with libgomp")
     warnings.filterwarnings("ignore", "MatMul8bitLt")
 
@@ -119,14 +119,16 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
 
     count = -(-WEIGHTS_BYTES // (2 * inputs * outputs))
     numbers = inputs * outputs
-    wide = [torch.randn(outputs, inputs) for _ in range(-(-count // 2))]
+    floats = [torch.nn.Linear(inputs, outputs, bias=False) for _ in range(-(-count // 2))]
+    ours = [FloatLinear(linear, kernels) for linear in floats]
     return {
         "bf16": ([packed(layer("bf16")) for _ in range(count)], 2 * numbers),
         "int8": ([packed(layer("int8")) for _ in range(2 * count)], numbers),
         "int8, bitsandbytes": ([layer("int8") for _ in range(2 * count)], numbers),
         "nf4": ([packed(layer("nf4")) for _ in range(2 * count)], numbers * 9 // 16),
         "nf4, bitsandbytes": ([layer("nf4") for _ in range(2 * count)], numbers * 9 // 16),
-        "float32, torch": ([lambda x, w=w: F.linear(x.float(), w) for w in wide], 4 * numbers),
+        "float32": ([lambda x, m=m: m(x.float()) for m in ours], 4 * numbers),
+        "float32, torch": ([lambda x, m=m: m(x.float()) for m in floats[::-1]], 4 * numbers),
     }
 
 

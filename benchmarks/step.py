@@ -1,4 +1,4 @@
-"""Time decode steps of a random model of Llama-3.2-1B's shape in bf16, int8 and nf4, beside what the machine allows.
+"""Time decode steps of a random model of Llama-3.2-1B's shape in several precisions, beside what the machine allows.
 
     python benchmarks/step.py --rows 1 4 32 128
     python benchmarks/step.py --older amx avx10 avx512                    # as a CPU without AVX-512 would
@@ -19,7 +19,7 @@ def main() -> None:
     parser = arguments(__doc__, [1, 4, 32, 128])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--quant", nargs="+", default=["bf16", "int8", "nf4"])
+    parser.add_argument("--quant", nargs="+", default=["bf16", "int8", "nf4", "fp32"])
     args = parser.parse_args()
     clock, bandwidth, peak = prepare(args)
     import torch
@@ -48,6 +48,7 @@ def make(layers: int, vocabulary: int, quant: str) -> Any:
 
     if load_kernels() is None:
         raise SystemExit("this needs numba, and a torch that is linked with libgomp")
+    dtype = torch.float32 if quant == "fp32" else torch.bfloat16
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=2048,
@@ -57,9 +58,9 @@ def make(layers: int, vocabulary: int, quant: str) -> Any:
         num_key_value_heads=8,
         head_dim=64,
         tie_word_embeddings=True,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
     linears = [
         (m, n, c) for m in model.model.modules() for n, c in m.named_children() if hasattr(c, "in_features")
     ]
@@ -85,10 +86,11 @@ def step_of(model: Any, rows: int) -> Any:
 
 
 def weights_of(model: Any) -> tuple[int, int]:
-    """Count the bytes of packed weights that a step reads, and the operations of a row's products."""
-    weights = {id(m.packed): m.packed.weight for m in model.modules() if hasattr(m, "packed")}
-    flops = sum(2 * weight.inputs * weight.outputs for weight in weights.values())
-    return sum(weight.numbers.nbytes for weight in weights.values()), flops
+    """Count the bytes of linear layers' weights that a step reads, and the operations of a row's products."""
+    layers = [m for m in model.modules() if hasattr(m, "in_features")]
+    flops = sum(2 * m.in_features * m.out_features for m in layers)
+    packed = {id(m.packed): m.packed.weight.numbers.nbytes for m in layers if hasattr(m, "packed")}
+    return sum(packed.values()) + sum(m.weight.nbytes for m in layers if not hasattr(m, "packed")), flops
 
 
 if __name__ == "__main__":

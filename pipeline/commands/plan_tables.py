@@ -57,6 +57,8 @@ def _print_whole(plan: Plan, out: Console) -> None:
         out.print(_reasons_table(plan))
     kinds = ", ".join(f"{size:,} bytes ({kind})" for kind, size in plan.kv_bytes_per_token.items())
     out.print(f"KV cache, each token: {kinds}", highlight=False)
+    if plan.row_state_bytes:
+        out.print(f"States of recurrent layers, each row: {plan.row_state_bytes:,} bytes", highlight=False)
     out.print(_needs_table(plan))
     _print_load_peak(plan, out)
     _print_prompts(plan, out)

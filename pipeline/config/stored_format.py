@@ -12,6 +12,16 @@ from pipeline.config.quant import STORED_BITS, Dtype, QuantConfig, QuantMethod
 _MARK = " (checkpoint)"  # ends the name of a format that came with the weights
 _BITSANDBYTES = tuple(method.name for method in QuantMethod if method.bits is not None)
 SKIPPED = "llm_int8_skip_modules"  # bitsandbytes' list of modules that stay plain, of 4 bits too
+# What transformers needs to read a format, by the names of the package index.
+PACKAGES = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto-round",),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+    "gptq": ("optimum", "gptqmodel"),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
 # Formats that transformers turns into plain weights as it reads them, where its config asks for that.
 AS_READ = ("fp8", "mxfp8", "mxfp4", "metal", "compressed-tensors")
 

@@ -1,6 +1,6 @@
 """Say what suits a kind of device and its way to hold keys and values, to the engine and to a memory plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PAGE = 32  # columns of a page
 
@@ -25,6 +25,17 @@ def limits(device_type: str) -> Limits:
     return CPU if device_type == "cpu" else GPU
 
 
-def expected_limits(gpus: int) -> Limits:
-    """Expect the limits of a job on so many GPUs, before its model is loaded."""
+def own_cache_limits(device_type: str) -> Limits:
+    """Return the limits of rows in the model's own cache, which allocates nothing ahead."""
+    return replace(limits(device_type), chunk=0)
+
+
+def expected_limits(gpus: int, *, own_cache: bool = False) -> Limits:
+    """Expect the limits of a job on so many GPUs, before its model is loaded.
+
+    Args:
+        own_cache: of a model that runs through the cache that it makes for itself.
+    """
+    if own_cache:
+        return own_cache_limits("gpu" if gpus else "cpu")
     return PAGES if gpus == 1 else limits("cpu" if gpus == 0 else "gpu")

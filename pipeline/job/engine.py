@@ -10,7 +10,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.probe import AnyForward, choose_forward
 from pipeline.engine.vllm.engine import VllmEngine
 from pipeline.job.ready import Ready
-from pipeline.job.vllm import VllmReady
+from pipeline.job.vllm_ready import VllmReady
 from pipeline.memory.capacity import Capacity, capacity
 from pipeline.memory.facts import job_architecture
 

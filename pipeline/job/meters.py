@@ -11,7 +11,7 @@ from pipeline.engine.stats import EngineStats
 from pipeline.job.energy import EnergyMeter
 from pipeline.job.manifest import gpu_uuids
 from pipeline.job.ready import Ready
-from pipeline.job.vllm import VllmReady
+from pipeline.job.vllm_ready import VllmReady
 from pipeline.memory.measured import FamilyPeaks, Peaks, PeakSampler
 
 

@@ -8,7 +8,7 @@ from pipeline.engine.limits import Limits
 from pipeline.engine.probe import AnyForward
 from pipeline.job.meters import Taken
 from pipeline.job.ready import Ready
-from pipeline.job.vllm import VllmReady
+from pipeline.job.vllm_ready import VllmReady
 from pipeline.memory.compare import PARTS, Setup, compared, predicted
 from pipeline.memory.facts import job_architecture
 from pipeline.memory.plan import footprint_bytes

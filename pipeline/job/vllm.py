@@ -1,104 +1,20 @@
-"""Load a job's model into vLLM's process, and say of it what a job says of a model of its own."""
+"""Load a job's model into vLLM's process."""
 
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
-from pipeline.common.gpu import Gpu
-from pipeline.common.request import GenerationParams
 from pipeline.config.schema import Config
-from pipeline.config.vllm_limits import refusal, rows_in_flight
-from pipeline.engine.accelerators import usable_gpus
+from pipeline.config.vllm_limits import rows_in_flight
 from pipeline.engine.vllm.process import VllmProcess
-from pipeline.job.ready import Ready
 from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve
+from pipeline.job.vllm_ready import VllmReady
 from pipeline.memory.measured import FamilyPeaks
-from pipeline.models.elsewhere import Elsewhere, read_elsewhere
+from pipeline.models.elsewhere import read_elsewhere
 
-DIFFERS = (  # from a job of our own engine; docs/engines.md
-    "draws are vLLM's own",
-    "memory for keys and values is reserved, and does not grow",
-)
-BATCH = "text may depend on the rows beside it"
-
-
-@dataclass(frozen=True, slots=True)
-class VllmReady(Ready):
-    """Hold a model that vLLM's process has loaded."""
-
-    files: Elsewhere
-    process: VllmProcess
-    hello: dict[str, Any]  # where it runs
-    arguments: dict[str, Any]  # what it was asked for
-    reserved: dict[str, Any]  # what it has
-
-    @property
-    def embeddings(self) -> int:
-        """Count the tokens that the model has a vector for."""
-        return int(self.files.text_config().get("vocab_size") or len(self.tokenizer))
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Give the tokens that end a completion."""
-        return self.files.ends
-
-    def context(self, asked: int | None) -> int:
-        """Count the tokens that a row may have: as asked, else the model's own."""
-        return int(asked or self.files.text_config().get("max_position_embeddings") or self.longest_row)
-
-    @property
-    def longest_row(self) -> int:
-        """Count the tokens of the longest row that vLLM takes: as asked, or as it has memory for."""
-        return int(self.reserved["max_model_len"])
-
-    def refusal(self, params: GenerationParams) -> str | None:
-        """Say which of a row's settings vLLM would take as another; None if it takes all."""
-        return refusal(params)
-
-    @property
-    def helper(self) -> int:
-        """Name the process that works for this one."""
-        return self.process.pid
-
-    @property
-    def rows(self) -> int:
-        """Count the rows that run at once."""
-        return int(self.arguments["max_num_seqs"])
-
-    @property
-    def gpus(self) -> tuple[Gpu, ...]:
-        """Name the GPUs that it lies on."""
-        if self.hello["device"] == "cpu":
-            return ()
-        count = self.arguments["tensor_parallel_size"] * self.arguments["pipeline_parallel_size"]
-        return usable_gpus("auto")[:count]
-
-    @property
-    def dtypes(self) -> dict[str, str | None]:
-        """Name the dtypes that it computes in."""
-        return {"plain": str(self.reserved["dtype"]), "products_4bit": None}
-
-    @property
-    def engine(self) -> dict[str, Any]:
-        """Say what computes, and what of its promises is other than ours."""
-        alike = os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
-        return {
-            "name": "vllm",
-            "versions": self.hello["versions"],
-            "device": self.hello["device"],
-            "python": self.process.python,
-            "arguments": self.arguments,
-            "max_model_len": self.longest_row,
-            "differs": [*DIFFERS, *([] if alike else [BATCH])],
-        }
-
-    def release(self) -> None:
-        """End the process."""
-        self.process.close()
+UNKNOWN = ("weight_bytes", "quantization_state_bytes", "parameters", "quantized_share")  # of vLLM's weights
 
 
 def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
@@ -142,6 +58,3 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
         terminal.say(left_out)
     weights = {"footprint_bytes": reserved["weight_bytes"], **dict.fromkeys(UNKNOWN)}
     return VllmReady(loaded, False, weights, peaks.peaks(), files, process, hello, asked, reserved)
-
-
-UNKNOWN = ("weight_bytes", "quantization_state_bytes", "parameters", "quantized_share")  # of its weights

@@ -99,6 +99,9 @@ class Architecture:
     dtype: str  # the checkpoint's own: float32, float16 or bfloat16
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None is full attention
     layer_keys: tuple[int, ...]  # scalars of one token's keys and values, by layer
+    layer_states: tuple[int, ...] = ()  # scalars that each row has whatever its length, by layer, and …
+    layer_state_bytes: tuple[int, ...] = ()  # … bytes, of states in a dtype of their own
+    own_cache: bool = False  # runs through the cache that it makes for itself
     adapter_scalars: int = 0  # of an adapter, which are held beside weights that are quantized
     file_bytes: int | None = None  # of the checkpoint's tensors, where they are not plain weights
     counted: Counted | None = None  # None: by formula, from what follows
@@ -155,7 +158,15 @@ def in_context(config: Mapping[str, Any], context: int | None) -> Mapping[str, A
     return {**config, "max_position_embeddings": context}
 
 
-_DERIVED = ("layer_keys", "counted", "adapter_scalars", "file_bytes")
+_DERIVED = (
+    "layer_keys",
+    "layer_states",
+    "layer_state_bytes",
+    "own_cache",
+    "counted",
+    "adapter_scalars",
+    "file_bytes",
+)
 
 
 def differences(facts: Architecture, found: Architecture) -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.engine.limits import CPU, Limits
 from pipeline.engine.model_facts import input_device
 from pipeline.memory.architecture import Architecture, in_context, known_architecture
 from pipeline.memory.peaks import activation_bytes, work_bytes
-from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes
+from pipeline.memory.plan import kv_bytes_per_token, kv_cache_bytes, row_state_bytes
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,13 @@ class Place:
         """Return the model as far as this device's keys and values go: with its layers only."""
         windows = tuple(arch.windows[layer] for layer in self.layers)
         return replace(
-            arch, windows=windows, layer_keys=tuple(arch.layer_keys[layer] for layer in self.layers)
+            arch,
+            windows=windows,
+            layer_keys=tuple(arch.layer_keys[layer] for layer in self.layers),
+            layer_states=tuple(arch.layer_states[layer] for layer in self.layers if arch.layer_states),
+            layer_state_bytes=tuple(
+                arch.layer_state_bytes[layer] for layer in self.layers if arch.layer_states
+            ),
         )
 
 
@@ -99,6 +105,7 @@ def capacity(
         int(place.free_bytes * fraction) - work_bytes(arch, quant, place.gpus, prefill_tokens, rows, sampled)
         for place in found
     ]
+    rows = rows_for_states(arch, quant, found, budgets, rows)
     tokens = tokens_on_all(arch, quant, found, budgets, rows, limits)
     return Capacity(rows, max_tokens or tokens, arch, quant, found, prefill_tokens)
 
@@ -130,6 +137,18 @@ def _device(layer: nn.Module) -> torch.device:
     holder = next(m for m in layer.modules() if next(m.parameters(recurse=False), None) is not None)
     device = next(holder.parameters(recurse=False)).device
     return torch.device(holder._hf_hook.execution_device) if device.type == "meta" else device  # type: ignore[union-attr,arg-type]
+
+
+def rows_for_states(
+    arch: Architecture, quant: QuantConfig, places: Sequence[Place], budgets_bytes: Sequence[int], rows: int
+) -> int:
+    """Bound the rows by the states that each has: half of a budget, or all of it where there are no keys and values."""
+    for place, budget in zip(places, budgets_bytes, strict=True):
+        part = place.part(arch)
+        if state_bytes := row_state_bytes(part, quant):
+            share = budget // 2 if any(part.layer_keys) else budget
+            rows = max(1, min(rows, share // state_bytes))
+    return rows
 
 
 def tokens_on_all(
@@ -170,7 +189,7 @@ def tokens_that_fit(
 
 def _equal(tokens: int, rows: int, limits: Limits) -> tuple[int, int]:
     """Split so many tokens in equal rows: how many rows, and how long."""
-    rows = max(1, min(rows, tokens // limits.chunk))
+    rows = max(1, min(rows, tokens // max(limits.chunk, 1)))
     return rows, -(-tokens // rows)
 
 

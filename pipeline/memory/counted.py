@@ -22,7 +22,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
 
-FORMAT = 1  # of what is kept: one more whenever its meaning changes
+FORMAT = 2  # of what is kept: one more whenever its meaning changes
 LIMIT_SEC = 120  # a hundred times the time of the largest model, and a slow disk's time to import torch
 COMMAND = ("-m", "pipeline.memory.counting")
 _VERSIONS = ("transformers", "torch", "bitsandbytes")
@@ -130,12 +130,11 @@ def read_answer(answer: Mapping[str, Any]) -> Architecture:
         Weight(**{**weight, "shape": tuple(weight["shape"]), "wide_in": tuple(weight["wide_in"])})
         for weight in sizes.pop("weights")
     )
-    windows, keys = tuple(sizes.pop("windows")), tuple(sizes.pop("layer_keys"))
+    for key in ("windows", "layer_keys", "layer_states", "layer_state_bytes"):
+        sizes[key] = tuple(sizes[key])
     counted = Counted(weights, sizes.pop("note"), sizes.pop("refused"))
     return Architecture(
         **sizes,
-        num_hidden_layers=len(windows),
-        windows=windows,
-        layer_keys=keys,
+        num_hidden_layers=len(sizes["windows"]),
         counted=counted,
     )

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from pipeline.common.errors import LoadError, PipelineError
-from pipeline.common.units import GIB
 from pipeline.config.quant import QUANTS
 from pipeline.config.stored_format import SKIPPED
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.model_facts import RECURRENT, layer_windows, needs_own_cache
+from pipeline.engine.model_facts import layer_windows, needs_own_cache
+from pipeline.engine.rectangles.own_cache import cache_name, cache_tensors, new_cache
 from pipeline.memory.counted import LIMIT_SEC
 from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
@@ -35,8 +35,9 @@ from pipeline.models.meta import build_on_meta
 # Two of the plain dtypes: what is in another one in both, is so whatever the model is loaded in.
 _BF16, _FP16 = "bfloat16", "float16"
 _INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
-LIMIT_BYTES = 4 * GIB  # ten times what the largest model takes, and some for libraries
+LIMIT_BYTES = 4 << 30  # ten times what the largest model takes, and some for libraries
 _TOKENS = 2  # in the pass that makes keys and values
+_FEW = (4, 8)  # in those that tell what grows with the tokens from what does not
 
 
 def count(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,11 +76,16 @@ def _config(values: Mapping[str, Any]) -> Any:
         if key not in ("auto_map", SKIPPED) and "implementation" not in key
     }
     try:
-        return CONFIG_MAPPING[str(kind)].from_dict(kept)
+        return CONFIG_MAPPING[str(kind)].from_dict(json.loads(json.dumps(kept), object_hook=_special_float))
     except Exception as error:
         raise LoadError(
             f"transformers cannot read it: {first_line(error)}", "Copy or download it again"
         ) from error
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """Read infinity as transformers writes it into a config.json."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def _refused(config: Any) -> str | None:
@@ -174,24 +180,69 @@ def _layer_keys(network: Any, text: Any) -> dict[str, Any]:
     if hasattr(network, "set_experts_implementation"):
         network.set_experts_implementation("batched_mm")  # others ask how many tokens each expert has
     fx_settings.meta_nonzero_assume_all_nonzero = True
-    why = ""
-    for way in (_attended, _cached):
+    why, own_cache = "", needs_own_cache(network.config) is not None
+    for way in (_in_own_cache,) if own_cache else (_attended, _cached):
         try:
-            keys, windows = way(network, text)
+            found = way(network, text)
         except Exception as error:  # noqa: BLE001  any code of transformers runs in it
             why = first_line(error)
         else:
-            note = "the states of its recurrent layers, constant for each row, are not counted"
-            recurrent = needs_own_cache(network.config) == RECURRENT
-            return {"layer_keys": keys, "windows": windows, "note": note if recurrent else None}
+            return {
+                "layer_states": [],
+                "layer_state_bytes": [],
+                "own_cache": own_cache,
+                "note": None,
+                **found,
+            }
     heads = _whole(text, "num_key_value_heads") or _whole(text, "num_attention_heads")
     size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
     layers = _whole(text, "num_hidden_layers")
     note = f"keys and values are estimated from the config's sizes: {why}"
-    return {"layer_keys": [2 * heads * size] * layers, "windows": [None] * layers, "note": note}
+    if own_cache:
+        note += "; the states of its recurrent layers, constant for each row, are not counted"
+    return {
+        "layer_keys": [2 * heads * size] * layers,
+        "windows": [None] * layers,
+        "layer_states": [],
+        "layer_state_bytes": [],
+        "own_cache": own_cache,
+        "note": note,
+    }
 
 
-def _attended(network: Any, text: Any) -> tuple[list[int], list[int | None]]:
+def _in_own_cache(network: Any, text: Any) -> dict[str, Any]:
+    """Count what the model puts into the cache that it makes for itself: what grows with the tokens, and what does not.
+
+    What is not in the model's dtype has one of its own, whatever the model is loaded in.
+    """
+    few, more = (_held(network, tokens) for tokens in _FEW)
+    grown = _FEW[1] - _FEW[0]
+    keys = [(after[0] - before[0]) // grown for before, after in zip(few, more, strict=True)]
+    layers = max(_whole(text, "num_hidden_layers"), len(keys))
+    missing = [0] * (layers - len(keys))
+    return {
+        "layer_keys": keys + missing,
+        "layer_states": [held[0] - _FEW[0] * each for held, each in zip(few, keys, strict=True)] + missing,
+        "layer_state_bytes": [held[1] for held in few] + missing,
+        "windows": [None] * layers,
+    }
+
+
+def _held(network: Any, tokens: int) -> list[tuple[int, int]]:
+    """Count what a cache holds of a row of so many tokens, by layer: scalars as the model's, and bytes of others."""
+    name = cache_name(network)
+    cache = new_cache(network)
+    output = _pass(network, tokens, use_cache=True, **({} if cache is None else {name: cache}))
+    cache = output.get(name, cache)
+    held = []
+    for layer in getattr(cache, "layers", [cache]):
+        tensors = list(cache_tensors(layer))
+        own = sum(tensor.numel() for tensor in tensors if tensor.dtype == torch.bfloat16)
+        held.append((own, sum(tensor.nbytes for tensor in tensors if tensor.dtype != torch.bfloat16)))
+    return held
+
+
+def _attended(network: Any, text: Any) -> dict[str, Any]:
     """Count what the engine's attention is given, in each layer."""
     windows = layer_windows(text)
     shapes = _Shapes(windows)
@@ -201,24 +252,25 @@ def _attended(network: Any, text: Any) -> tuple[list[int], list[int | None]]:
         _pass(network, batch=shapes, use_cache=False)
     finally:
         network.set_attn_implementation(before)
-    return [shapes.scalars[layer] for layer in range(len(windows))], list(windows)
+    keys = [shapes.scalars[layer] for layer in range(len(windows))]
+    return {"layer_keys": keys, "windows": list(windows)}
 
 
-def _cached(network: Any, text: Any) -> tuple[list[int], list[int | None]]:
+def _cached(network: Any, text: Any) -> dict[str, Any]:
     """Count what the model puts into a cache of transformers."""
     cache = DynamicCache(config=copy.deepcopy(text))
     _pass(network, past_key_values=cache, use_cache=True)
     found = [_scalars(layer) for layer in cache.layers]
     found += [0] * (_whole(text, "num_hidden_layers") - len(found))
-    return found, [None] * len(found)
+    return {"layer_keys": found, "windows": [None] * len(found)}
 
 
-def _pass(network: Any, **given: Any) -> None:
+def _pass(network: Any, tokens: int = _TOKENS, **given: Any) -> Any:
     """Run a pass over a few tokens that have no values."""
     if "position_ids" in inspect.signature(network.forward).parameters:
-        given["position_ids"] = torch.arange(_TOKENS, device="meta")[None]
+        given["position_ids"] = torch.arange(tokens, device="meta")[None]
     with torch.no_grad(), torch.device("meta"), _Unasked():  # type: ignore[no-untyped-call]
-        network(input_ids=torch.ones(1, _TOKENS, dtype=torch.int64), **given)
+        return network(input_ids=torch.ones(1, tokens, dtype=torch.int64), **given)
 
 
 @dataclass(slots=True)

@@ -119,6 +119,7 @@ class Plan:
     simple_bytes: int  # parameters × bits ÷ 8, which is what people work out by hand
     reasons: tuple[Reason, ...]
     kv_bytes_per_token: dict[str, int]  # "full", "window 512"
+    row_state_bytes: int  # beside them, whatever a row's length
     prompts: Prompts
     needs: tuple[Need, ...]
     load_peak: peaks.LoadPeak
@@ -152,6 +153,7 @@ def make_plan(workload: Workload, name: str, quant: QuantConfig, best: Choice | 
             "full" if window is None else f"window {window}": size
             for window, size in plan.kv_bytes_per_token(arch, quant).items()
         },
+        row_state_bytes=plan.row_state_bytes(arch, quant),
         prompts=_summary(workload.lengths),
         needs=tuple(need(workload, quant, rows) for rows in SHOWN_ROWS),
         load_peak=peaks.load_peak(
@@ -182,10 +184,10 @@ def need(workload: Workload, quant: QuantConfig, rows: int) -> Need:
     arch, settings = workload.facts.architecture, workload.settings
     prompt = max((tokens for tokens, _ in samples), default=0)
     lengths = Counter(sum(sample) for sample in samples)
-    ways = expected_limits(len(workload.device.gpus))
+    ways = expected_limits(len(workload.device.gpus), own_cache=arch.own_cache)
     groups = ((count, tokens) for tokens, count in lengths.items())
     kv_cache = plan.kv_cache_bytes(arch, quant, groups, limits=ways)
-    if ways.cuts_windows:
+    if ways.cuts_windows and not arch.own_cache:
         kv_cache += _prefill_extra(arch, quant, prompt, len(samples), settings.prefill_tokens)
     peak = peaks.run_peak(
         arch,

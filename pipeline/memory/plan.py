@@ -173,6 +173,11 @@ def kv_bytes_per_token(arch: Architecture, quant: QuantConfig) -> dict[int | Non
     return kinds
 
 
+def row_state_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict what each row takes beside its keys and values, however long it is: the states of recurrent layers."""
+    return sum(arch.layer_state_bytes) + sum(arch.layer_states) * ELEMENT_BYTES[plain_dtype(arch, quant)]
+
+
 def kv_cache_bytes(
     arch: Architecture,
     quant: QuantConfig,
@@ -191,9 +196,10 @@ def kv_cache_bytes(
         rectangles: of each its rows, and the tokens of its longest row when it was made.
         prefilling: sliding layers still hold every column.
     """
-    kinds = kv_bytes_per_token(arch, quant)
+    kinds, state_bytes = kv_bytes_per_token(arch, quant), row_state_bytes(arch, quant)
     total = 0
     for rows, tokens in rectangles:
+        total += rows * state_bytes
         for window, token_bytes in kinds.items():
             whole = window is None or prefilling or not limits.cuts_windows
             kept = tokens if whole or window is None else min(tokens, window - 1)

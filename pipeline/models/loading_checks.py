@@ -1,6 +1,7 @@
 """Check that a checkpoint can be loaded, and say what to do where it cannot. All raise LoadError."""
 
 import re
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pipeline.common import terminal
 from pipeline.common.errors import LoadError
 from pipeline.config.quant import SMALLEST, Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.config.stored_format import can_dequantize, checkpoint_format, label
+from pipeline.config.stored_format import PACKAGES, can_dequantize, checkpoint_format, label
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.config_checks import beyond, check_context
 from pipeline.models.layer_checks import check_layers
@@ -174,12 +175,27 @@ def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig)
 
 
 def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> tuple[str, str]:
-    fix = "Install the package that this names, or choose" if isinstance(error, ImportError) else "Choose"
+    missing = [package for package in PACKAGES.get(found, ()) if not _installed(package)]
+    fix = (
+        f"Run: pip install {' '.join(missing)}; or choose"
+        if missing
+        else "Install the package that this names, or choose"
+        if isinstance(error, ImportError)
+        else "Choose"
+    )
     return (
         f"{checkpoint.source}: its weights are quantized already, {label(found)}, and cannot be read here: "
         f"{first_line(error)}",
         f"{fix} a copy of the model with plain weights",
     )
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def explained(

@@ -27,20 +27,43 @@ def read_table(path: str, limit_bytes: int) -> Iterator[tuple[int, bytes | BadLi
         PromptError: it is no such table, or two columns have one name.
         Torn: it is damaged.
     """
+    number = 0
+    for batch in _read(path):
+        for row in _rows(batch, limit_bytes):
+            number += 1
+            yield number, row
+
+
+def count_table(path: str, columns: Iterable[str]) -> int | None:
+    """Count the rows without making them; None where it is damaged, or holds one of these columns.
+
+    Raises:
+        PromptError: as `read_table`.
+    """
+    rows = 0
+    try:
+        for batch in _read(path):
+            if not set(columns).isdisjoint(batch.schema.names):
+                return None
+            rows += batch.num_rows
+    except Torn:
+        return None
+    return rows
+
+
+def _read(path: str) -> Iterator[Any]:
+    """Read batches of whole rows, each checked; what is raised see `read_table`."""
     try:
         import pyarrow as pa
     except ImportError as error:
         raise PromptError(f"{path}: is read by pyarrow, which is not installed", EXTRA) from error
-    number = 0
     address = dataset_address(path)
     with _torn(path, pa):
         for batch in _dataset(address) if address else _file(path, pa):
             batch.validate()
             if twice := next((n for n in batch.schema.names if batch.schema.names.count(n) > 1), None):
                 raise PromptError(f"{path}: two columns are called {show(twice)}", "Give each its own name.")
-            for row in _rows(batch, limit_bytes):
-                number += 1
-                yield number, row
+            yield batch
 
 
 @contextmanager

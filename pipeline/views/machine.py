@@ -137,7 +137,7 @@ def check_kernels() -> list[Check]:
     if kernels is None:
         found = "none: models in bf16 run slower than they could"
         return [Check("cpu kernels", State.yellow, found, "pip install 'llm-job-pipeline[cpu]'.")]
-    multiplies = f"products of bf16, 8 and 4 bits on {kernels.MULTIPLIES_ON}"
+    multiplies = f"products of bf16, float32, 8 and 4 bits on {kernels.MULTIPLIES_ON}"
     found = multiplies if kernels.products else "but no products of our own: this CPU has no AVX2"
     return [Check("cpu kernels", State.green, f"compiled; {found}")]
 

@@ -9,6 +9,8 @@ import time
 
 import jsonschema
 import pytest
+from conftest import tiny_tokenizer
+from engine.test_every_architecture import build
 from job_helper import JobServer, arguments, outputs, texts, write_rows
 
 from pipeline.config.compose import job_folder
@@ -95,6 +97,32 @@ def test_a_killed_job_with_a_schema_goes_on_and_each_whole_answer_validates(serv
     for answer in whole:
         jsonschema.validate(answer, schema)
     assert texts(killed) == texts(quiet)
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+def test_a_killed_job_on_a_recurrent_model_goes_on_and_takes_the_planned_memory(server, tmp_path):
+    folder = tmp_path / "bamba"
+    build("bamba").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    rows = [{"id": f"r{i}", "prompt": "word " * (i % 5) + "number"} for i in range(24)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    settings = ["generation.max_new_tokens=12", "engine.max_rows=4"]
+    quiet = arguments(folder, prompts, tmp_path / "quiet", *settings)
+    killed = arguments(folder, prompts, tmp_path / "killed", *settings)
+    server.start(quiet)
+    assert server.wait() == 0
+    pid = server.start(killed)
+    wait_for_rows(JobPaths(job_folder(killed)).rows, time.monotonic())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+    server.start(killed)
+    assert server.wait() == 0
+    assert texts(killed) == texts(quiet)
+    assert len(texts(quiet)) == len(rows)
+    memory = json.loads((job_folder(quiet) / "stats.json").read_text())["memory"]
+    for part in ("footprint_bytes", "kv_cache_bytes"):
+        assert memory["predicted"][part] == memory["measured"][part]
 
 
 def wait_for_rows(path, started):

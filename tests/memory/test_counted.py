@@ -21,10 +21,13 @@ from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError, PipelineError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.quant import QUANTS
+from pipeline.engine.limits import own_cache_limits
 from pipeline.engine.rectangles.forward import FlatForward, PaddedForward
+from pipeline.engine.rectangles.own_cache import CacheForward
 from pipeline.engine.scheduler import Sample
 from pipeline.memory import counted, counting
 from pipeline.memory.architecture import Architecture
+from pipeline.memory.capacity import Place, rows_for_states, tokens_on_all
 from pipeline.memory.counted import architecture_of, count_architecture
 from pipeline.memory.measured import quantization_state_bytes
 from pipeline.memory.plan import (
@@ -33,6 +36,7 @@ from pipeline.memory.plan import (
     parameters,
     quant_state_bytes,
     quantized_share,
+    row_state_bytes,
 )
 from pipeline.models.formats import quantization
 
@@ -91,6 +95,46 @@ def test_every_architecture_takes_the_bytes_that_were_counted(kind: str) -> None
                 assert held == held_by_the_engine(model, PATHS[kind])
     assert (arch.counted.note is None) == (kind not in ESTIMATED)
     assert arch.counted.refused is None
+
+
+@pytest.mark.parametrize(
+    "kind", ["bamba", "deepseek_v32", "falcon_mamba", "jamba", "lfm3", "qwen3_next", "zamba2"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.filterwarnings("ignore")
+def test_the_cache_of_a_recurrent_model_takes_the_bytes_that_were_counted(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """In prefill and while it grows: states that keep their size, keys and values that do not."""
+    network = build(kind).to(dtype)
+    config = {**network.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    arch, quant = count_here(config), QUANTS["none"]
+    assert (arch.own_cache, arch.counted.note) == (True, None)
+    assert (row_state_bytes(arch, quant) > 0) == (kind != "deepseek_v32")
+    forward = CacheForward(network)
+    rows = [Sample(Request(str(i), (1,) * 5, GenerationParams()), 0) for i in range(3)]
+    with torch.inference_mode():
+        group, _ = forward.prefill(rows, None, 100)
+        for tokens in (5, 6, 7):
+            assert group.nbytes == kv_cache_bytes(arch, quant, [(3, tokens)], limits=forward.limits)
+            for row in rows:
+                row.token_ids.append(1)
+            forward.decode([group])
+            group.head += 1
+
+
+def test_rows_in_flight_come_from_their_states_too() -> None:
+    arch = count_here(config_of("bamba").to_dict())
+    quant, place = QUANTS["none"], Place("the CPU", 0, (0, 1), ())
+    state_bytes = row_state_bytes(arch, quant)
+    assert rows_for_states(arch, quant, [place], [20 * state_bytes], 128) == 10
+    assert rows_for_states(arch, quant, [place], [state_bytes], 128) == 1
+    assert rows_for_states(arch, quant, [place], [1 << 40], 128) == 128
+    recurrent = count_here(config_of("falcon_mamba").to_dict())
+    state_bytes = row_state_bytes(recurrent, quant)
+    assert rows_for_states(recurrent, quant, [place], [20 * state_bytes], 128) == 20
+    tokens = tokens_on_all(recurrent, quant, [place], [20 * state_bytes], 20, own_cache_limits("cpu"))
+    assert tokens > 20 * 1000  # its rows may be of any length
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"])

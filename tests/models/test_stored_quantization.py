@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
 from conftest import tiny_tokenizer
 from engine.test_every_architecture import config_of
 from job_helper import arguments, run_job, texts, write_rows
@@ -158,6 +165,47 @@ def generated(model, folder: Path, rows: list[dict]) -> dict[tuple[str, int], st
     return made
 
 
+def in_compressed_tensors(folder: Path, preset: str) -> None:
+    """Quantize a folder's model by the library itself, with the scales of its weights' own ranges."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    scheme.weights.group_size = 32 if scheme.weights.strategy == "group" else None
+    settings = QuantizationConfig(
+        config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="frozen"
+    )
+    apply_quantization_config(model, settings)
+    for layer in [layer for layer in model.modules() if hasattr(layer, "quantization_scheme")]:
+        blocks = layer.weight.unflatten(-1, (-1, scheme.weights.group_size or layer.in_features))
+        scales, zeros = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights)
+        layer.weight_scale.data = scales.to(layer.weight_scale.dtype)
+        if hasattr(layer, "weight_zero_point"):
+            layer.weight_zero_point.data = zeros.to(layer.weight_zero_point.dtype)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
+
+
+@pytest.mark.parametrize(("preset", "plain"), [("W4A16", True), ("W8A8", False)])
+@pytest.mark.filterwarnings("ignore")
+def test_compressed_tensors_are_run_as_plain_transformers_runs_them(
+    preset, plain, tiny_dir, tmp_path, capsys
+):
+    in_compressed_tensors(tiny_dir, preset)
+    rows = [{"id": str(i), "prompt": "a word " * i} for i in (1, 3)]
+    job = arguments(tiny_dir, write_rows(tmp_path / "p.jsonl", rows), tmp_path / "out", "quant=none")
+    job += ["system=null", "engine.max_rows=1"]
+    assert run_job(job) == 0
+    assert ("Nothing here computes in compressed-tensors" in capsys.readouterr().err) == plain
+    network = AutoModelForCausalLM.from_pretrained(tiny_dir)
+    assert texts(job) == generated(network, tiny_dir, rows)
+    memory = read_json(job_folder(job) / "stats.json")["memory"]
+    assert memory["predicted"]["footprint_bytes"] == memory["measured"]["footprint_bytes"]
+    assert job_folder(job).name.startswith("tiny-compressed_tensors_checkpoint-greedy-")
+    (found,) = plans_of(tiny_dir, capsys)
+    assert found["footprint_bytes"] == memory["measured"]["footprint_bytes"]
+
+
 def test_a_folder_that_was_named_otherwise_goes_on(quantized, tmp_path, capsys):
     _, folder = quantized
     job = [
@@ -277,17 +325,23 @@ def test_it_is_not_quantized_again(quantized):
 
 
 @pytest.mark.parametrize(
-    ("found", "package"),
-    [("gptq", "optimum"), ("awq", "gptqmodel"), ("compressed-tensors", "compressed-tensors"), ("hqq", "hqq")],
+    ("found", "package", "line"),
+    [
+        ("gptq", "optimum", "Run: pip install optimum gptqmodel; or choose"),
+        ("awq", "gptqmodel", "Run: pip install gptqmodel; or choose"),
+        ("aqlm", "aqlm", "Run: pip install aqlm; or choose"),
+        ("hqq", "hqq", "Install the package that this names, or choose"),  # which would be of no use today
+    ],
 )
 @pytest.mark.parametrize("method", [QuantMethod.none, QuantMethod.nf4])
-def test_a_format_whose_package_is_missing_names_both(found, package, method, tiny_dir):
+def test_a_format_whose_package_is_missing_names_both(found, package, line, method, tiny_dir):
     if importlib.util.find_spec(package.replace("-", "_")):
         pytest.skip(f"{package} is installed")
     edit(tiny_dir, quantization_config={"quant_method": found, "bits": 4, "group_size": 128})
     message = refused(tiny_dir, QuantConfig(method))
     assert f"{found} (checkpoint), and cannot be read here" in message
     assert package in message.partition("read here")[2].lower()
+    assert f"{line} a copy of the model with plain weights" in message
     assert "quant=none" not in message
     config = read_config([f"model.name={tiny_dir}"])
     checks = {check.name: check for check in check_room(config)}

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.common.request import BadRow, GenerationParams
 from pipeline.prompts import lines as prompt_lines
 from pipeline.prompts.count import count_prompts, prompts_sha256
 from pipeline.prompts.reader import find_prompts, read_prompts
+from pipeline.prompts.shape import Shape
 
 PARAMS = GenerationParams()
 FORMATS = (
@@ -97,6 +99,46 @@ def test_the_same_rows_in_every_format_are_the_same_requests(tmp_path, name):
     counted = count_prompts(path, PARAMS, limit=100, shards=3)
     assert counted.totals == (34, 33, 33)
     assert counted.sha256 == prompts_sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "columns"),
+    [
+        ({}, ()),
+        ({"n": 3}, ()),
+        ({"generation": {"n": 2}}, ()),
+        ({"samples": 4}, (("n", "samples"),)),
+        ({"settings": {"n": 5}}, (("generation", "settings"),)),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet", "p.arrow", "saved"])
+def test_counting_any_format_agrees_with_reading_it(tmp_path, name, more, columns):
+    rows = [*rows_of(20), {"id": "bad", "prompt": ""}, {"id": "q1", "prompt": "twice"}]
+    path = write(tmp_path, name, [row | (more if i % 2 else {}) for i, row in enumerate(rows)])
+    shape = Shape(columns=columns)
+    expected = [0, 0, 0]
+    for row in read(path, shape=shape):
+        expected[row.index % 3] += 1 if isinstance(row, BadRow) else row.params.n
+    assert list(count_prompts(path, PARAMS, shape=shape, limit=None, shards=3).totals) == expected
+
+
+def test_counting_a_damaged_table_agrees_with_reading_it(tmp_path):
+    path = Path(write(tmp_path, "p.parquet", rows_of(2000)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + b"x" * 400 + whole[len(whole) // 2 + 400 :])
+    made = len(read(path))
+    assert 0 < made < 2000
+    assert count_prompts(str(path), PARAMS, limit=None, shards=1).totals == (made,)
+
+
+def test_counting_a_table_takes_a_tenth_of_reading_it(tmp_path):
+    path = write(tmp_path, "p.parquet", rows_of(20_000))
+    started = time.process_time()
+    count_prompts(path, PARAMS, limit=None, shards=1)
+    counted = time.process_time()
+    for _ in read_prompts(path, PARAMS):
+        pass
+    assert counted - started < 0.1 * (time.process_time() - counted)
 
 
 @pytest.mark.parametrize("name", FORMATS)

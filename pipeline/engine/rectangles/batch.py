@@ -136,6 +136,8 @@ class RectangleBatch:
                 self._stats.count_step(rectangles)
                 for rectangle in rectangles:
                     rectangle.head += 1
+                if self._forward.equal_lengths:  # which may grow at every step
+                    self._stats.count_rectangles(self._rectangles)
                 self._extend(rectangles, tokens)
         self._stats.decode_sec += time.perf_counter() - started
 

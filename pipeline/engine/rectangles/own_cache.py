@@ -6,7 +6,7 @@ what. It is asked for one thing, to select rows. Each prefill's group stays by i
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from pipeline.engine.limits import limits
+from pipeline.engine.limits import own_cache_limits
 from pipeline.engine.model_facts import CACHE_NAMES, input_device
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sample
@@ -29,10 +29,6 @@ class CacheGroup(Rectangle):
     """Hold rows of equal length, and the model's own cache of them; None before the first pass of some models."""
 
     cache: Any = None
-    made_rows: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.made_rows = len(self.rows)
 
     @property
     def columns(self) -> int:
@@ -40,11 +36,11 @@ class CacheGroup(Rectangle):
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        return self.made_rows, self.head, False
+        return len(self.rows), self.head, True
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(self.cache))
+        return sum(tensor.untyped_storage().nbytes() for tensor in cache_tensors(self.cache))
 
     def retire(self, row: int) -> None:
         """Drop a row: the last one takes its place."""
@@ -57,7 +53,7 @@ class CacheGroup(Rectangle):
     def repeat(self, samples: list[list[Sample]]) -> None:
         self.cache = _select(self.cache, [i for i, copies in enumerate(samples) for _ in copies])
         self.rows = [sample for copies in samples for sample in copies]
-        self.starts, self.made_rows = [0] * len(self.rows), len(self.rows)
+        self.starts = [0] * len(self.rows)
 
 
 class CacheForward:
@@ -70,17 +66,16 @@ class CacheForward:
         self.config = model.config.get_text_config(decoder=True)
         self._model = model
         self._device = input_device(model)
-        self.limits = limits(self._device.type)
+        self.limits = own_cache_limits(self._device.type)
         takes = inspect.signature(model.forward).parameters
-        self._name = next((name for name in CACHE_NAMES if name in takes), CACHE_NAMES[0])
+        self._name = cache_name(model)
         self._takes_position_ids = "position_ids" in takes
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def prefill(
         self, rows: list[Sample], prefix: Rectangle | None, max_tokens: int
     ) -> tuple[Rectangle, Tensor]:
-        cache = DynamicCache(config=self.config) if self._model._supports_default_dynamic_cache() else None
-        group = CacheGroup(rows, [0] * len(rows), 0, 0, (), self.limits, cache=cache)
+        group = CacheGroup(rows, [0] * len(rows), 0, 0, (), self.limits, cache=new_cache(self._model))
         logits = self._run(group, [list(s.all_token_ids) for s in rows])
         group.head = rows[0].length
         return group, logits
@@ -103,6 +98,18 @@ class CacheForward:
         return logits
 
 
+def cache_name(model: Any) -> str:
+    """Say what a model calls its cache."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in takes), CACHE_NAMES[0])
+
+
+def new_cache(model: Any) -> Any:
+    """Make an empty cache; None where the model's first pass makes it."""
+    config = model.config.get_text_config(decoder=True)
+    return DynamicCache(config=config) if model._supports_default_dynamic_cache() else None
+
+
 def _select(held: Any, rows: list[int]) -> Any:
     """Select rows of a cache or of a part of one, in this order: by its own verb, and of what that leaves as it is."""
     if isinstance(held, Tensor):
@@ -120,18 +127,18 @@ def _select(held: Any, rows: list[int]) -> Any:
     return held
 
 
-def _tensors(held: Any) -> Iterator[Tensor]:
+def cache_tensors(held: Any) -> Iterator[Tensor]:
     """Find the tensors of a cache, or of a part of one."""
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, Mapping):
         for part in held.values():
-            yield from _tensors(part)
+            yield from cache_tensors(part)
     elif isinstance(held, list | tuple):
         for part in held:
-            yield from _tensors(part)
+            yield from cache_tensors(part)
     elif _is_cache(held):
-        yield from _tensors(vars(held))
+        yield from cache_tensors(vars(held))
 
 
 def _is_cache(held: Any) -> bool:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, int32
 
+from pipeline.engine.cpu.kernels.slots import slots
+
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
 BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
@@ -13,6 +15,12 @@ CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
 BYTES_BYTES = BLOCK * BLOCK  # of one block in 8 bits
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
+
+# What a product reads, on vectors and on tiles.
+Linear = slots(
+    "inputs weights values scales bias outputs configuration",
+    "rows width_in width_out stride gated threads chunk",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from pipeline.engine.cpu.kernels.loops import inner, threaded
-from pipeline.engine.cpu.kernels.slots import read, slots
-from pipeline.engine.cpu.kernels.threads import next_task
+from pipeline.engine.cpu.kernels.slots import prepare, read, slots
+from pipeline.engine.cpu.kernels.threads import next_task, run
 from pipeline.engine.cpu.kernels.vectors import compiles_for, floats, for_each_count, load, prefetch_line
 
 WIDE = compiles_for("avx512f")
@@ -22,6 +23,7 @@ LANES = 16 if WIDE else 8  # of a register
 OUTPUTS = 4  # together
 ROWS = 6 if WIDE else 2  # whose sums of OUTPUTS are in registers at once
 TASK = 32  # outputs
+FEW_ROWS = 64  # more are as fast or faster by MKL
 AHEAD = 512  # bytes: so far ahead weights are asked for
 
 _NUMBER = ir.IntType(64)
@@ -111,3 +113,30 @@ def linear(pointer: Any) -> None:
                 input = p.inputs + row * p.stride * 4
                 _multiply_rows(after - row, input, p.stride * 4, weights, p.width_in, sums.ctypes.data)
                 _store(p, first, row, after - row, sums)
+
+
+def linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by a contiguous weight as it lies, all in float32. [.., K] and [M, K] → [.., M].
+
+    K is a multiple of 16, M one of 4.
+    """
+    outputs, inputs = weight.shape
+    states = input.reshape(-1, inputs)
+    states = states if states.stride(1) == 1 else states.contiguous()
+    output = states.new_empty(len(states), outputs)
+    run(
+        prepare(
+            linear,
+            LinearFloats,
+            -(-outputs // TASK),
+            inputs=states,
+            weights=weight,
+            bias=0 if bias is None else bias,
+            outputs=output,
+            rows=len(states),
+            width_in=inputs,
+            width_out=outputs,
+            stride=states.stride(0),
+        )
+    )
+    return output.view(*input.shape[:-1], outputs)

@@ -5,11 +5,11 @@ A strip is 32 outputs. Its weights are read once for all rows of a chunk, in par
 
 from typing import Any
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS, Linear
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.quantized import block_bytes, unpack
-from pipeline.engine.cpu.kernels.slots import read, slots
+from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.tiles import configure, multiply_block, release
 
@@ -17,11 +17,6 @@ FEWEST_ROWS = TILE_ROWS  # that a product takes
 ROWS = BLOCK  # whose sums are in registers at once
 PART = 9  # blocks that a sum runs over before the next rows: theirs of weights stay in the L1 cache
 UNPACKED = 8  # the same, of quantized weights: an even number, and their codes are in the cache too
-# The same as in linear_vectors.py; but numba's cache would not see a list of both change.
-Linear = slots(
-    "inputs weights values scales bias outputs configuration",
-    "rows width_in width_out stride gated threads chunk",
-)
 
 
 @inner

@@ -12,11 +12,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, Linear
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
-from pipeline.engine.cpu.kernels.quantized import block_bytes, few_rows, multiply_few, unpack
-from pipeline.engine.cpu.kernels.slots import read, slots
+from pipeline.engine.cpu.kernels.quantized import (
+    WIDE_INPUTS,
+    block_bytes,
+    few_rows,
+    multiply_few,
+    unpack,
+    widen,
+)
+from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
@@ -38,11 +45,6 @@ LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
 UNPACKED = 8  # blocks of quantized weights that are turned to bf16 at once: they stay in the L1 cache
 
 _NUMBER = ir.IntType(64)
-# The same as in linear_tiles.py; but numba's cache would not see a list of both change.
-Linear = slots(
-    "inputs weights values scales bias outputs configuration",
-    "rows width_in width_out stride gated threads chunk",
-)
 
 
 @intrinsic
@@ -143,8 +145,13 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 
 @inner
-def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
-    """Multiply the rows [start, end) by one strip, in groups of nearly one size."""
+def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int, widened: int) -> None:
+    """Multiply the rows [start, end) by one strip, in groups of nearly one size.
+
+    Args:
+        unpacked: address of room for UNPACKED blocks.
+        widened: address of the rows in float32, or 0.
+    """
     blocks, gated = p.width_in // BLOCK, p.gated
     size = block_bytes(p)
     part = UNPACKED if p.values or p.scales else blocks
@@ -153,8 +160,9 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
     sums[:] = 0
     few = end - start <= few_rows(p)
     if few:
-        first_input = p.inputs + start * p.stride * 2
-        multiply_few(p, end - start, first_input, weights, sums.ctypes.data)
+        first_input = widened or p.inputs + start * p.stride * 2
+        stride = p.width_in * 4 if widened else p.stride * 2
+        multiply_few(p, end - start, first_input, stride, weights, sums.ctypes.data)
     for first in range(0, 0 if few else blocks, part):
         count = min(part, blocks - first)
         here = weights + first * size
@@ -202,11 +210,18 @@ def linear(pointer: Any) -> None:
     most = min(rows, chunk)
     sums, unpacked = aligned(most * BLOCK), aligned(UNPACKED * BLOCK_BYTES // 4)
     per_chunk = -(-strips // together)
+    wide_inputs, widened_start = WIDE_INPUTS and p.scales != 0, -1
+    widened = aligned(min(most, few_rows(p)) * p.width_in if wide_inputs else 0)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         end = min(start + chunk, rows)
+        few_wide = wide_inputs and end - start <= few_rows(p)
+        if few_wide and widened_start != start:
+            widen(p, start, end, widened)
+            widened_start = start
         for strip in range(first, min(first + together, strips)):
-            _strip(p, strip, start, end, sums[: (end - start) * BLOCK], unpacked.ctypes.data)
+            own = sums[: (end - start) * BLOCK]
+            _strip(p, strip, start, end, own, unpacked.ctypes.data, widened.ctypes.data if few_wide else 0)

@@ -13,7 +13,7 @@ from numba import carray, cfunc, njit, types
 
 from pipeline.engine.cpu.kernels.compiled import keep_apart
 from pipeline.engine.cpu.kernels.slots import read, slots
-from pipeline.engine.cpu.kernels.threads import arrive, arrived, call, let_others_run, next_task, team
+from pipeline.engine.cpu.kernels.threads import arrive, arrived, call_at, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
 
 PATIENCE = 1000  # looks at a counter, some dozen nanoseconds each, before others may run
@@ -193,7 +193,7 @@ def run(pointer: Any) -> None:
     p = read(pointer, Run)
     kernels, threads = carray(longs(p.calls), (p.count, 2)), team(p.team)
     for i in range(p.count):
-        call(kernels[i, 0], kernels[i, 1])
+        call_at(kernels[i, 0], kernels[i, 1])
         arrive(p.arrived)
         looks = 0
         # Within a run the counter only rises, so no thread can miss a meeting that the others have left.

@@ -16,15 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
-from pipeline.engine.cpu.kernels import linear_floats
 from pipeline.engine.cpu.kernels import loops as loops
-from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, chunk_rows
+from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, Linear, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
 from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
-from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call, bits, prepare
+from pipeline.engine.cpu.kernels.linear_floats import FEW_ROWS as FEW_ROWS
+from pipeline.engine.cpu.kernels.linear_floats import linear_in_float32 as linear_in_float32
+from pipeline.engine.cpu.kernels.slots import NEXT_TASK as NEXT_TASK
+from pipeline.engine.cpu.kernels.slots import TASKS as TASKS
+from pipeline.engine.cpu.kernels.slots import Call, bits, prepare
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
+from pipeline.engine.cpu.kernels.threads import run
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
 from pipeline.engine.cpu.kernels.vectors import HAS_BF16, compiles_for
 
@@ -44,8 +48,6 @@ MULTIPLIES_ON = (
     else "vectors of AVX2"
 )
 
-FEW_ROWS = 64  # in float32: more are as fast or faster by MKL
-
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
 
 
@@ -61,7 +63,7 @@ def add_rms_norm(states: Tensor, addition: Tensor, weight: Tensor, eps: float) -
 
 def _rms_norm(states: Tensor, addition: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     output = torch.empty_like(states)
-    _run(norm_call(states.view(-1, len(weight)), addition, weight, eps, output))
+    run(norm_call(states.view(-1, len(weight)), addition, weight, eps, output))
     return output
 
 
@@ -71,7 +73,7 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     numbers = {"rows": rows, "width": width, "gate_stride": _stride(gate), "up_stride": _stride(up)}
     tasks = -(-rows // loops.ROWS)
-    _run(prepare(loops.silu_multiply, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
+    run(prepare(loops.silu_multiply, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
     return output
 
 
@@ -95,42 +97,15 @@ def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = Fal
         states = F.pad(states, (0, 0, 0, products.FEWEST_ROWS - count))
     width = weight.outputs // 2 if gated else weight.outputs
     output = states.new_empty(len(states), width)
-    _run(linear_call(states, weight, bias, output, gated))
+    run(linear_call(states, weight, bias, output, gated))
     return output[:count].view(*input.shape[:-1], width)
-
-
-def linear_in_float32(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply by a contiguous weight as it lies, all in float32. [.., K] and [M, K] → [.., M].
-
-    K is a multiple of 16, M one of 4.
-    """
-    outputs, inputs = weight.shape
-    states = input.reshape(-1, inputs)
-    states = states if states.stride(1) == 1 else states.contiguous()
-    output = states.new_empty(len(states), outputs)
-    _run(
-        prepare(
-            linear_floats.linear,
-            linear_floats.LinearFloats,
-            -(-outputs // linear_floats.TASK),
-            inputs=states,
-            weights=weight,
-            bias=0 if bias is None else bias,
-            outputs=output,
-            rows=len(states),
-            width_in=inputs,
-            width_out=outputs,
-            stride=_stride(states),
-        )
-    )
-    return output.view(*input.shape[:-1], outputs)
 
 
 def argmax(scores: Tensor) -> Tensor:
     """Find the first of the largest. Contiguous [B, V] → [B] int64."""
     rows, width = scores.shape
     places = torch.empty(rows, dtype=torch.int64)
-    _run(prepare(loops.argmax, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
+    run(prepare(loops.argmax, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
     return places
 
 
@@ -138,7 +113,7 @@ def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
     """Put −inf in place where no bit is set. Contiguous [B, V]; rows [K] int64, allowed [K, words] int64."""
     height, width = scores.shape
     sizes = {"height": height, "width": width, "words": allowed.shape[1]}
-    _run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
+    run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
 
 
 def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
@@ -151,7 +126,7 @@ def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: i
     """
     rows, heads, width, size = store.shape
     places = np.array(starts, np.int64) * size
-    _run(
+    run(
         prepare(
             attention.copy_prefix,
             attention.CopyPrefix,
@@ -207,7 +182,7 @@ def place(
         width=keys.shape[2],
         **_states(query, key, value, rotation),
     )
-    _run(call)
+    run(call)
     return padded
 
 
@@ -229,7 +204,7 @@ def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count:
         size=size,
         count=count,
     )
-    _run(call)
+    run(call)
     return output
 
 
@@ -260,7 +235,7 @@ def causal_softmax(
         window=window or width,
         scaling=bits(scaling),
     )
-    _run(call)
+    run(call)
 
 
 def attend(
@@ -286,7 +261,7 @@ def attend(
     """
     query, key, value = (_rows_contiguous(t) for t in (query, key, value))
     output = query.new_zeros(query.shape)
-    _run(attend_call(query, key, value, rotation, rows, blocks, scaling, output))
+    run(attend_call(query, key, value, rotation, rows, blocks, scaling, output))
     return output
 
 
@@ -320,7 +295,7 @@ def linear_call(
     tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
     return prepare(
         products.linear,
-        products.Linear,
+        Linear,
         tasks,
         inputs=states,
         weights=weight.numbers,
@@ -405,19 +380,6 @@ def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Te
 def _rows_contiguous(states: Tensor) -> Tensor:
     """Have each token's heads contiguous. [N, H, D] → [N, H, D]."""
     return states if states[0].is_contiguous() else states.contiguous()
-
-
-def _run(call: Call) -> None:
-    """Call a kernel on all of torch's threads.
-
-    Raises:
-        MemoryError: no thread could run it.
-    """
-    kernel, numbers = call
-    tasks = int(numbers[TASKS])
-    parallel(kernel.address, numbers.ctypes.data, min(torch.get_num_threads(), tasks), 0)
-    if numbers[NEXT_TASK] < tasks:  # threads that found no memory for their scratch took no task
-        raise MemoryError("a kernel found no memory")
 
 
 def _stride(rows: Tensor) -> int:

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from numba import carray
+
 from pipeline.engine.cpu.kernels import eight_bits, four_bits
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, BYTES_BYTES, CODED_BYTES
-from pipeline.engine.cpu.kernels.loops import inner
+from pipeline.engine.cpu.kernels.loops import inner, wide
+from pipeline.engine.cpu.kernels.vectors import halves
 
+WIDE_INPUTS = eight_bits.WIDE_INPUTS  # of weights in 8 bits
 # As numba takes them: by their own names.
 FEW_OF_FOUR, FEW_OF_EIGHT, ROWS_OF_EIGHT = four_bits.FEW_ROWS, eight_bits.FEW_ROWS, eight_bits.ROWS
 unpack_four, unpack_eight = four_bits.unpack, eight_bits.unpack
@@ -25,6 +29,16 @@ def few_rows(p: Any) -> int:
 
 
 @inner
+def widen(p: Any, start: int, end: int, outputs: Any) -> None:
+    """Write some rows of the inputs in float32."""
+    inputs = carray(halves(p.inputs), p.rows * p.stride)
+    for row in range(start, end):
+        first, place = row * p.stride, (row - start) * p.width_in
+        for d in range(p.width_in):
+            outputs[place + d] = wide(inputs[first + d])
+
+
+@inner
 def unpack(p: Any, packed: int, blocks: int, output: int) -> None:
     """Write blocks in bf16, 2 KiB each."""
     if p.values:
@@ -34,12 +48,14 @@ def unpack(p: Any, packed: int, blocks: int, output: int) -> None:
 
 
 @inner
-def multiply_few(p: Any, rows: int, input: int, packed: int, sums: int) -> None:
-    """Multiply rows at `input`, 1 to `few_rows`, by a strip, to sums [rows, 32] in float32."""
-    stride, blocks = p.stride * 2, p.width_in // BLOCK
+def multiply_few(p: Any, rows: int, input: int, stride: int, packed: int, sums: int) -> None:
+    """Multiply rows at `input`, 1 to `few_rows` and `stride` bytes apart, by a strip, to sums [rows, 32] in float32."""
+    blocks = p.width_in // BLOCK
     if p.values:
         multiply_four(rows, input, stride, packed, p.values, blocks, sums)
     else:
-        for row in range(0, rows, ROWS_OF_EIGHT):
+        groups = (rows + ROWS_OF_EIGHT - 1) // ROWS_OF_EIGHT  # of nearly one size
+        for group in range(groups):
+            row, after = rows * group // groups, rows * (group + 1) // groups
             first, own = input + row * stride, sums + row * BLOCK * 4
-            multiply_eight(min(ROWS_OF_EIGHT, rows - row), first, stride, packed, blocks, own)
+            multiply_eight(after - row, first, stride, packed, blocks, own)

@@ -16,6 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipeline.engine.cpu.kernels.slots import NEXT_TASK, TASKS, Call
+
 PAUSE = {"x86_64": "pause", "aarch64": "yield"}.get(platform.machine(), "")  # another's text ends the process
 
 
@@ -30,7 +32,7 @@ def next_task(context: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def call(context: Any, function: Any, pointer: Any) -> Any:
+def call_at(context: Any, function: Any, pointer: Any) -> Any:
     """Call the kernel at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -101,3 +103,16 @@ openmp = _openmp()
 parallel = openmp.GOMP_parallel  # what `#pragma omp parallel` compiles to: calls a function of one pointer
 parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 parallel.restype = None
+
+
+def run(call: Call) -> None:
+    """Call a kernel on all of torch's threads.
+
+    Raises:
+        MemoryError: no thread could run it.
+    """
+    kernel, numbers = call
+    tasks = int(numbers[TASKS])
+    parallel(kernel.address, numbers.ctypes.data, min(torch.get_num_threads(), tasks), 0)
+    if numbers[NEXT_TASK] < tasks:  # threads that found no memory for their scratch took no task
+        raise MemoryError("a kernel found no memory")
