@@ -64,7 +64,10 @@ def typed(key: str, kind: Any) -> tuple[str, Any]:
 @pytest.mark.parametrize("key", leaves())
 def test_every_key_is_set_from_the_command_line(key):
     text, meant = typed(key, leaves()[key])
-    beside = ["model=smollm2"] if key == "model.adapter" else []  # alone, it would say which model
+    beside = {
+        "model.adapter": ["model=smollm2"],  # alone, it would say which model
+        "generation.label_logprobs": ["generation.choice=[yes,no]"],
+    }.get(key, [])
     value: Any = read_config([*beside, f"{key}={text}"])
     for name in key.split("."):
         value = getattr(value, name)

@@ -1,6 +1,7 @@
 """A sample whose tokens are given to it has the logprobs that the model gives them, whatever runs beside it."""
 
 import copy
+import functools
 import random
 from typing import Any
 
@@ -41,6 +42,13 @@ def forced_requests() -> list[Request]:
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(forward: Any) -> dict[tuple[str, int], tuple[int, ...]]:
+    """The text of the plain requests with none beside them whose tokens are given."""
+    return tokens(run(forward, PLAIN))
+
+
+@functools.cache
 @torch.inference_mode()
 def logprobs_alone(model: Any, prompt: tuple[int, ...], given: tuple[int, ...]) -> list[float]:
     """What plain transformers gives each of these tokens after the prompt, in one pass of this row alone."""
@@ -50,9 +58,8 @@ def logprobs_alone(model: Any, prompt: tuple[int, ...], given: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 64])
-def test_given_tokens_have_the_models_own_logprobs(forward, tiny_model, max_rows):
+def test_given_tokens_have_the_models_own_logprobs(forward, alone, tiny_model, max_rows):
     requests = forced_requests()
-    alone = tokens(run(forward, PLAIN))
     done = run(forward, [*requests, *PLAIN], max_rows=max_rows)
     assert len(done) == len(PLAIN) + sum(len(request.forced) for request in requests)
     for request in requests:

@@ -79,7 +79,7 @@ def test_a_killed_job_with_a_schema_goes_on_and_each_whole_answer_validates(serv
     server.start(quiet)
     assert server.wait() == 0
     written = JobPaths(job_folder(killed)).rows
-    for quota in (1, 4000, 9000):  # bytes, of about 15,000
+    for quota in (1, 7000):  # bytes, of about 15,000
         pid = server.start(killed)
         started = time.monotonic()
         while size_of(written) < quota and time.monotonic() - started < 60:

@@ -101,10 +101,14 @@ def test_exports_have_the_distribution(line, tmp_path):
     assert choice["label_logprobs"] == rows["b"]["label_logprobs"]
 
 
-def test_a_quantized_model_compares_too(line):
-    quantized = ["quant=nf4" if part == "quant=fp32" else part for part in line]
-    assert run_job([*quantized, "limit=3"]) == 0
-    for row in outputs(quantized):
+def test_a_quantized_model_compares_too(tiny_dir, tmp_path):
+    plain = arguments(tiny_dir, write_rows(tmp_path / "p.jsonl", ROWS[:3]), tmp_path / "o", *JOB)
+    quantized = ["quant=nf4" if part == "quant=fp32" else part for part in plain]
+    assert quantized != plain
+    assert run_job(quantized) == 0
+    rows = outputs(quantized)
+    assert len(rows) == 3
+    for row in rows:
         assert sum(label["probability"] for label in row["label_logprobs"]) == pytest.approx(1)
 
 

@@ -118,11 +118,13 @@ class FloatLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self._kernels = linear.weight, linear.bias, kernels
+        self.weight, self.bias = linear.weight, linear.bias
+        # A module would keep the model from being copied.
+        self._few_rows, self._of_few_rows = kernels.FEW_ROWS, kernels.linear_in_float32
 
     def forward(self, input: Tensor) -> Tensor:
-        few = input.numel() // self.in_features <= self._kernels.FEW_ROWS
-        multiply = self._kernels.linear_in_float32 if few and input.dtype == torch.float32 else F.linear
+        few = input.numel() // self.in_features <= self._few_rows
+        multiply = self._of_few_rows if few and input.dtype == torch.float32 else F.linear
         output: Tensor = multiply(input, self.weight, self.bias)
         return output
 
