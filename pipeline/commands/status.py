@@ -56,7 +56,10 @@ def _parse(arguments: list[str]) -> tuple[Path, bool, Path | None]:
     if not top.is_dir():
         fix = "Jobs write to outputs/ unless outputs_dir= says otherwise."
         raise ConfigError(f"{top}: no such folder", fix)
-    return top, watch == "true", Path(values["html"]) if "html" in values else None
+    page = Path(values["html"]) if "html" in values else None
+    if page is not None and page.suffix != ".html":  # whatever else it is, it is not to be written over
+        raise ConfigError(f"html={page}: is no name of a page", "Let it end in .html.")
+    return top, watch == "true", page
 
 
 def _once(top: Path, page: Path | None) -> ExitStatus:

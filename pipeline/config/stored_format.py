@@ -1,6 +1,7 @@
 """Read the format that a checkpoint's weights are quantized in from its config.json, and write bitsandbytes' own."""
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -36,8 +37,13 @@ def checkpoint_format(config: Mapping[str, Any]) -> str | None:
     if settings.get("load_in_8bit"):
         return QuantMethod.int8.name
     if settings.get("load_in_4bit"):
-        return str(settings.get("bnb_4bit_quant_type", QuantMethod.fp4.name))
-    return str(settings.get("quant_method", "unknown"))
+        return _word(settings.get("bnb_4bit_quant_type", QuantMethod.fp4.name))
+    return _word(settings.get("quant_method")) or "unknown"
+
+
+def _word(found: Any) -> str:
+    """Make a word of what a file says, fit for a terminal and the name of a folder."""
+    return re.sub(r"[^\w.-]+", "_", str(found or ""))[:40]
 
 
 def format_on_disk(name: str, revision: str | None, models_dir: str) -> str | None:

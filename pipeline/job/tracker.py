@@ -37,8 +37,13 @@ class Telling:
 
     def __init__(self, tracker: Tracker | None, job: JobPaths) -> None:
         self._tracker, self._job = tracker, job
-        self._process = None if tracker is None else self._start(tracker)
         self._told = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        if tracker is not None:
+            try:
+                self._process = self._start(tracker)
+            except OSError as error:  # its folder cannot be written, or there is no room for a process
+                self._warn(str(error), "")
 
     def _start(self, tracker: Tracker) -> "subprocess.Popen[bytes]":
         self._job.tracker.mkdir(exist_ok=True)
@@ -76,12 +81,14 @@ class Telling:
             process.communicate()
             why = f"no answer in {PATIENCE_SEC[outcome]:.0f} s"
         if process.returncode:
-            assert self._tracker
-            terminal.say(
-                f"Warning: tracker={self._tracker.value} was not told all: {why}. Nothing of the job is lost; "
-                f"{self._job.tracker_log} has more.",
-                style="yellow",
-            )
+            self._warn(why, f"; {self._job.tracker_log} has more")
+
+    def _warn(self, why: str, more: str) -> None:
+        assert self._tracker
+        terminal.say(
+            f"Warning: tracker={self._tracker.value} was not told all: {why}. Nothing of the job is lost{more}.",
+            style="yellow",
+        )
 
     def _write(self, line: str) -> None:
         """Write a line, or let it go: a pipe that is full or broken is the tracker's trouble alone."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.common.errors import LoadError
 from pipeline.config.model_files import ADAPTER
+from pipeline.config.stored_format import SKIPPED
 
 MAX_BYTES = 64 << 20  # the largest index of weights has about ten million
 MAX_DEPTH = 32
@@ -50,6 +51,15 @@ def check_config(config: Mapping[str, Any], path: Path, again: str) -> None:
         for key, most in MOST.items():
             _check_size(part, key, most, path, again)
         check_ends(part, path, again)
+        _check_skipped(part, path, again)
+
+
+def _check_skipped(part: Mapping[str, Any], path: Path, again: str) -> None:
+    """Refuse modules that are to stay plain which are no names."""
+    settings = part.get("quantization_config")
+    skipped = settings.get(SKIPPED) if isinstance(settings, Mapping) else None
+    if skipped is not None and not (isinstance(skipped, list) and all(isinstance(n, str) for n in skipped)):
+        raise LoadError(f"{path}: {SKIPPED}={_short(skipped)}: must be a list of names", again)
 
 
 def check_ends(settings: Mapping[str, Any], path: Path, again: str) -> None:

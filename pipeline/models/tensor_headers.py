@@ -38,7 +38,12 @@ def read_headers(checkpoint: Checkpoint, model: ModelConfig) -> tuple[StoredTens
     from pipeline.models import hub
 
     found = hub.fetch_headers(model.name, checkpoint.revision)
-    return None if found is None else tuple(_tensor(*entry) for entry in found)
+    try:
+        return None if found is None else tuple(_tensor(*entry) for entry in found)
+    except (ValueError, TypeError) as error:
+        raise LoadError(
+            f"{model.name}: a file's header on the hub is damaged ({error})", checkpoint.again
+        ) from error
 
 
 def _read(file: Path, again: str) -> list[StoredTensor]:
@@ -49,6 +54,11 @@ def _read(file: Path, again: str) -> list[StoredTensor]:
             if length > _LONGEST_BYTES:
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(opened.read(length))
+        left = file.stat().st_size - 8 - length
+        if left < max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        ):
+            raise ValueError(f"{left:,} bytes of tensors, and more are named")
         return [
             _tensor(name, entry["dtype"], entry["shape"], entry["data_offsets"])
             for name, entry in header.items()
@@ -59,7 +69,9 @@ def _read(file: Path, again: str) -> list[StoredTensor]:
 
 
 def _tensor(name: str, dtype: str, shape: Any, offsets: Any) -> StoredTensor:
-    start, end = map(int, offsets)
-    if end < start or math.prod(shape) < 0:
-        raise ValueError(f"{name} lies at {start} to {end}")
-    return StoredTensor(name, str(dtype), tuple(map(int, shape)), end - start)
+    start, end = offsets
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ValueError(f"{name!r} is {shape} of {dtype!r} at {offsets}"[:200])
+    if end < start or math.prod(shape) > 8 * (end - start):  # more numbers than bits
+        raise ValueError(f"{name!r} has no room for its shape"[:200])
+    return StoredTensor(name, dtype, tuple(shape), end - start)

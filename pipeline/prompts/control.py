@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.common.errors import PromptError
+from pipeline.prompts.settings import lone_surrogate
 
 _MARK = "\ufdd0"  # a code point that Unicode sets aside for use inside programs
 _HIDDEN = re.compile(f"{_MARK}([0-9]+){_MARK}")
@@ -71,6 +72,11 @@ def hide_in(value: Any, tokens: re.Pattern[str], hidden: list[str], kept: Sequen
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, hidden: list[str], source: str) -> list[int]:
     """Encode a rendered text, what is hidden as ordinary tokens."""
+    if half := lone_surrogate(text):  # of a template's own, or of the JSON in a call's arguments
+        raise PromptError(
+            found=f"{source}: its prompt has {half}, half a character (a lone surrogate)",
+            fix="Write the whole pair.",
+        )
     first, *pieces = _HIDDEN.split(text)
     token_ids = encode_text(tokenizer, first)
     for number, following in zip(pieces[::2], pieces[1::2], strict=True):

@@ -11,6 +11,7 @@ from pipeline.prompts.settings import (
     BadLine,
     apply_settings,
     constrain,
+    lone_surrogate,
     merge_settings,
     show,
     take_settings,
@@ -105,11 +106,8 @@ def _depth(value: Any) -> int:
 
 
 def _reject_lone_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(error.object[error.start]):x}"
-        raise BadLine(f"{code} is half a character (a lone surrogate)", "Write the whole pair.") from None
+    if half := lone_surrogate(json.dumps(value, ensure_ascii=False)):
+        raise BadLine(f"{half} is half a character (a lone surrogate)", "Write the whole pair.")
 
 
 def _reject_constant(text: str) -> NoReturn:

@@ -233,3 +233,12 @@ def show(value: Any) -> str:
 def clip(text: str, width: int) -> str:
     """Cut a text that is too long for a message."""
     return text if len(text) <= width else f"{text[:width]}…"
+
+
+def lone_surrogate(text: str) -> str | None:
+    """Name the first half of a character in a text, which no tokenizer and no file takes; None if there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):x}"
+    return None

@@ -1,5 +1,6 @@
 """Write the page that shows how far jobs are: one file, in the report's style, that a browser loads again and again."""
 
+import contextlib
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,3 +50,6 @@ def write_progress(
             found=f"html={path}: cannot be written ({error.strerror or error})",
             fix="Name a file in a folder that is there.",
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink()

@@ -31,11 +31,12 @@ class Repeated:
 
 def repeated(records: Sequence[Record]) -> list[Repeated]:
     """Find the jobs that are done and were repeated with another seed."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, dict[int, Record]] = {}  # a job that lies in two folders counts once
     for record in records:
-        if record["state"] == "done" and seed_of(record["setup"]["config"]) is not None:
-            groups.setdefault(_all_but_seed(record), []).append(record)
-    return [_repeated(group) for group in groups.values() if len(group) > 1]
+        seed = seed_of(record["setup"]["config"])
+        if record["state"] == "done" and seed is not None:
+            groups.setdefault(_all_but_seed(record), {}).setdefault(seed, record)
+    return [_repeated([*group.values()]) for group in groups.values() if len(group) > 1]
 
 
 def seed_of(config: dict[str, Any]) -> int | None:
@@ -48,7 +49,11 @@ def _all_but_seed(record: Record) -> str:
     config = record["setup"]["config"]
     generation = {key: value for key, value in config["generation"].items() if key != "seed"}
     named = [record[name] for name in ("model", "quant", "generation", "prompt_set")]
-    return json.dumps([named, generation, [config.get(key) for key in ALIKE]], sort_keys=True, default=str)
+    return json.dumps(
+        [named, generation, record["rows"]["total"], [config.get(key) for key in ALIKE]],
+        sort_keys=True,
+        default=str,
+    )
 
 
 def _repeated(group: list[Record]) -> Repeated:

@@ -20,6 +20,7 @@ from pipeline.job import tracker
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.tracker import Telling
+from pipeline.job.trackers.tracked import TrackedJob
 from pipeline.report.jobs import find_jobs
 from pipeline.slurm.state import find_folders
 
@@ -134,6 +135,23 @@ def wandb_records(path):
             name, whole = record.WhichOneof("record_type"), b""
             found.setdefault(name, []).append(getattr(record, name))
     return found
+
+
+def test_a_trackers_folder_that_cannot_be_made_costs_a_job_one_warning(tiny_dir, tmp_path, capsys):
+    line = job(tiny_dir, tmp_path, "limit=4")
+    assert run_job([*line, "limit=2"]) == 0
+    JobPaths(Path(job_folder(line))).tracker.write_text("a file")
+    assert run_job([*line, "tracker=mlflow"]) == 0
+    assert len(outputs(line)) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("Warning: tracker=mlflow was not told all: [Errno 17] File exists") == 1
+
+
+def test_a_prompt_set_of_any_length_is_a_project(tiny_dir, tmp_path):
+    prompts = write_rows(tmp_path / ("n" * 200 + ".jsonl"), ROWS[:1])
+    line = arguments(tiny_dir, prompts, tmp_path / "outputs")
+    assert run_job(line) == 0
+    assert TrackedJob.read(JobPaths(Path(job_folder(line)))).experiment == "n" * 128  # all that wandb takes
 
 
 def test_a_tracker_that_cannot_be_reached_costs_a_done_job_one_warning_without_its_password(

@@ -11,7 +11,7 @@ from job_helper import arguments, run_job, write_rows
 
 from pipeline.commands.door import main
 from pipeline.common.errors import PipelineError
-from pipeline.config.compose import read_config
+from pipeline.config.compose import job_folder, read_config
 from pipeline.config.quant import QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.models.loading import load_model
@@ -28,6 +28,10 @@ CONFIGS = {  # what is changed in config.json, and what the message must name
     "model_type an object": ({"model_type": {"a": 1}}, "model_type={'a': 1}"),
     "ten million layers": ({"num_hidden_layers": 10_000_000}, "num_hidden_layers=10000000"),
     "layers as text": ({"num_hidden_layers": "two"}, "num_hidden_layers='two'"),
+    "plain modules as a number": (
+        {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": 5}},
+        "llm_int8_skip_modules=5",
+    ),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
     "a vocabulary below zero": ({"vocab_size": -1}, "vocab_size=-1"),
     "ends as text": ({"eos_token_id": "abc"}, "eos_token_id='abc'"),
@@ -124,6 +128,28 @@ def test_weights_with_a_damaged_header_are_refused(header, tiny_dir):
     with pytest.raises(PipelineError, match="corrupt or cut short") as caught:
         load_model(ModelConfig(str(tiny_dir)), QuantConfig(), "none")
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '{"dtype": "I32", "shape": [1], "data_offsets": [0, 1e999]}',
+        '{"dtype": "I32", "shape": [Infinity], "data_offsets": [0, 4]}',
+        f'{{"dtype": "I32", "shape": [{10**200}, {10**200}], "data_offsets": [0, 4]}}',
+        '{"dtype": "I32", "shape": [1], "data_offsets": [0, 4000000000]}',
+        '{"dtype": 5, "shape": [-1, -1], "data_offsets": [0, 4]}',
+    ],
+)
+def test_a_plan_of_a_quantized_checkpoint_believes_no_header_that_lies(entry, tiny_dir, capsys):
+    edit(tiny_dir / "config.json", quantization_config={"quant_method": "\x1b[31mgptq" * 500, "bits": 4})
+    header = f'{{"lm_head.weight": {entry}}}'.encode()
+    (tiny_dir / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    assert main(["plan", f"model.name={tiny_dir}", "memory=24GB"]) == 2
+    said = capsys.readouterr().err
+    assert "model.safetensors: corrupt or cut short" in said
+    name = job_folder([f"model.name={tiny_dir}"]).name
+    assert len(name) < 100
+    assert "\x1b" not in said + name
 
 
 VALUES: list[Any] = [None, True, -1, 10**30, 1.5, "abc", ["a"], {"a": 5}]

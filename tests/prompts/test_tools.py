@@ -115,9 +115,12 @@ def test_a_template_that_takes_no_tools_or_calls_is_named(smollm2_dir):
 
 
 def test_a_job_with_tools_answers_in_text_and_names_the_rows_that_cannot_have_them(tiny_dir, tmp_path):
+    half = as_openai(TALK)
+    half[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "\\ud800"}'
     rows = [
         {"id": "a", "messages": as_openai(TALK), "tools": [WEATHER]},
         {"custom_id": "b", "body": {"messages": [ASKED], "tools": [WEATHER], "tool_choice": "required"}},
+        {"id": "c", "messages": half, "tools": [WEATHER]},
     ]
     prompts = write_rows(tmp_path / "p.jsonl", rows)
     calls = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{% endfor %}"
@@ -130,9 +133,10 @@ def test_a_job_with_tools_answers_in_text_and_names_the_rows_that_cannot_have_th
         assert f"{prompts}:2: body.tool_choice is 'required'" in made["b"]["error"]
         if text != CHATML:
             assert made["a"]["error"] is None
+            assert f"{prompts}:3: its prompt has \\ud800, half a character" in made["c"]["error"]
             assert made["a"]["messages"][1]["tool_calls"] == [CALL]
             assert export.main([str(job_folder(job)), "to=parquet", f"file={tmp_path / 'a.parquet'}"]) == 0
-            (exported, _) = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+            (exported, _, _) = parquet.read_table(tmp_path / "a.parquet").to_pylist()
             assert json.loads(exported["messages"]) == made["a"]["messages"]
         else:
             assert f"{prompts}:1: the chat template of tiny does not take tools" in made["a"]["error"]

@@ -105,3 +105,16 @@ def until(true, seconds=30):
 def test_a_page_that_cannot_be_written_is_an_error_that_says_so(sweep, tmp_path, capsys):
     assert main(["status", str(sweep), f"html={tmp_path / 'none' / 'page.html'}"]) == 3
     assert re.search(r"html=.*cannot be written \(No such file", " ".join(capsys.readouterr().err.split()))
+    folder = tmp_path / "folder.html"
+    folder.mkdir()
+    assert main(["status", str(sweep), f"html={folder}"]) == 3
+    assert [path for path in tmp_path.iterdir() if path.name.endswith(".new")] == []
+
+
+def test_a_page_is_written_over_nothing_but_pages(sweep, capsys):
+    (answers, *_) = sorted(sweep.rglob("outputs.jsonl"))
+    before = answers.read_bytes()
+    for name in (answers, ".", "/", sweep):
+        assert main(["status", str(sweep), f"html={name}"]) == 2
+        assert "Let it end in .html." in capsys.readouterr().err
+    assert answers.read_bytes() == before

@@ -444,6 +444,20 @@ def test_jobs_that_differ_in_their_seed_alone_have_a_line_with_mean_and_standard
     assert "<small>± 10.0 %</small>" in (out / "report.html").read_text("utf-8")
 
 
+def test_a_job_that_lies_in_two_folders_is_no_second_seed_and_fewer_rows_are_no_repetition(
+    tmp_path, no_plots
+):
+    here, there = tmp_path / "here", tmp_path / "there"
+    seeds(here, found=(8, 6))
+    seeds(there, found=(8,))
+    write_job(there, "fp32", [answer_row(0, "x")], seed=7)
+    write_job(there, "nf4", [answer_row(0, "x")], seed=1)
+    seeds(here, "nf4", found=(5,))
+    out = write_report([here, there]).parent
+    (group,) = json.loads((out / "report.json").read_text())["seeds"]
+    assert len(group["jobs"]) == 2
+
+
 def test_jobs_that_differ_in_more_than_their_seed_are_not_put_together(tmp_path):
     seeds(tmp_path, "fp32", found=(8,))
     seeds(tmp_path, "nf4", found=(8,))

@@ -11,6 +11,7 @@ from pipeline.job.stored import CONFIG, read_yaml
 
 # For what is left to tell when a job has ended. A stopped one has little: whoever stops it may not wait.
 PATIENCE_SEC = {"done": 60.0, "stopped": 10.0}
+LONGEST = 128  # characters of a project's name, as Weights & Biases has it
 OF_THIS_MACHINE = ("submit", "hydra")  # says nothing of the job, and may hold what others are not to see
 
 
@@ -33,7 +34,7 @@ class TrackedJob:
             name = f"{folder.name}-{name}"
         config = read_yaml(paths.config, CONFIG)
         told = {key: value for key, value in config.items() if key not in OF_THIS_MACHINE}
-        return cls(paths, re.sub(r"[^\w.-]", "_", folder.parent.name), name, flat(told))
+        return cls(paths, re.sub(r"[^\w.-]", "_", folder.parent.name)[:LONGEST], name, flat(told))
 
 
 class Run(Protocol):
