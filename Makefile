@@ -9,6 +9,8 @@ MODEL = models/SmolLM2-135M-Instruct
 CONSTRAINTS = tests/constraints.txt
 INSTALL = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet install \
 	$(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable
+# Tests of what a machine does to a process run by themselves, after the others, which run two files at a time.
+ALONE = tests/common tests/job tests/memory tests/slurm
 export PYTHON
 
 help:
@@ -25,7 +27,8 @@ demo: $(VENV)/run.stamp $(MODEL)/config.json
 	$(BIN)/python -m pipeline demo
 
 test: $(VENV)/test.stamp $(MODEL)/config.json vllm
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ALONE) $(PYTEST_ARGS)
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check --quiet .
