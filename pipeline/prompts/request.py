@@ -54,6 +54,11 @@ def _label_request(row: PromptRow, prompt: tuple[int, ...], chat: Chat, context:
     """Make the request that scores a row's choices."""
     own = (encode_reply(chat.tokenizer, text, chat.control_tokens, row.source) for text in row.params.choice)
     forced = tuple((*token_ids, *_end(chat)) for token_ids in own)
+    if not all(forced):
+        raise PromptError(
+            found=f"{row.source}: choice {row.params.choice[forced.index(())]!r} has no tokens in this tokenizer",
+            fix="Leave it out, or write it in another way.",
+        )
     longest = max(map(len, forced))
     if len(prompt) + longest > context:
         raise PromptError(

@@ -160,6 +160,18 @@ def test_a_row_that_cannot_be_compared_is_an_error_row_that_names_its_line(tiny_
     assert made["5"]["completion"] in ("a", "b")
 
 
+def test_a_choice_that_the_tokenizer_leaves_nothing_of_is_an_error_row(tiny_dir, tmp_path):
+    (tiny_dir / "chat_template.jinja").unlink()
+    tokenizer = json.loads((tiny_dir / "tokenizer.json").read_text())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (tiny_dir / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": strip}))
+    asked = {"prompt": "x", "generation": {"label_logprobs": True, "choice": ["a", " "]}}
+    job = arguments(tiny_dir, write_rows(tmp_path / "p.jsonl", [asked, {"prompt": "x"}]), tmp_path / "o")
+    assert run_job(job) == 1
+    (said,) = [row["error"] for row in outputs(job) if row["error"]]
+    assert "p.jsonl:1: choice ' ' has no tokens in this tokenizer" in said
+
+
 def test_a_job_without_a_comparison_keeps_its_folder(tiny_dir, tmp_path):
     plain = arguments(tiny_dir, write_rows(tmp_path / "p.jsonl", ROWS[:1]), tmp_path / "o", JOB[0])
     assert job_folder([*plain, "generation.label_logprobs=false"]) == job_folder(plain)
