@@ -97,9 +97,7 @@ class Request:
     params: GenerationParams
     stop_token_ids: frozenset[int] = frozenset()  # of stop strings that are special tokens
     constraint: str | None = None  # the grammar of its completions, as llguidance reads it
-    forced: tuple[
-        tuple[int, ...], ...
-    ] = ()  # tokens that are given to its samples, in the place of chosen ones
+    forced: tuple[tuple[int, ...], ...] = ()  # what its samples are given in the place of chosen tokens
 
     @property
     def samples(self) -> int:

@@ -23,10 +23,8 @@ FREE_TEXT = (
     "model.chat_template",
     "model.chat_template_kwargs",
 )
-_PLAIN = {
-    "prompts": ("://", "?"),
-    "prompt_template": ("{{", "{%"),
-}  # texts that need no quotes of Hydra's own
+# Texts that need no quotes of Hydra's own.
+_PLAIN = {"prompts": ("://", "?"), "prompt_template": ("{{", "{%")}
 _ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\[ntr\\]")
 
 

@@ -161,9 +161,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # vllm: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm: GPUs, or groups of them, that share the layers
     max_model_len: int | None = None  # vllm: tokens of a row; null is the model's, or what the memory holds
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # vllm: more of its arguments, as {enforce_eager: true}
+    extra: dict[str, Any] = field(default_factory=dict)  # vllm: more arguments, as {enforce_eager: true}
 
     def __post_init__(self) -> None:
         tokens, length = self.max_tokens_in_flight, self.max_model_len

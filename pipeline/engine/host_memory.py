@@ -16,9 +16,7 @@ log = logging.getLogger(__name__)
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 LARGE_BYTES = 1 << 20  # blocks from here on go back to the system when they are freed
-EIGHT_BIT_BYTES = (
-    1 << 18
-)  # the same, while weights are quantized to 8 bits and packed: a small model's are of this size
+EIGHT_BIT_BYTES = 1 << 18  # the same for weights that become 8 bits: a small model's are of this size
 GLIBC_BYTES = 1 << 25  # glibc's own bound, which it comes to by itself once a program frees large blocks
 WEIGHTS = (".safetensors", ".bin")
 

@@ -19,9 +19,7 @@ class Forbidden:
     """Hold what some rows of a batch may not take."""
 
     rows: list[int]  # K of the batch's rows: those with a constraint
-    allowed: (
-        Tensor  # [K, words] int64, a bit for each token that may come; what lies beyond is forbidden, too
-    )
+    allowed: Tensor  # [K, words] int64, a bit for each token that may come; beyond, none may
 
     def apply(self, logits: Tensor, *, keep: bool) -> Tensor:
         """Return the logits with −inf where a token may not come. [B, V] → [B, V].

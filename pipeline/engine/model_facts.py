@@ -8,11 +8,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
-CACHE_NAMES = (
-    "past_key_values",
-    "cache_params",
-    "state",
-)  # what models call their cache, in a pass and its output
+CACHE_NAMES = ("past_key_values", "cache_params", "state")  # a model's cache in a pass and in its output
 RECURRENT = "recurrent or hybrid: some of its layers keep other state than keys and values"
 SPARSE = "sparse attention, which chooses the keys that it attends to"
 SHARED = "some of its layers keep no keys and values of their own"

@@ -24,9 +24,7 @@ class EngineStats:
     columns_attended: int = 0  # summed over steps and rows
     columns_needed: int = 0
     peak_kv_cache_bytes: int = 0
-    peak_rectangles: list[tuple[int, int, bool]] = field(
-        default_factory=list
-    )  # `shape` of those of that peak
+    peak_rectangles: list[tuple[int, int, bool]] = field(default_factory=list)  # `shape` of those then
     largest_prefill_columns: int = 0  # of one group, padding included
     longest_prompt_columns: int = 0
     out_of_memory: int = 0
@@ -65,9 +63,7 @@ class EngineStats:
     def count_pages(self, rows: int, pages: Pages) -> None:
         if pages.nbytes > self.peak_kv_cache_bytes:
             self.peak_kv_cache_bytes = pages.nbytes
-            self.peak_rectangles = [
-                (1, pages.count * PAGE, False)
-            ]  # one row of them all, and the scratch page
+            self.peak_rectangles = [(1, pages.count * PAGE, False)]  # a row of them all, and the scratch page
         self.peak_rows = max(self.peak_rows, rows)
 
     def count_launch(self, held: Sequence[int]) -> None:

@@ -21,9 +21,7 @@ def needed_bytes(config: Config, gpus: int) -> int:
     cards = (Gpu("cuda", "a GPU of the cluster"),) * gpus
     arch, quant, _ = find_facts(config.model, config.models_dir).loaded(config.quant, cards)
     row = sum(kv_bytes_per_token(arch, quant).values()) * config.generation.max_new_tokens
-    weights = footprint_bytes(arch, quant) + quant_state_bytes(
-        arch, quant
-    )  # which may be only mapped by the load
+    weights = footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)  # may be only mapped by the load
     return max(load_peak(arch, quant, gpus=cards).needed, weights) + row + (0 if gpus else PYTHON_BYTES)
 
 

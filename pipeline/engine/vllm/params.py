@@ -6,9 +6,7 @@ from typing import Any
 from pipeline.common.request import Request
 
 SHAPES = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-STRICT = {
-    "x-guidance": {"lenient": False, "coerce_one_of": False}
-}  # as prompts/constraint.py asks of llguidance
+STRICT = {"x-guidance": {"lenient": False, "coerce_one_of": False}}  # as prompts/constraint.py asks
 
 
 def sampling_params(request: Request, sample: int, eos_token_ids: frozenset[int]) -> dict[str, Any]:

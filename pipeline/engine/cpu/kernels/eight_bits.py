@@ -32,9 +32,8 @@ from pipeline.engine.cpu.kernels.vectors import (
 WIDE_INPUTS = not HAS_BF16  # the inputs of few rows come in float32
 # For which unpacking takes longer: for AVX2 always.
 FEW_ROWS = 4 if HAS_BF16 else 12 if compiles_for("avx512f") else 1 << 30
-ROWS = (
-    12 if WIDE_INPUTS and compiles_for("avx512f") else 4
-)  # whose sums leave room for the rest in the registers
+# Whose sums leave room for the rest in the registers.
+ROWS = 12 if WIDE_INPUTS and compiles_for("avx512f") else 4
 AHEAD = 8  # blocks: so far ahead weights are asked for
 LINES = BYTES_BYTES // (TILE_BYTES // 2)  # of a block: two inputs of 16 outputs
 PAIRS_TOGETHER = 2 if WIDE_INPUTS else 4  # of inputs
