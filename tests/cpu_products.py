@@ -4,10 +4,13 @@ import importlib
 import os
 from types import ModuleType
 
+import torch
 from llvmlite.binding import get_host_cpu_features
+from torch import nn
 
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
+from pipeline.engine.cpu.packing import pack_weights
 
 # What one has not: instructions for bf16; AVX-512.
 OLDER = [("amx", "avx10", "avx512bf16", "avx512fp16"), ("amx", "avx10", "avx512")]
@@ -28,3 +31,11 @@ def older_cpu(newer: tuple[str, ...]) -> dict[str, str]:
     features = {k: has and not k.startswith(newer) for k, has in get_host_cpu_features().items()}
     flags = ",".join(("+" if has else "-") + name for name, has in sorted(features.items()))
     return {**os.environ, "NUMBA_CPU_FEATURES": flags}
+
+
+def packed(**layers: nn.Module) -> nn.ModuleDict:
+    """A model of these layers, packed as a job packs one."""
+    block = nn.ModuleDict(layers)
+    block.get_input_embeddings = lambda: nn.Embedding(1, 1, dtype=torch.bfloat16)
+    pack_weights(block)
+    return block

@@ -21,7 +21,7 @@ kernels = load_kernels()
 if kernels is None:
     pytest.skip("the kernels need numba, and a torch that is linked with libgomp", allow_module_level=True)
 
-from cpu_products import OLDER, PRODUCTS, linear_tiles, older_cpu
+from cpu_products import PRODUCTS, linear_tiles
 
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.cpu.kernels import linear_vectors
@@ -220,16 +220,6 @@ def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int) -
     assert torch.equal(found, kernels.attend(*rotated, value, None, rows, blocks[1], 0.2))
     assert torch.equal(stores[0], stores[2])
     assert torch.equal(stores[1], stores[3])
-
-
-@pytest.mark.parametrize("newer", OLDER)
-def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
-    """One without instructions for bf16, and one without AVX-512; an older CPU yet is tested as itself."""
-    names = "test_attention_over_rectangles or linear_vectors"
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", names]
-    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "34 passed" in done.stdout
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86")

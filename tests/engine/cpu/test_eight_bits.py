@@ -2,8 +2,6 @@
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ if kernels is None or kernels.products is None:
     pytest.skip("the kernels multiply on none but an x86 CPU with AVX2", allow_module_level=True)
 
 from bitsandbytes.nn import Linear8bitLt
-from cpu_products import OLDER, PRODUCTS, older_cpu
+from cpu_products import PRODUCTS, packed
 
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -52,13 +50,6 @@ def weight_of(layer: Any) -> Tensor:
     """The weight that the layer stores, in float32."""
     codes, scales = layer.weight.data, layer.weight.SCB
     return codes.float() * scales[:, None] / 127
-
-
-def packed(**layers: nn.Module) -> nn.ModuleDict:
-    block = nn.ModuleDict(layers)
-    block.get_input_embeddings = lambda: nn.Embedding(1, 1, dtype=torch.bfloat16)
-    pack_weights(block)
-    return block
 
 
 @pytest.mark.usefixtures("product")
@@ -112,14 +103,6 @@ def test_weights_are_not_held_twice() -> None:
     assert layer.weight.CB is None
     assert layer.weight.SCB is None
     assert found.packed.weight.numbers.nbytes == 64 * 32
-
-
-@pytest.mark.parametrize("newer", OLDER)
-def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "linear_vectors"]
-    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout
 
 
 def test_a_quantized_model_runs_as_a_program_and_is_nearer_to_its_weights_than_bitsandbytes(

@@ -2,8 +2,6 @@
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ if kernels is None or kernels.products is None:
 
 import bitsandbytes.functional as bnb
 from bitsandbytes.nn import Linear4bit
-from cpu_products import OLDER, PRODUCTS, older_cpu
+from cpu_products import PRODUCTS, packed
 
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -58,13 +56,6 @@ def plain(layer: Any) -> nn.Linear:
     linear.weight.data = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state).bfloat16()
     linear.bias = layer.bias
     return linear
-
-
-def packed(**layers: nn.Module) -> nn.ModuleDict:
-    block = nn.ModuleDict(layers)
-    block.get_input_embeddings = lambda: nn.Embedding(1, 1, dtype=torch.bfloat16)
-    pack_weights(block)
-    return block
 
 
 @pytest.mark.usefixtures("product")
@@ -122,14 +113,6 @@ def test_codes_and_scales_are_not_held_twice() -> None:
     assert layer.weight.quant_state is None
     assert layer.quant_state is None
     assert found.packed.weight.numbers.nbytes == 64 * 32 // 2 + 4 * len(scales)
-
-
-@pytest.mark.parametrize("newer", OLDER)
-def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "linear_vectors"]
-    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "16 passed" in done.stdout
 
 
 @pytest.mark.parametrize(("kind", "nested"), TYPES)

@@ -1,8 +1,6 @@
 """A product in float32 of few rows is the linear layer's, and the weight stays as it lies."""
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ kernels = load_kernels()
 if kernels is None or kernels.products is None:
     pytest.skip("the kernels multiply on none but an x86 CPU with AVX2", allow_module_level=True)
 
-from cpu_products import OLDER, older_cpu
 
 from pipeline.engine.cpu.packing import FloatLinear, pack_weights
 
@@ -71,11 +68,3 @@ def test_what_does_not_fill_registers_or_is_in_another_precision_stays() -> None
     block.get_input_embeddings = lambda: nn.Embedding(1, 1)
     assert pack_weights(block) == 1
     assert isinstance(block["fits"], FloatLinear)
-
-
-@pytest.mark.parametrize("newer", OLDER)
-def test_an_older_cpu_of_this_kind_says_the_same(newer: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "float32"]
-    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "8 passed" in done.stdout

@@ -1,0 +1,35 @@
+"""What the kernels say on this CPU they say on older ones of its kind: the same tests, compiled for those."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine.cpu import load_kernels
+
+kernels = load_kernels()
+if kernels is None or kernels.products is None:
+    pytest.skip("the kernels multiply on none but an x86 CPU with AVX2", allow_module_level=True)
+
+from cpu_products import OLDER, older_cpu  # noqa: E402  without the kernels it cannot be imported
+
+HERE = Path(__file__).parent
+# What each file has of tests that depend on the CPU's vectors.
+PASSED = {
+    "test_cpu_kernels.py": ("test_attention_over_rectangles or linear_vectors", 34),
+    "test_eight_bits.py": ("linear_vectors", 7),
+    "test_four_bits.py": ("linear_vectors", 16),
+    "test_linear_floats.py": ("float32", 8),
+}
+
+
+@pytest.mark.parametrize("newer", OLDER)
+@pytest.mark.parametrize("file", PASSED)
+def test_an_older_cpu_of_this_kind_says_the_same(file: str, newer: tuple[str, ...]) -> None:
+    """One without instructions for bf16, and one without AVX-512; an older CPU yet is tested as itself."""
+    names, count = PASSED[file]
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / file), "-k", names]
+    done = subprocess.run(command, env=older_cpu(newer), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert f"{count} passed" in done.stdout
