@@ -8,7 +8,7 @@ from torch import get_num_threads
 from pipeline.common import terminal
 from pipeline.common.processors import OthersWork, say_if_crowded
 from pipeline.config.schema import Config, EngineName
-from pipeline.engine.cpu.packing import pack_weights
+from pipeline.engine.cpu.packing import multiplies_as_bitsandbytes_in_8_bits, pack_weights
 from pipeline.engine.host_memory import (
     EIGHT_BIT_BYTES,
     GLIBC_BYTES,
@@ -58,10 +58,10 @@ def _load_here(config: Config) -> Ready:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0
-        log.info("%d linear layers packed", packed)
+        log.info("%d linear layers replaced by those of the kernels", packed)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
-        if loaded.quant.bits != 8 or packed:
+        if not multiplies_as_bitsandbytes_in_8_bits(loaded.model):  # type: ignore[arg-type]
             return_large_blocks(GLIBC_BYTES)
     if left_out := loaded.own_settings.left_out(config.generation):
         terminal.say(left_out)

@@ -77,9 +77,7 @@ class Counted:
     weights: tuple[Weight, ...]
     note: str | None  # what of it is an estimate
     refused: str | None  # why a job would be refused
-    parameters: int | None = (
-        None  # where the weights are packed, as how many numbers; None: as their shapes say
-    )
+    parameters: int | None = None  # of packed weights; None: as many as their shapes say
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,33 +181,21 @@ def _layer_keys(network: Any, text: Any) -> dict[str, Any]:
         network.set_experts_implementation("batched_mm")  # others ask how many tokens each expert has
     fx_settings.meta_nonzero_assume_all_nonzero = True
     why, own_cache = "", needs_own_cache(network.config) is not None
+    plain = {"layer_states": [], "layer_state_bytes": [], "own_cache": own_cache, "note": None}
     for way in (_in_own_cache,) if own_cache else (_attended, _cached):
         try:
             found = way(network, text)
         except Exception as error:  # noqa: BLE001  any code of transformers runs in it
             why = first_line(error)
         else:
-            return {
-                "layer_states": [],
-                "layer_state_bytes": [],
-                "own_cache": own_cache,
-                "note": None,
-                **found,
-            }
+            return {**plain, **found}
     heads = _whole(text, "num_key_value_heads") or _whole(text, "num_attention_heads")
     size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
     layers = _whole(text, "num_hidden_layers")
     note = f"keys and values are estimated from the config's sizes: {why}"
     if own_cache:
         note += "; the states of its recurrent layers, constant for each row, are not counted"
-    return {
-        "layer_keys": [2 * heads * size] * layers,
-        "windows": [None] * layers,
-        "layer_states": [],
-        "layer_state_bytes": [],
-        "own_cache": own_cache,
-        "note": note,
-    }
+    return {**plain, "layer_keys": [2 * heads * size] * layers, "windows": [None] * layers, "note": note}
 
 
 def _in_own_cache(network: Any, text: Any) -> dict[str, Any]:

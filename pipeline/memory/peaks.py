@@ -191,7 +191,7 @@ def run_peak(
         gpus: those that the model lies on, () for a run on the CPU. Each of them has a pass in turn.
         packed: linear layers in bf16 and quantized ones are packed, on a CPU.
     """
-    packed = packed and not gpus
+    packed = packed and not gpus and plain_dtype(arch, quant) == BF16
     return RunPeak(
         footprint=footprint_bytes(arch, quant),
         quant_state=quant_state_bytes(arch, quant),
@@ -209,7 +209,7 @@ def _host_bytes(quant: QuantConfig, packed: bool) -> int:
     return HOST_RUNTIME_BYTES + (INT8_HEAP_BYTES if quant.bits == 8 and not packed else 0)
 
 
-def weight_bytes(arch: Architecture, quant: QuantConfig) -> int:
+def held_weight_bytes(arch: Architecture, quant: QuantConfig) -> int:
     """Predict the weights as they are held, with their quantization state."""
     return footprint_bytes(arch, quant) + quant_state_bytes(arch, quant)
 
@@ -243,7 +243,7 @@ def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: boo
     and nothing of size has to be free for them, unless they are packed, or copied out of the file at the end
     (engine/host_memory.py): then only a smaller part of it is still in use.
     """
-    stored_bytes = weight_bytes(arch, quant)
+    stored_bytes = held_weight_bytes(arch, quant)
     if gpus:
         held = stored_bytes + len(gpus) * quantizing_bytes(arch, quant)
         return LoadPeak(held, mapped=0, context=len(gpus) * CUDA_CONTEXT_BYTES)

@@ -10,6 +10,7 @@ from pipeline.config.schema import EngineConfig
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.peaks import work_bytes
 from pipeline.memory.plan import footprint_bytes, kv_bytes_per_token
+from pipeline.prompts.lengths import messages_of
 
 TEMPLATE_TOKENS = 64  # that a chat template writes around a message, at most
 BYTES_PER_TOKEN = 3  # of UTF-8, in the middle; 1 at least
@@ -42,9 +43,8 @@ def row_tokens(
 
 
 def _prompt_bytes(row: PromptRow, system: str | None) -> int:
-    """Count the bytes of a prompt, with those of its template."""
-    messages = row.messages or [{"content": row.prompt or ""}]
-    texts = [system or row.system or "", *(message["content"] for message in messages)]
+    """Count the bytes of a prompt, with about those of its template."""
+    texts = [message["content"] for message in messages_of(row, system)]
     return sum(len(text.encode("utf-8", "replace")) + TEMPLATE_TOKENS for text in texts)
 
 

@@ -85,7 +85,7 @@ def prompt_lengths(
     good = [row for row in read if isinstance(row, PromptRow)]
     samples: list[tuple[int, int]] = []
     too_long = 0
-    for row, prompt in zip(good, count([_messages(row, system) for row in good]), strict=True):
+    for row, prompt in zip(good, count([messages_of(row, system) for row in good]), strict=True):
         if prompt >= context:
             too_long += 1
             continue
@@ -142,7 +142,7 @@ def by_tokenizer(
     return count
 
 
-def _messages(row: PromptRow, system: str | None) -> Messages:
+def messages_of(row: PromptRow, system: str | None) -> Messages:
     """List a row's messages: a prompt is a user's turn; the row's system text goes first, else the job's.
 
     Tools and calls are counted as the JSON that most templates write.

@@ -27,11 +27,8 @@ OVERRIDES: dict[str, type] = {
     "grammar": str,
     "label_logprobs": bool,
 }
-_NOT_BESIDE_THE_PROMPT = (
-    "logprobs",
-    "label_logprobs",
-    *CONSTRAINTS,
-)  # where a word as "choice" may be the user's own
+# Where a word as "choice" may be the user's own.
+_NOT_BESIDE_THE_PROMPT = ("logprobs", "label_logprobs", *CONSTRAINTS)
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _LOGPROBS = ("logprobs", "top_logprobs")  # OpenAI's: whether, and of how many
 # What changes an answer and is not there, each with the values that ask for nothing.
@@ -59,6 +56,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "structured_outputs": (),
 }
+_KNOWN = frozenset((*OVERRIDES, *_OTHER_NAMES, *_LOGPROBS, *_REFUSED, "tools", "tool_choice"))
 # What cannot matter to an answer. It stays in the row's metadata.
 _NO_MATTER = (
     "model", "user", "stream", "stream_options", "store", "metadata", "service_tier", "safety_identifier",
@@ -72,8 +70,7 @@ class BadLine(PromptError):
 
 def is_setting(name: str) -> bool:
     """Say whether a field of a row says how it is continued, and not what."""
-    known = (*OVERRIDES, *_OTHER_NAMES, *_LOGPROBS, *_REFUSED, "tools", "tool_choice")
-    return name in known
+    return name in _KNOWN
 
 
 def take_settings(fields: dict[str, Any], where: str, *, openai: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.stored_format import label
 from pipeline.memory.devices import find_device
 from pipeline.memory.facts import find_facts
-from pipeline.memory.peaks import load_peak, weight_bytes
+from pipeline.memory.peaks import held_weight_bytes, load_peak
 from pipeline.models.checkpoint import find_checkpoint
 from pipeline.models.loading_checks import check_format
 from pipeline.views.architecture import ArchitectureView, architecture_view
@@ -65,7 +65,7 @@ def _check_memory(view: ArchitectureView | None, config: Config) -> Check:
         words = f"{megabytes(need)} of weights"
     else:
         loading = load_peak(arch, settled, gpus=gpus, packed=config.engine.pack_weights)
-        need = need or weight_bytes(arch, settled)
+        need = need or held_weight_bytes(arch, settled)
         words = f"{megabytes(need)} of weights, loading them takes {loading.words}"
         need = max(need, loading.needed)
     where = f"{gigabytes(free)} free on {device.name}"

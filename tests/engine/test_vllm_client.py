@@ -155,11 +155,11 @@ def test_memory_is_planned_for_the_longest_rows_that_run_at_once(tmp_path: Path)
     prompts = list(read_prompts(str(path), GenerationParams(max_new_tokens=20)))
     found = row_tokens(prompts, None, None, most_rows=2)
     assert found.longest >= 300 + 20  # a byte is a token, at worst
-    expected = [(300 + 2 * 64) // 3 + new + BLOCK_TOKENS for new in (20, 10)]
+    expected = [(300 + 64) // 3 + new + BLOCK_TOKENS for new in (20, 10)]
     assert found.together == sum(expected)
     assert row_tokens(prompts, None, 50, most_rows=9).longest == 50
     assert row_tokens(prompts, None, 50, most_rows=9).together == 2 * (50 + BLOCK_TOKENS) + 4 * (
-        (1 + 2 * 64) // 3 + 7 + BLOCK_TOKENS
+        (1 + 64) // 3 + 7 + BLOCK_TOKENS
     )
 
 

@@ -174,11 +174,16 @@ def _keep_weights(model: nn.Module) -> int:
 
 def _fits_in_float32(module: Any) -> bool:
     """Say whether a layer is plain, in float32, and fills whole registers."""
-    if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
+    if not _is_plain(module):
         return False
     weight = module.weight
     here = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    return here and module.in_features % 16 == 0 and module.out_features % 4 == 0
+    return bool(here and module.in_features % 16 == 0 and module.out_features % 4 == 0)
+
+
+def multiplies_as_bitsandbytes_in_8_bits(model: nn.Module) -> bool:
+    """Say whether a product of LLM.int8 is left in the model."""
+    return any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -209,9 +214,13 @@ def _can_pack(module: nn.Module) -> bool:
         fits = _can_pack_four_bits if kind == "Linear4bit" else _can_pack_eight_bits
         bias_fits = module.bias is None or module.bias.dtype == torch.bfloat16
         return _multiplies() and bias_fits and fits(module)
-    # Another library may have put its own pass into a layer, or a weight of its own kind.
-    plain = type(module) is nn.Linear and "forward" not in vars(module)
-    return plain and type(module.weight) is nn.Parameter and module.weight.dtype == torch.bfloat16
+    return _is_plain(module) and bool(module.weight.dtype == torch.bfloat16)
+
+
+def _is_plain(module: Any) -> bool:
+    """Say whether no other library has put its own pass, hook or kind of weight into a linear layer."""
+    own = "forward" in vars(module) or hasattr(module, "_hf_hook")
+    return type(module) is nn.Linear and not own and type(module.weight) is nn.Parameter
 
 
 def _can_pack_four_bits(linear: Any) -> bool:

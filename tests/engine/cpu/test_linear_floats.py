@@ -64,6 +64,10 @@ def test_a_float32_models_layers_keep_their_weights_and_say_the_same() -> None:
 
 def test_what_does_not_fill_registers_or_is_in_another_precision_stays() -> None:
     layers = {"odd": nn.Linear(24, 8), "outputs": nn.Linear(16, 6), "precise": nn.Linear(16, 8).double()}
+    layers["of another library"] = nn.Linear(16, 8)
+    layers["of another library"].forward = lambda input: input[
+        ..., :8
+    ].round()  # as one that rounds its inputs
     block = nn.ModuleDict({**layers, "fits": nn.Linear(16, 8)})
     block.get_input_embeddings = lambda: nn.Embedding(1, 1)
     assert pack_weights(block) == 1

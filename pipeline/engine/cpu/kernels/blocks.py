@@ -13,7 +13,7 @@ BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
 SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
 CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
-BYTES_BYTES = BLOCK * BLOCK  # of one block in 8 bits
+INT8_BLOCK_BYTES = BLOCK * BLOCK  # of one block in 8 bits
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 # What a product reads, on vectors and on tiles.

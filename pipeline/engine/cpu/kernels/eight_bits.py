@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BYTES_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import INT8_BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
     LANE_NUMBERS,
@@ -35,7 +35,7 @@ FEW_ROWS = 4 if HAS_BF16 else 12 if compiles_for("avx512f") else 1 << 30
 # Whose sums leave room for the rest in the registers.
 ROWS = 12 if WIDE_INPUTS and compiles_for("avx512f") else 4
 AHEAD = 8  # blocks: so far ahead weights are asked for
-LINES = BYTES_BYTES // (TILE_BYTES // 2)  # of a block: two inputs of 16 outputs
+LINES = INT8_BLOCK_BYTES // (TILE_BYTES // 2)  # of a block: two inputs of 16 outputs
 PAIRS_TOGETHER = 2 if WIDE_INPUTS else 4  # of inputs
 TILE_LINES = LINES // 2
 
@@ -51,7 +51,7 @@ def unpack(context: Any, packed: Any, blocks: Any, output: Any) -> Any:
         lines = builder.mul(blocks, _NUMBER(LINES))
         with cgutils.for_range(builder, lines, intp=_NUMBER) as line:
             here = builder.add(packed, builder.mul(line.index, _NUMBER(TILE_BYTES // 2)))
-            prefetch_line(builder, builder.add(here, _NUMBER(BYTES_BYTES * AHEAD)), cache=1)
+            prefetch_line(builder, builder.add(here, _NUMBER(INT8_BLOCK_BYTES * AHEAD)), cache=1)
             there = builder.add(output, builder.mul(line.index, _NUMBER(TILE_BYTES)))
             pairs = _as_pairs(builder, *_planes(builder, here))
             builder.store(pairs, builder.inttoptr(there, pairs.type.as_pointer()), align=4)
@@ -97,7 +97,7 @@ def _multiply_tiles(
         cgutils.for_range(builder, parts, intp=_NUMBER) as part,
     ):
         along = builder.add(builder.mul(block.index, parts), part.index)
-        here = builder.add(packed, builder.mul(block.index, _NUMBER(BYTES_BYTES)))
+        here = builder.add(packed, builder.mul(block.index, _NUMBER(INT8_BLOCK_BYTES)))
         here = builder.add(here, builder.mul(part.index, _NUMBER(PAIRS_TOGETHER * TILE_BYTES // 2)))
         first = builder.add(input, builder.mul(along, _NUMBER(PAIRS_TOGETHER * pair_bytes)))
         places = [builder.add(first, builder.mul(stride, _NUMBER(row))) for row in range(rows)]
@@ -113,7 +113,7 @@ def _part(builder: Any, here: Any, places: list[Any], totals: list[dict[int, Any
         for tile in totals[0]:
             line = builder.add(here, _NUMBER((tile * TILE_LINES + pair) * TILE_BYTES // 2))
             if pair % 2 == 0:
-                prefetch_line(builder, builder.add(line, _NUMBER(BYTES_BYTES * AHEAD)), cache=1)
+                prefetch_line(builder, builder.add(line, _NUMBER(INT8_BLOCK_BYTES * AHEAD)), cache=1)
             planes = _planes(builder, line)
             for place, own in zip(places, totals, strict=True):
                 builder.store(_added(builder, builder.load(own[tile]), place, pair, planes), own[tile])

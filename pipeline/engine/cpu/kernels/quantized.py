@@ -5,7 +5,7 @@ from typing import Any
 from numba import carray
 
 from pipeline.engine.cpu.kernels import eight_bits, four_bits
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, BYTES_BYTES, CODED_BYTES
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, INT8_BLOCK_BYTES
 from pipeline.engine.cpu.kernels.loops import inner, wide
 from pipeline.engine.cpu.kernels.vectors import halves
 
@@ -19,7 +19,7 @@ multiply_four, multiply_eight = four_bits.multiply_few, eight_bits.multiply_few
 @inner
 def block_bytes(p: Any) -> int:
     """Return the bytes of a block of weights."""
-    return CODED_BYTES if p.values else BYTES_BYTES if p.scales else BLOCK_BYTES
+    return CODED_BYTES if p.values else INT8_BLOCK_BYTES if p.scales else BLOCK_BYTES
 
 
 @inner
