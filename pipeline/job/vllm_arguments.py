@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from pipeline.common.errors import ConfigError
 from pipeline.common.host import host_free_bytes
 from pipeline.config.quant import Dtype
 from pipeline.config.schema import Config
@@ -18,29 +17,6 @@ from pipeline.prompts.reader import open_prompts
 MOST_LOGPROBS = 100
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of a LoRA, that vLLM has room for
 FIT = -1  # vLLM's word for the longest row that the memory holds
-# What an argument of vLLM's is called here, where a job says it otherwise.
-OTHERWISE = {
-    "model": "model.name", "tokenizer": "model.name", "revision": "model.revision", "dtype": "quant",
-    "trust_remote_code": "model.trust_remote_code", "load_format": "model.safetensors_only",
-    "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_rows",
-    "max_num_batched_tokens": "engine.prefill_tokens", "enable_prefix_caching": "engine.shared_prefix",
-    "tensor_parallel_size": "engine.tensor_parallel", "pipeline_parallel_size": "engine.pipeline_parallel",
-    "kv_cache_memory_bytes": "engine.max_tokens_in_flight", "gpu_memory_utilization": "engine.memory_fraction",
-    "enable_lora": "model.adapter", "max_lora_rank": "model.adapter", "data_parallel_size": "devices",
-    "generation_config": "generation", "max_logprobs": "generation.logprobs", "seed": "generation.seed",
-    "structured_outputs_config": "generation.json_schema", "hf_token": "HF_TOKEN",
-}  # fmt: skip
-
-
-def check_extra(extra: dict[str, Any]) -> None:
-    """Refuse arguments that have a key of their own.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    for name in extra:
-        if (key := OTHERWISE.get(str(name))) is not None:
-            raise ConfigError(f"engine.extra.{name}: is said otherwise here", f"Use {key}=… instead")
 
 
 def arguments(

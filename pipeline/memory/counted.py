@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.common import terminal
 from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError
+from pipeline.common.packages import is_installed
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
 
@@ -65,15 +66,8 @@ def _counted(config: str) -> Architecture:
 
 def _digest(config: str) -> str:
     """Name a config, and all that decides what is counted in it."""
-    versions = [metadata.version(name) if _installed(name) else "" for name in _VERSIONS]
+    versions = [metadata.version(name) if is_installed(name) else "" for name in _VERSIONS]
     return hashlib.sha256(json.dumps([FORMAT, versions, config]).encode()).hexdigest()[:32]
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(metadata.distribution(name))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def _keep(path: Path, answer: dict[str, Any]) -> None:

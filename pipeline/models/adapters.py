@@ -1,6 +1,5 @@
 """Put an adapter's weights into a model by peft: merged where the model is not quantized, else beside it."""
 
-import importlib.util
 import logging
 import warnings
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from torch import nn
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
+from pipeline.common.packages import can_import
 from pipeline.config.schema import ModelConfig
 from pipeline.models.adapter_files import AdapterFiles, locate_adapter, made_for_another
 from pipeline.models.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ def get_adapter(model: ModelConfig, models_dir: str) -> AdapterFiles | None:
     """
     if (adapter := locate_adapter(model, models_dir)) is None:
         return None
-    if importlib.util.find_spec("peft") is None:
+    if not can_import("peft"):
         raise LoadError(
             "model.adapter: the peft package is not installed",
             "Run: pip install 'llm-job-pipeline[adapters]'",

@@ -1,6 +1,5 @@
 """Turn a GGUF file into the folder of safetensors that every other part reads."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.common.errors import LoadError
+from pipeline.common.packages import can_import
 from pipeline.models.loading_checks import first_line
 
 
@@ -51,7 +51,7 @@ def _convert(gguf: Path, folder: Path, half_made: Path, dtype: str) -> bool:
 
 
 def _check(gguf: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
+    if not can_import("gguf"):
         raise LoadError("the gguf package is not installed", "Run: pip install 'llm-job-pipeline[gguf]'")
     if not gguf.is_file():
         raise LoadError(f"{gguf}: no such file", "Give the path of a .gguf file on this machine")

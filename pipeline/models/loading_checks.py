@@ -1,7 +1,6 @@
 """Check that a checkpoint can be loaded, and say what to do where it cannot. All raise LoadError."""
 
 import re
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from pipeline.common import terminal
 from pipeline.common.errors import LoadError
+from pipeline.common.packages import is_installed
 from pipeline.config.quant import SMALLEST, Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
 from pipeline.config.stored_format import PACKAGES, can_dequantize, checkpoint_format, label
@@ -175,7 +175,7 @@ def check_format(checkpoint: Checkpoint, model: ModelConfig, quant: QuantConfig)
 
 
 def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> tuple[str, str]:
-    missing = [package for package in PACKAGES.get(found, ()) if not _installed(package)]
+    missing = [package for package in PACKAGES.get(found, ()) if not is_installed(package)]
     fix = (
         f"Run: pip install {' '.join(missing)}; or choose"
         if missing
@@ -188,14 +188,6 @@ def _unreadable(error: Exception, checkpoint: Checkpoint, found: str) -> tuple[s
         f"{first_line(error)}",
         f"{fix} a copy of the model with plain weights",
     )
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.distribution(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def explained(

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.report.summary import BEST, Record, cells
 
-ALIKE = ("model", "prompts", "system", "prompt_template", "columns", "examples", "shots", "limit")
+ALIKE = ("model", "quant", "prompts", "system", "prompt_template", "columns", "examples", "shots", "limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def seed_of(config: dict[str, Any]) -> int | None:
 def _all_but_seed(record: Record) -> str:
     config = record["setup"]["config"]
     generation = {key: value for key, value in config["generation"].items() if key != "seed"}
-    named = [record[name] for name in ("model", "quant", "generation", "prompt_set")]
+    named = [record[name] for name in ("model", "quant", "generation", "engine", "prompt_set")]
     return json.dumps(
         [named, generation, record["rows"]["total"], [config.get(key) for key in ALIKE]],
         sort_keys=True,
@@ -62,4 +62,5 @@ def _repeated(group: list[Record]) -> Repeated:
         values = [value for row in table if (value := row[name]) is not None]
         if len(values) == len(group):
             figures[name] = statistics.fmean(values), statistics.stdev(values)
-    return Repeated(f"{group[0]['label'].rpartition(' · ')[0]} · {len(group)} seeds", group, figures)
+    label = group[0]["label"]
+    return Repeated(f"{label.rpartition(' · ')[0] or label} · {len(group)} seeds", group, figures)

@@ -9,10 +9,10 @@ from job_helper import arguments, run_job, write_rows
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.compose import job_folder, read_config
+from pipeline.config.vllm_limits import OTHERWISE
 from pipeline.engine.vllm.params import sampling_params, seed
 from pipeline.engine.vllm.process import VllmProcess
 from pipeline.engine.vllm.python import find_python
-from pipeline.job.vllm_arguments import OTHERWISE, check_extra
 from pipeline.memory.reserve import BLOCK_TOKENS, row_tokens
 from pipeline.prompts.reader import read_prompts
 from pipeline.views.vllm import check_vllm
@@ -101,9 +101,9 @@ def test_keys_of_another_engine_are_named_as_not_read():
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_an_argument_that_has_a_key_here_is_refused_with_that_key(name):
     with pytest.raises(ConfigError) as caught:
-        check_extra({"enforce_eager": True, name: 1})
+        read_config(["engine=vllm", f"engine.extra={{enforce_eager: true, {name}: 1}}"])
     assert f"engine.extra.{name}: " in str(caught.value)
-    assert f"Use {OTHERWISE[name]}=" in str(caught.value)
+    assert f"se {OTHERWISE[name]}=" in str(caught.value)
 
 
 def test_the_python_is_that_of_make_vllm_or_the_one_that_is_named(tmp_path, monkeypatch):

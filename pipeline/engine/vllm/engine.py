@@ -106,6 +106,7 @@ class VllmEngine:
         if "error" in answer:
             return Completion(request.id, sample, (), None, error=f"vLLM refuses this row: {answer['error']}")
         reason, ids = answer["finish_reason"], answer["token_ids"]
+        self.stats.making_tokens = max(0, self.stats.making_tokens - len(ids))
         if reason not in ("stop", "length"):
             return Completion(request.id, sample, (), None, error=f"vLLM gave this row up: {reason}")
         logprobs = _logprobs(ids, answer["logprobs"], request.params.logprobs or 0)

