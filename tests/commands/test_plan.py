@@ -324,6 +324,13 @@ def test_prompts_that_come_once_are_planned_with_for_every_model(tmp_path: Path)
         assert [plan["prompts"]["rows"] for plan in json.loads(done.stdout)["plans"]] == [5, 5, 5]
 
 
+def test_prompts_that_come_once_are_planned_with_for_every_model_on_vllm(monkeypatch, capsys):
+    rows = "".join(json.dumps({"prompt": f"Row {i}"}) + "\n" for i in range(5))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(rows.encode())))
+    assert main(["plan", "engine=vllm", "model=smollm2,phi", "memory=24GB", "json=-", "prompts=-"]) == 0
+    assert [plan["rows"] for plan in json.loads(capsys.readouterr().out)["plans"]] == [5, 5]
+
+
 def test_vllms_ranks_hold_their_part_of_llama_and_of_its_keys_and_values():
     (plan,) = planned("engine=vllm", "model=llama", "gpus=4", "memory=24GB")
     norms, buffers = (2 * 32 + 1) * 4096, 2 * 64 * 4

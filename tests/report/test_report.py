@@ -464,4 +464,6 @@ def test_jobs_that_differ_in_more_than_their_seed_are_not_put_together(tmp_path)
     longer = write_job(tmp_path, "fp32", [answer_row(0, "x")], seed=2)
     config = longer / ".hydra" / "config.yaml"
     config.write_text(config.read_text().replace("max_new_tokens: 64", "max_new_tokens: 65"))
+    other = write_job(tmp_path, "fp32", [answer_row(0, "x")], seed=3) / ".hydra" / "config.yaml"
+    other.write_text(other.read_text() + "engine: {name: vllm}\n")
     assert json.loads((write_report([tmp_path]).parent / "report.json").read_text())["seeds"] == []

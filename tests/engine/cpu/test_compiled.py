@@ -17,10 +17,10 @@ LOOK = (
 )
 
 
-def folder_of(root: Path, **settings: str) -> Path:
+def looked_up(root: Path, **settings: str) -> "subprocess.CompletedProcess[str]":
     """Ask a process of its own where it keeps what it compiles."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", LOOK],
         env={**environment, "PYTHONPATH": str(root), **settings},
         cwd=root,
@@ -28,7 +28,10 @@ def folder_of(root: Path, **settings: str) -> Path:
         text=True,
         check=True,
     )
-    return Path(done.stdout.strip())
+
+
+def folder_of(root: Path, **settings: str) -> Path:
+    return Path(looked_up(root, **settings).stdout.strip())
 
 
 def test_sources_and_kinds_of_cpu_have_folders_of_their_own(tmp_path):
@@ -46,3 +49,10 @@ def test_sources_and_kinds_of_cpu_have_folders_of_their_own(tmp_path):
 
 def test_a_users_own_cache_is_taken(tmp_path):
     assert folder_of(ROOT, NUMBA_CACHE_DIR=str(tmp_path)).parent == tmp_path
+
+
+def test_a_first_start_says_that_it_compiles(tmp_path):
+    first = looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path))
+    assert first.stderr == "Compiling for this CPU: some 10 seconds, once\n"
+    Path(first.stdout.strip()).mkdir()
+    assert looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path)).stderr == ""
