@@ -290,8 +290,10 @@ def stage_kernels(check: Check) -> dict[str, Any]:
             found[label] = [off(call(), wanted), check.replay_us(call, 5)]
     for rows in (64, 16):
         found[f"nf4 14336x4096 {rows} rows"] = four_bits(check, rows, 14336, 4096)
+    for rows in (128, 64, 16, 1):
+        found[f"int8 14336x4096 {rows} rows"] = eight_bits(check, rows, 14336, 4096)
     if check.arguments.tune:
-        found["tuned"] = tune(check)
+        found["tuned"] = {**tune(check), **tune_eight_bits(check)}
     return found
 
 
@@ -323,6 +325,22 @@ def four_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float]
             bitsandbytes.matmul_4bit(input, packed.t(), state)
 
     return [error, check.replay_us(own, 5) / 4, check.replay_us(theirs, 5) / 4]
+
+
+def eight_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float]:
+    """[relative error, µs, cuBLAS' µs in bf16] of a product by weights in int8, fresh ones at each call."""
+    from pipeline.engine.paged import triton_eight_bits as kernels
+
+    codes = torch.randint(-127, 128, (4, outputs, inputs), device=check.device, dtype=torch.int8)
+    scales = torch.rand(outputs, device=check.device) + 0.1
+    halves = [each.to(torch.bfloat16) for each in codes]
+    input = torch.randn(rows, inputs, device=check.device, dtype=torch.bfloat16)
+    error = off(kernels.product(input, codes[0], scales), input.float() @ codes[0].float().T * scales)
+    return [
+        error,
+        check.replay_us(lambda: [kernels.product(input, each, scales) for each in codes], 5) / 4,
+        check.replay_us(lambda: [F.linear(input, each) for each in halves], 5) / 4,
+    ]
 
 
 def attention(
@@ -382,6 +400,21 @@ def tune(check: Check) -> dict[str, float]:
         wide[config] = check.replay_us(call, 3)
     kernels.FLOAT32 = min(wide, key=lambda key: wide[key])
     return {str(key): us for key, us in [*times.items(), *wide.items()]}
+
+
+def tune_eight_bits(check: Check) -> dict[str, list[float]]:
+    """µs of a product in 8 bits for 64 and 16 rows, by inputs at once, warps and stages; the best at 64 stays."""
+    from pipeline.engine.paged import triton_eight_bits as kernels
+
+    times: dict[tuple[int, int, int], list[float]] = {}
+    for shape in ((64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 4, 5), (128, 8, 4), (256, 4, 3), (256, 8, 3)):
+        kernels.SHAPE = shape
+        try:
+            times[shape] = [eight_bits(check, rows, 14336, 4096)[1] for rows in (64, 16)]
+        except Exception as error:  # noqa: BLE001  a shape that does not fit
+            check.say(f"{shape}: {type(error).__name__}")
+    kernels.SHAPE = min(times, key=lambda shape: times[shape])
+    return {str(shape): us for shape, us in times.items()}
 
 
 def off(made: Tensor, wanted: Tensor) -> float:
@@ -766,7 +799,7 @@ def main() -> int:
         "--quants", nargs="*", choices=list(PREDICTED_MB), default=list(PREDICTED_MB), help="of jobs"
     )
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--tune", action="store_true", help="try other shapes of the attention kernel first")
+    parser.add_argument("--tune", action="store_true", help="try other shapes of kernels first")
     parser.add_argument(
         "--tokenizer",
         type=Path,

@@ -62,7 +62,7 @@ def activation_bytes(
         columns: the longest prompt so far, whose keys the pass attends to.
     """
     if gpus:
-        return len(gpus) * _gpu_activation_bytes(arch, quant, tokens, columns)
+        return len(gpus) * _gpu_activation_bytes(arch, quant, tokens, columns, gpus)
     element = ELEMENT_BYTES[plain_dtype(arch, quant)]
     hidden, inner = arch.hidden_size, arch.intermediate_size
     queries = arch.num_attention_heads * arch.head_dim
@@ -78,12 +78,14 @@ def activation_bytes(
     return max(mlp, attention, norm, int8)
 
 
-def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, columns: int) -> int:
+def _gpu_activation_bytes(
+    arch: Architecture, quant: QuantConfig, tokens: int, columns: int, gpus: Gpus
+) -> int:
     """Estimate the same on a GPU, where attention is one kernel: neither scores nor repeated keys are ever stored.
 
     Estimated from the code, not fitted. The boolean masks, one for each kind of window, last for the whole
-    pass; in a layer, the kernel has its mask as floats. An int8 product has its input in 8 bits, its results
-    in int32, in float16 and in the dtype of the activations.
+    pass; in a layer, the kernel has its mask as floats. bitsandbytes' int8 product has its input in 8 bits, its
+    results in int32, in float16 and in the dtype of the activations.
     """
     dtype = plain_dtype(arch, quant)
     element = ELEMENT_BYTES[dtype]
@@ -94,7 +96,7 @@ def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, c
     attention = element * tokens * (4 * hidden + 4 * queries + 2 * keys + columns)
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
-    if quant.bits == 8:
+    if quant.bits == 8 and not _reads_8_bits(arch, quant, gpus):
         widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         results = 4 + 2 + (0 if dtype == "float16" else element)
         int8 = tokens * (element * (4 * hidden + inner) + hidden + results * widest)
@@ -103,15 +105,22 @@ def _gpu_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, c
 
 @cache
 def scratch_bytes(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> int:
-    """Estimate what products work in: 4-bit, the largest matrix, dequantized for many rows; a GPU's workspace.
+    """Estimate what products work in: the largest matrix, dequantized for many rows; a GPU's workspace.
 
     On a CPU this is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
     """
-    largest = largest_quantizable(arch) if quant.four_bit else 0
+    dequantizes = quant.four_bit or (quant.bits == 8 and _reads_8_bits(arch, quant, gpus))
+    largest = largest_quantizable(arch) if dequantizes else 0
     if not gpus:
         return 8 * largest
-    element = ELEMENT_BYTES[quant.product_dtype]
+    element = ELEMENT_BYTES[quant.product_dtype if quant.four_bit else plain_dtype(arch, quant)]
     return sum(element * largest + _workspace_bytes(gpu) for gpu in gpus)
+
+
+def _reads_8_bits(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> bool:
+    """Say whether engine/paged/triton_eight_bits.py stands in for bitsandbytes' 8-bit products."""
+    one = len(gpus) == 1 and gpus[0].backend == "cuda" and (gpus[0].capability or (0, 0)) >= (8, 0)
+    return one and ELEMENT_BYTES[plain_dtype(arch, quant)] == 2
 
 
 def _workspace_bytes(gpu: Gpu) -> int:

@@ -29,8 +29,15 @@ def choose_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
 
 
 def replace_products(model: Any, device: torch.device) -> None:
-    """Let layers in 4 bits multiply by a kernel of our own, on the cards where that is faster."""
-    if torch.cuda.get_device_capability(device)[0] == HOPPER:
-        from pipeline.engine.paged.triton_four_bits import replace_linears
+    """Let quantized layers multiply by kernels of our own: in 8 bits, and in 4 on the cards where that is faster.
 
-        log.info("%d layers in 4 bits multiply by the kernel", replace_linears(model))
+    On ROCm they stay bitsandbytes': the kernel for 4 bits is written in PTX, and none has been run there.
+    """
+    if torch.version.hip is not None:
+        return
+    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
+
+    if model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16):
+        log.info("%d layers in 8 bits multiply by the kernel", triton_eight_bits.replace_linears(model))
+    if torch.cuda.get_device_capability(device)[0] == HOPPER:
+        log.info("%d layers in 4 bits multiply by the kernel", triton_four_bits.replace_linears(model))

@@ -21,11 +21,10 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pipeline.engine.model_facts import is_adapted, outside_adapters
+from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, add_up, split
 
 BLOCK = 64  # weights that share a scale
-LEAST_ROWS, MOST_ROWS = 5, 128  # bitsandbytes has a kernel for fewer; for more, its way is faster
-OUTPUTS = 64  # of one program: the least that Hopper's tensor cores take
-PROGRAMS = 512  # inputs are split until there are so many: four on each of a card's 132 processors
+LEAST_ROWS = 5  # bitsandbytes has a kernel for fewer
 
 
 class FourBitLinear(nn.Module):
@@ -93,20 +92,14 @@ def product(input: Tensor, weight: FourBitWeight, bias: Tensor | None = None) ->
     """Multiply, as F.linear does by the dequantized weight. [.., K] → [.., N]."""
     states = input.reshape(-1, input.shape[-1]).contiguous()
     (rows, inputs), outputs = states.shape, len(weight.words)
-    splits = min(16, triton.next_power_of_2(triton.cdiv(PROGRAMS * OUTPUTS, outputs)))
-    tile = max(16, min(128, triton.next_power_of_2(rows)))
+    tile, splits = split(rows, outputs)
     parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
     _product_kernel[(outputs // OUTPUTS, triton.cdiv(rows, tile), splits)](
         states, weight.words, weight.scales, weight.scale_codes, weight.scale_scales, weight.offset, weight.codes,
         parts, rows, outputs, inputs, splits, NESTED=weight.nested, PERMUTATIONS=weight.permutations,
         OUTPUTS=OUTPUTS, ROWS=tile, num_warps=4, num_stages=3,
     )  # fmt: skip
-    output = states.new_empty(rows, outputs)
-    _sum_kernel[(rows, triton.cdiv(outputs, 1024))](
-        parts, states if bias is None else bias, output, rows * outputs, outputs, splits,
-        BIASED=bias is not None, SIZE=1024,
-    )  # fmt: skip
-    return output.view(*input.shape[:-1], outputs)
+    return add_up(parts, input.dtype, None, bias).view(*input.shape[:-1], outputs)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -156,20 +149,6 @@ def _codes(word, codes, PERMUTATIONS: tl.constexpr):
         PERMUTATIONS, "=r,=r,=r,=r,=r,=r,=r,=r,r", [word],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=2,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _sum_kernel(parts, bias, output, count, outputs, splits, BIASED: tl.constexpr, SIZE: tl.constexpr):
-    """Add up what the splits have found, in their order, for one row."""
-    n = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    inside = n < outputs
-    at = tl.program_id(0).to(tl.int64) * outputs + n
-    total = tl.zeros([SIZE], tl.float32)
-    for split in range(splits):
-        total += tl.load(parts + split * count + at, mask=inside, other=0.0)
-    if BIASED:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)
 
 
 def _interprets() -> bool:

@@ -1,0 +1,93 @@
+"""Products with bitsandbytes' 8-bit weights on a GPU, run by Triton's interpreter on a CPU."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from interpreted import interpreted
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@pytest.fixture(scope="module")
+def eight_bits() -> ModuleType:
+    return interpreted("triton_eight_bits")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def off(made: Tensor, wanted: Tensor) -> float:
+    return float((made.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def layer(inputs: int, outputs: int, bias: bool = True) -> Any:
+    """A layer of bitsandbytes', quantized by itself."""
+    made = bnb.nn.Linear8bitLt(inputs, outputs, bias, has_fp16_weights=False)
+    made.load_state_dict(
+        {"weight": random(outputs, inputs, seed=1), **({"bias": random(outputs, seed=2)} if bias else {})}
+    )
+    return made.to("cpu").half().requires_grad_(False)
+
+
+def dequantized(linear: Any) -> Tensor:
+    scales: Tensor = linear.weight.SCB[:, None]
+    return linear.weight.data.float() * scales / 127
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 64, 64), (5, 128, 192), (20, 64, 256), (130, 192, 320)]
+)
+def test_a_product_is_that_of_the_dequantized_weight(eight_bits, rows, outputs, inputs, bias):
+    linear = layer(inputs, outputs, bias)
+    input = random(1, rows, inputs, seed=3)
+    wanted = F.linear(input.float(), dequantized(linear), linear.bias.float() if bias else None)
+    made = eight_bits.EightBitLinear(linear)(input)
+    assert made.dtype == torch.float16
+    assert made.shape == wanted.shape
+    assert off(made, wanted) < 4e-4
+
+
+def test_layers_are_replaced_once_and_only_those_that_fill_blocks(eight_bits):
+    model = nn.Sequential(layer(128, 64), layer(64, 96), nn.Linear(96, 64), layer(64, 64, bias=False))
+    assert [eight_bits.replace_linears(model) for _ in range(2)] == [2, 0]
+    kinds = [type(child).__name__ for child in model]
+    assert kinds == ["EightBitLinear", "Linear8bitLt", "Linear", "EightBitLinear"]
+
+
+def test_a_row_does_not_depend_on_how_many_there_are(eight_bits):
+    linear = eight_bits.EightBitLinear(layer(320, 64))
+    input = random(40, 320, seed=5)
+    assert torch.equal(linear(input)[:6], linear(input[:6]))
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from pipeline.engine.paged import triton_eight_bits as eight_bits
+
+fixed = {"OUTPUTS": 64, "INPUTS": 128, "ROWS": int(sys.argv[2])}
+kinds = {"states": "*bf16", "codes": "*i8", "parts": "*fp32"} | dict.fromkeys(fixed, "constexpr")
+kernel = eight_bits._product_kernel
+names = kernel.arg_names
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
+source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
+made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4, "num_stages": 4})
+print(made.asm["ptx"].count("wgmma.mma_async" if sys.argv[1] == "90" else "mma.sync"))
+"""
+
+
+@pytest.mark.parametrize(("capability", "rows"), [(90, 16), (90, 128), (80, 64)])
+def test_it_compiles_to_tensor_cores(eight_bits, capability, rows):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, str(capability), str(rows)]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(made.stdout) >= 8, "one product over 128 inputs is eight of 16"
