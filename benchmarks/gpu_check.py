@@ -8,6 +8,7 @@ stage is caught and timed, and none begins after --budget seconds:
 
     env      versions, bandwidth, matrix rate, a launch
     first    the first lines of a job, in a process of its own
+    tune     other shapes of the kernels that --tune names
     kernels  each kernel beside torch in float32: its error, its time
     exact    greedy text in float32 beside `generate`, tiny models of nine architectures
     sampled  sampled text by pages and by rectangles
@@ -292,8 +293,6 @@ def stage_kernels(check: Check) -> dict[str, Any]:
         found[f"nf4 14336x4096 {rows} rows"] = four_bits(check, rows, 14336, 4096)
     for rows in (128, 64, 16, 1):
         found[f"int8 14336x4096 {rows} rows"] = eight_bits(check, rows, 14336, 4096)
-    if check.arguments.tune:
-        found["tuned"] = {**tune(check), **tune_eight_bits(check)}
     return found
 
 
@@ -379,7 +378,15 @@ def attention(
     return call, torch.stack(outs)
 
 
-def tune(check: Check) -> dict[str, float]:
+def stage_tune(check: Check) -> dict[str, Any]:
+    """Try other shapes of the kernels that are named; the best stay for the stages to come."""
+    if not check.cuda:
+        return {"skipped": "needs a GPU"}
+    ways = {"attention": tune_attention, "products": tune_products}
+    return {name: ways[name](check) for name in check.arguments.tune}
+
+
+def tune_attention(check: Check) -> dict[str, float]:
     """µs of decode attention by columns of a split, columns of a product, warps and stages; the best stays."""
     from pipeline.engine.paged import triton_kernels as kernels
 
@@ -402,19 +409,72 @@ def tune(check: Check) -> dict[str, float]:
     return {str(key): us for key, us in [*times.items(), *wide.items()]}
 
 
-def tune_eight_bits(check: Check) -> dict[str, list[float]]:
-    """µs of a product in 8 bits for 64 and 16 rows, by inputs at once, warps and stages; the best at 64 stays."""
-    from pipeline.engine.paged import triton_eight_bits as kernels
+def tune_products(check: Check) -> dict[str, list[float]]:
+    """µs of a layer's products in 8 and 4 bits for 64 rows, and of the best for others; the very best stays."""
+    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
+    from pipeline.engine.paged.triton_splits import Shape
 
-    times: dict[tuple[int, int, int], list[float]] = {}
-    for shape in ((64, 4, 4), (128, 4, 3), (128, 4, 4), (128, 4, 5), (128, 8, 4), (256, 4, 3), (256, 8, 3)):
-        kernels.SHAPE = shape
-        try:
-            times[shape] = [eight_bits(check, rows, 14336, 4096)[1] for rows in (64, 16)]
-        except Exception as error:  # noqa: BLE001  a shape that does not fit
-            check.say(f"{shape}: {type(error).__name__}")
-    kernels.SHAPE = min(times, key=lambda shape: times[shape])
-    return {str(shape): us for shape, us in times.items()}
+    found: dict[str, list[float]] = {}
+    for bits, module, inputs in ((8, triton_eight_bits, (64, 128)), (4, triton_four_bits, (64,))):
+        products = layer_products(check, bits)
+        cuts = [
+            Shape(outputs, deep, warps, stages, programs)
+            for outputs, warps in ((64, 4), (128, 4), (128, 8))
+            for deep in inputs
+            for stages in (3, 4)
+            for programs in (256, 512)
+        ]
+        times: dict[Shape, list[float]] = {}
+        for cut in cuts:
+            module.SHAPE = cut
+            try:
+                times[cut] = [rows_us(check, products, 64)]
+            except Exception as error:  # noqa: BLE001  a shape that does not fit
+                check.say(f"{cut}: {type(error).__name__}")
+        for module.SHAPE in sorted(times, key=lambda cut: times[cut])[2::-1]:  # the best last: it stays
+            times[module.SHAPE] += [rows_us(check, products, rows) for rows in (5, 16, 32, 128)]
+        found |= {f"{bits} bits {cut}": us for cut, us in times.items()}
+    products = layer_products(check, 16)
+    found["bf16"] = [rows_us(check, products, rows) for rows in (64, 5, 16, 32, 128)]
+    for key, us in found.items():
+        check.say(f"{key}: {[round(each) for each in us]}")
+    return found
+
+
+def rows_us(check: Check, products: Callable[[int], Any], rows: int) -> float:
+    return check.replay_us(lambda: products(rows), 3)
+
+
+def layer_products(check: Check, bits: int) -> Callable[[int], Any]:
+    """The products of a layer of Llama-3.1-8B, by random weights in so many bits, as a function of the rows."""
+    from bitsandbytes import functional
+
+    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
+
+    shapes = (
+        (4096, 4096),
+        (1024, 4096),
+        (1024, 4096),
+        (4096, 4096),
+        (14336, 4096),
+        (14336, 4096),
+        (4096, 14336),
+    )
+    calls: list[Callable[[int], Any]] = []
+    inputs = {k: torch.randn(128, k, device=check.device, dtype=torch.bfloat16) for k in (4096, 14336)}
+    for outputs, k in shapes:
+        x, half = inputs[k], torch.randn(outputs, k, device=check.device, dtype=torch.bfloat16)
+        if bits == 16:
+            calls.append(lambda rows, x=x, w=half: F.linear(x[:rows], w))
+        elif bits == 8:
+            codes = torch.randint(-127, 128, (outputs, k), device=check.device, dtype=torch.int8)
+            scales = torch.rand(outputs, device=check.device)
+            calls.append(lambda rows, x=x, w=codes, s=scales: triton_eight_bits.product(x[:rows], w, s))
+        else:
+            made = functional.quantize_4bit(half, blocksize=64, quant_type="nf4", compress_statistics=True)
+            weight = triton_four_bits.FourBitWeight(*made, outputs)
+            calls.append(lambda rows, x=x, w=weight: triton_four_bits.product(x[:rows], w))
+    return lambda rows: [call(rows) for call in calls]
 
 
 def off(made: Tensor, wanted: Tensor) -> float:
@@ -720,11 +780,11 @@ def stage_jobs(check: Check) -> dict[str, Any]:
             text = " ".join(draw.choices(words, k=draw.randint(20, 300 if check.cuda else 30)))
             print(json.dumps({"id": f"p{i}", "prompt": text}), file=lines)
     found: dict[str, Any] = {}
-    for quant in check.arguments.quants:
+    for i, quant in enumerate(check.arguments.quants):
         if check.seconds > check.arguments.budget:
             found[quant] = "no time left"
             continue
-        found[quant] = job(folder, prompts, work / quant, quant)
+        found[quant] = job(folder, prompts, work / f"{quant}-{i}", quant)
         check.say(f"job {quant}: {json.dumps(found[quant])[:900]}")
     shutil.rmtree(work, ignore_errors=True)
     return found
@@ -796,10 +856,14 @@ def main() -> int:
     parser.add_argument("--stages", nargs="*", default=[])
     parser.add_argument("--architectures", nargs="*", choices=list(tiny_configs()), help="of the stage exact")
     parser.add_argument(
-        "--quants", nargs="*", choices=list(PREDICTED_MB), default=list(PREDICTED_MB), help="of jobs"
+        "--quants",
+        nargs="*",
+        choices=list(PREDICTED_MB),
+        default=list(PREDICTED_MB),
+        help="of jobs; named twice, the second time with Triton's kernels compiled",
     )
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--tune", action="store_true", help="try other shapes of kernels first")
+    parser.add_argument("--tune", nargs="*", choices=["attention", "products"], default=[])
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -812,7 +876,7 @@ def main() -> int:
     check.stage("env", lambda: stage_env(check))
     check.stage("first", lambda: stage_first(first))
     for name, stage in (
-        ("kernels", stage_kernels), ("exact", stage_exact), ("sampled", stage_sampled),
+        ("tune", stage_tune), ("kernels", stage_kernels), ("exact", stage_exact), ("sampled", stage_sampled),
         ("profile", stage_profile), ("speed", stage_speed), ("oom", stage_oom), ("jobs", stage_jobs),
     ):  # fmt: skip
         check.stage(name, lambda stage=stage: stage(check))

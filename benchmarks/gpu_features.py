@@ -232,7 +232,10 @@ def run_case(work: Path, name: str, case: Case, device: str, label: str) -> dict
     made = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    rows = [json.loads(line) for f in out.rglob("outputs.jsonl") for line in f.read_text().splitlines()]
+    whole = [f.parent for f in out.rglob("outputs.jsonl") if not f.parent.name.startswith("shard-")]
+    rows = [
+        json.loads(line) for folder in whole for line in (folder / "outputs.jsonl").read_text().splitlines()
+    ]
     found: dict[str, Any] = {
         "exit_status": made.returncode,
         "sec": time.perf_counter() - started,
@@ -240,6 +243,11 @@ def run_case(work: Path, name: str, case: Case, device: str, label: str) -> dict
     }
     if made.returncode:
         found["says"] = (made.stdout + made.stderr)[-700:]
+    stats = next(out.rglob("stats.json"), None)
+    memory = stats and json.loads(stats.read_text())["memory"]
+    found["run_peak_mb"] = memory and [
+        (memory[k]["run_peak_bytes"] or 0) / 1e6 for k in ("predicted", "measured")
+    ]
     manifest = next(out.rglob("manifest.json"), None)
     found["attention"] = manifest and json.loads(manifest.read_text()).get("attention")
     found["texts"] = {

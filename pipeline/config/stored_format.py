@@ -87,10 +87,10 @@ def dequantizes(config: Mapping[str, Any], quant: QuantConfig, gpus: tuple[Gpu, 
         return False
     if quant.dtype is not Dtype.auto and not quant.quantized:
         return True
-    if found in ("fp8", "mxfp8"):
-        return not gpus or not all(_multiplies_fp8(gpu) for gpu in gpus)
-    if found == "mxfp4":
-        return not gpus or not can_import("kernels")
+    if found in ("fp8", "mxfp8", "mxfp4"):
+        # transformers has its GPU kernels for them from the hub, by this package.
+        computes = found == "mxfp4" or all(_multiplies_fp8(gpu) for gpu in gpus)
+        return not gpus or not computes or not can_import("kernels")
     # compressed-tensors unpacks all weights in the first pass; where it rounds activations, its layers are needed.
     return found == "compressed-tensors" and not rounds_activations(settings)
 

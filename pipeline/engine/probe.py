@@ -71,8 +71,11 @@ def _load_error(error: Exception, model: Any) -> LoadError:
             fix=f"Try {smaller}, or end what else uses this memory",
         )
     said = _first_line(error)
-    quantized = getattr(model, "is_quantized", False) and not fixed
-    fix = "Use quant=none or another quantization" if quantized else "Use another version of transformers"
+    fix = "Use another version of transformers"
+    if fixed:
+        fix = "Use quant=bf16, if there is memory for plain weights, another version of transformers"
+    elif getattr(model, "is_quantized", False):
+        fix = "Use quant=none or another quantization"
     return LoadError(
         found=f"{name}: its first pass failed: {said}",
         fix=f"{fix}, or another model. The log has the traceback",

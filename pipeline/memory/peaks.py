@@ -114,7 +114,8 @@ def scratch_bytes(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> int:
     if not gpus:
         return 8 * largest
     element = ELEMENT_BYTES[quant.product_dtype if quant.four_bit else plain_dtype(arch, quant)]
-    return sum(element * largest + _workspace_bytes(gpu) for gpu in gpus)
+    streams = 2 if len(gpus) == 1 else 1  # on one GPU steps are recorded on a stream of their own
+    return sum(element * largest + streams * _workspace_bytes(gpu) for gpu in gpus)
 
 
 def _reads_8_bits(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> bool:
@@ -124,7 +125,7 @@ def _reads_8_bits(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> bool:
 
 
 def _workspace_bytes(gpu: Gpu) -> int:
-    """Return what torch allocates for cuBLAS at its first product, by its own defaults."""
+    """Return what torch allocates for cuBLAS at the first product on a stream, by its own defaults."""
     if gpu.backend != "cuda":
         return 0
     return 32 * MIB if (gpu.capability or (0, 0)) >= (9, 0) else 8 * MIB + 128 * 1024

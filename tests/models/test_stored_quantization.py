@@ -29,6 +29,7 @@ from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from pipeline.commands.door import main
 from pipeline.common.errors import LoadError
+from pipeline.config import stored_format
 from pipeline.config.compose import job_folder, read_config
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -250,10 +251,13 @@ def test_plan_tree_and_doctor_know_its_bytes(quantized, tmp_path, capsys):
     assert (checks["memory"].state, " of weights, " in checks["memory"].found) == (State.green, True)
 
 
-def test_a_gpu_that_computes_in_fp8_holds_the_files_tensors(tiny_dir, capsys):
+def test_a_gpu_that_computes_in_fp8_holds_the_files_tensors(tiny_dir, capsys, monkeypatch):
     """As many bytes as the parameters of the layers that transformers puts in there, and the buffers."""
     rewrite(tiny_dir, in_fp8)
     edit(tiny_dir, quantization_config=FP8)
+    (plain,) = plans_of(tiny_dir, capsys, "memory=24GB")
+    assert plain["quant"] == "fp8 (checkpoint), dequantized", "without the package that has its kernels"
+    monkeypatch.setattr(stored_format, "can_import", lambda name: name == "kernels")
     (plan,) = plans_of(tiny_dir, capsys, "memory=24GB")
     in_8_bits = sum(part["bytes"] for part in plan["parts"] if part["dtype"] == "f8_e4m3")
     assert in_8_bits == 73_728

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.engine.model_facts import is_adapted, outside_adapters
-from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, add_up, split
+from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_up
 
 INPUTS = 64  # a layer has a multiple of it
-SHAPE = 128, 4, 4  # inputs read at a time, warps and stages: the fastest on an H200
+SHAPE = Shape(outputs=128, inputs=128, warps=4, stages=3, programs=512)  # the fastest on an H200
 LARGEST_CODE = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
 
 
@@ -31,7 +31,9 @@ class EightBitLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # [N, K] int8
-        self._scales = linear.weight.SCB / LARGEST_CODE  # [N] float32
+        largest = _largest(linear)
+        assert largest is not None
+        self._scales = largest / LARGEST_CODE  # [N] float32
 
     def forward(self, input: Tensor) -> Tensor:
         codes = self.weight.data
@@ -46,30 +48,34 @@ def replace_linears(model: nn.Module) -> int:
     count = 0
     for module in outside_adapters(model):
         for name, child in module.named_children():
-            if _can_replace(child) and not is_adapted(child):
+            if not is_adapted(child) and _can_replace(child):
                 setattr(module, name, EightBitLinear(child))
                 count += 1
     return count
 
 
 def _can_replace(module: Any) -> bool:
-    """Say whether a layer of bitsandbytes' fills whole blocks, and is still as it was loaded."""
-    if type(module).__name__ != "Linear8bitLt" or getattr(module.weight, "SCB", None) is None:
+    """Say whether a layer of bitsandbytes' fills whole blocks."""
+    if type(module).__name__ != "Linear8bitLt" or _largest(module) is None:
         return False
     return bool(module.out_features % OUTPUTS == 0 and module.in_features % INPUTS == 0)
+
+
+def _largest(linear: Any) -> Tensor | None:
+    """Return the largest weight of each row, [N] float32, which its first pass moves from the weight to the state."""
+    largest: Tensor | None = getattr(linear.weight, "SCB", None)
+    return linear.state.SCB if largest is None else largest
 
 
 def product(input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply by codes, [N, K] int8, and scales, [N] float32. [.., K] → [.., N]."""
     states = input.reshape(-1, input.shape[-1]).contiguous()
     (rows, inputs), outputs = states.shape, len(codes)
-    tile, splits = split(rows, outputs)
-    at_once, warps, stages = SHAPE
+    wide, deep, tile, splits = SHAPE.split(rows, outputs, inputs)
     parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
-    _product_kernel[(outputs // OUTPUTS, triton.cdiv(rows, tile), splits)](
-        states, codes, parts, rows, outputs, inputs, splits,
-        OUTPUTS=OUTPUTS, INPUTS=at_once if inputs % at_once == 0 else INPUTS, ROWS=tile,
-        num_warps=warps, num_stages=stages,
+    _product_kernel[(outputs // wide, triton.cdiv(rows, tile), splits)](
+        states, codes, parts, rows, outputs, inputs, splits, OUTPUTS=wide, INPUTS=deep, ROWS=tile,
+        num_warps=SHAPE.warps, num_stages=SHAPE.stages,
     )  # fmt: skip
     return add_up(parts, input.dtype, scales, bias).view(*input.shape[:-1], outputs)
 

@@ -21,10 +21,11 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pipeline.engine.model_facts import is_adapted, outside_adapters
-from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, add_up, split
+from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_up
 
 BLOCK = 64  # weights that share a scale
 LEAST_ROWS = 5  # bitsandbytes has a kernel for fewer
+SHAPE = Shape(outputs=64, inputs=BLOCK, warps=4, stages=3, programs=512)  # the fastest on an H200
 
 
 class FourBitLinear(nn.Module):
@@ -69,7 +70,7 @@ def replace_linears(model: nn.Module) -> int:
     count = 0
     for module in outside_adapters(model):
         for name, child in module.named_children():
-            if _can_replace(child) and not (isinstance(module, FourBitLinear) or is_adapted(child)):
+            if not (isinstance(module, FourBitLinear) or is_adapted(child)) and _can_replace(child):
                 setattr(module, name, FourBitLinear(child))
                 count += 1
     return count
@@ -92,12 +93,12 @@ def product(input: Tensor, weight: FourBitWeight, bias: Tensor | None = None) ->
     """Multiply, as F.linear does by the dequantized weight. [.., K] → [.., N]."""
     states = input.reshape(-1, input.shape[-1]).contiguous()
     (rows, inputs), outputs = states.shape, len(weight.words)
-    tile, splits = split(rows, outputs)
+    wide, _, tile, splits = SHAPE.split(rows, outputs, inputs)
     parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
-    _product_kernel[(outputs // OUTPUTS, triton.cdiv(rows, tile), splits)](
+    _product_kernel[(outputs // wide, triton.cdiv(rows, tile), splits)](
         states, weight.words, weight.scales, weight.scale_codes, weight.scale_scales, weight.offset, weight.codes,
         parts, rows, outputs, inputs, splits, NESTED=weight.nested, PERMUTATIONS=weight.permutations,
-        OUTPUTS=OUTPUTS, ROWS=tile, num_warps=4, num_stages=3,
+        OUTPUTS=wide, ROWS=tile, num_warps=SHAPE.warps, num_stages=SHAPE.stages,
     )  # fmt: skip
     return add_up(parts, input.dtype, None, bias).view(*input.shape[:-1], outputs)
 

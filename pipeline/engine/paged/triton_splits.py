@@ -3,20 +3,33 @@
 TRITON_INTERPRET=1 runs the kernel on a CPU. Importing this module raises ImportError without Triton.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 MOST_ROWS = 128  # for more, a product of the whole weight in half precision is faster
-OUTPUTS = 64  # of one program: the least that Hopper's tensor cores take
-PROGRAMS = 512  # inputs are split until there are so many: four on each of a card's 132 processors
+OUTPUTS = 64  # the least that a program has: Hopper's tensor cores take no fewer
 
 
-def split(rows: int, outputs: int) -> tuple[int, int]:
-    """Return the rows of one program, and into how many parts the inputs are split, whatever the rows."""
-    tile = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
-    return tile, min(16, triton.next_power_of_2(triton.cdiv(PROGRAMS * OUTPUTS, outputs)))
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Say how a product is cut into programs."""
+
+    outputs: int  # of one program: all its rows' states are read again for each
+    inputs: int  # read at a time
+    warps: int
+    stages: int
+    programs: int  # inputs are split until there are so many
+
+    def split(self, rows: int, outputs: int, inputs: int) -> tuple[int, int, int, int]:
+        """Return the outputs, inputs and rows of a program, and the splits of the inputs, whatever the rows."""
+        wide = self.outputs if outputs % self.outputs == 0 else OUTPUTS
+        deep = self.inputs if inputs % self.inputs == 0 else 64
+        tile = max(16, min(MOST_ROWS, triton.next_power_of_2(rows)))
+        return wide, deep, tile, min(16, triton.next_power_of_2(triton.cdiv(self.programs * wide, outputs)))
 
 
 def add_up(parts: Tensor, dtype: torch.dtype, scales: Tensor | None, bias: Tensor | None) -> Tensor:
