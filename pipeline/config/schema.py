@@ -156,7 +156,9 @@ class EngineConfig:
     prefill_tokens: int = 2048  # prompt tokens in one forward pass
     shared_prefix: bool = True  # prefill once what prompts begin with alike, group by group
     attention: Attention = Attention.auto
-    pack_weights: bool = True  # CPU, bf16, 8 and 4 bits: reorder the weights once and not at each call
+    pack_weights: bool = (
+        True  # products by our own kernels; bf16 and quantized weights are reordered for a CPU
+    )
     python: str | None = None  # vllm: of its environment; null is that of make vllm, or this one
     tensor_parallel: int = 1  # vllm: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm: GPUs, or groups of them, that share the layers

@@ -17,6 +17,7 @@ from pipeline.engine.host_memory import (
     return_large_blocks,
     trim,
 )
+from pipeline.engine.paged.gpu import replace_products
 from pipeline.job.paths import JobPaths
 from pipeline.job.ready import Ready
 from pipeline.job.vllm import load_vllm
@@ -58,7 +59,8 @@ def _load_here(config: Config) -> Ready:
         loaded = load_model(config.model, config.quant, config.models_dir)
         weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0
-        log.info("%d linear layers replaced by those of the kernels", packed)
+        replaced = replace_products(loaded.model) if config.engine.pack_weights else 0
+        log.info("%d linear layers replaced by those of the kernels", packed + replaced)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
         if not multiplies_as_bitsandbytes_in_8_bits(loaded.model):  # type: ignore[arg-type]

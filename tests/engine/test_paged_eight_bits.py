@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from interpreted import interpreted
@@ -60,6 +61,24 @@ def test_layers_are_replaced_once_and_only_those_that_fill_blocks(eight_bits):
     assert [eight_bits.replace_linears(model) for _ in range(2)] == [2, 0]
     kinds = [type(child).__name__ for child in model]
     assert kinds == ["EightBitLinear", "Linear8bitLt", "Linear", "EightBitLinear"]
+
+
+def test_a_layer_that_has_seen_a_pass_is_replaced(eight_bits):
+    linear, input = layer(64, 64), random(3, 64)
+    expected = eight_bits.EightBitLinear(linear)(input)
+    model = nn.Sequential(linear)
+    model(input)
+    assert linear.weight.SCB is None, "bitsandbytes has moved it to the layer's state"
+    assert eight_bits.replace_linears(model) == 1
+    assert torch.equal(model(input), expected)
+
+
+def test_a_layer_beside_an_adapter_stays(eight_bits):
+    model = nn.Sequential(layer(64, 64), layer(64, 64))
+    model.is_loaded_in_8bit = True  # as transformers says it to peft
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert eight_bits.replace_linears(adapted) == 1
+    assert type(adapted.base_model.model[0]).__name__ == "Linear8bitLt"
 
 
 def test_a_row_does_not_depend_on_how_many_there_are(eight_bits):

@@ -9,6 +9,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import numpy as np
+import peft
 import pytest
 import torch
 from bitsandbytes import functional as bnb_functional
@@ -67,6 +68,14 @@ def test_layers_are_replaced_once_and_only_those_that_fill_blocks(four_bits):
     assert [four_bits.replace_linears(model) for _ in range(2)] == [2, 0]
     kinds = [type(child).__name__ for child in model]
     assert kinds == ["FourBitLinear", "Linear4bit", "Linear", "FourBitLinear"]
+
+
+def test_a_layer_beside_an_adapter_stays(four_bits):
+    model = nn.Sequential(layer("nf4", 64, 64), layer("nf4", 64, 64))
+    model.is_loaded_in_4bit = True  # as transformers says it to peft
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert four_bits.replace_linears(adapted) == 1
+    assert type(adapted.base_model.model[0]).__name__ == "Linear4bit"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 128, 129])

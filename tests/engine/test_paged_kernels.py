@@ -160,7 +160,6 @@ def test_the_engine_on_these_kernels_makes_the_text_of_each_prompt_alone(
     kernels, tiny_model, monkeypatch, name
 ):
     monkeypatch.setattr(forward_module, "choose_kernels", lambda device: (kernels, False))
-    monkeypatch.setattr(forward_module, "replace_products", lambda model, device: None)
     forward = PagedForward(copy.deepcopy(tiny_model(name)))
     if name != "gemma3_text":
         fused: Any = FusedModel(forward._model, kernels)

@@ -12,7 +12,7 @@ from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
-from pipeline.engine.paged.gpu import choose_kernels, replace_products
+from pipeline.engine.paged.gpu import choose_kernels
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope, check_rotary
 from pipeline.engine.paged.pages import Pages, pages_for
@@ -43,8 +43,6 @@ class PagedForward:
             torch.cuda.set_device(self.device)  # where Triton launches, and graphs are recorded
         check_rotary(self.config)
         kernels, flash = choose_kernels(self.device)
-        if kernels is not None:
-            replace_products(model, self.device)
         self._facts = PassModel(self.device, layer_windows(self.config), kernels, flash)
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None

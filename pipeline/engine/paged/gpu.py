@@ -28,16 +28,22 @@ def choose_kernels(device: torch.device) -> tuple[ModuleType | None, bool]:
     return kernels, torch.version.hip is None
 
 
-def replace_products(model: Any, device: torch.device) -> None:
-    """Let quantized layers multiply by kernels of our own: in 8 bits, and in 4 on the cards where that is faster.
+def replace_products(model: Any) -> int:
+    """Let quantized layers on one GPU multiply by kernels of our own: in 8 bits, and in 4 where that is faster.
 
     On ROCm they stay bitsandbytes': the kernel for 4 bits is written in PTX, and none has been run there.
+
+    Returns:
+        How many layers were replaced.
     """
-    if torch.version.hip is not None:
-        return
+    devices = {p.device for p in model.parameters()}
+    device = devices.pop()
+    if devices or torch.version.hip is not None or choose_kernels(device)[0] is None:
+        return 0
     from pipeline.engine.paged import triton_eight_bits, triton_four_bits
 
-    if model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16):
-        log.info("%d layers in 8 bits multiply by the kernel", triton_eight_bits.replace_linears(model))
+    half = model.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
+    count = triton_eight_bits.replace_linears(model) if half else 0
     if torch.cuda.get_device_capability(device)[0] == HOPPER:
-        log.info("%d layers in 4 bits multiply by the kernel", triton_four_bits.replace_linears(model))
+        count += triton_four_bits.replace_linears(model)
+    return count

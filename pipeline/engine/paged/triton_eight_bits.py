@@ -20,7 +20,7 @@ from pipeline.engine.model_facts import is_adapted, outside_adapters
 from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_up
 
 INPUTS = 64  # a layer has a multiple of it
-SHAPE = Shape(outputs=128, inputs=128, warps=4, stages=3, programs=512)  # the fastest on an H200
+SHAPE = Shape(outputs=128, inputs=64, warps=8, stages=3, programs=256)  # the fastest on an H200
 LARGEST_CODE = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
 
 

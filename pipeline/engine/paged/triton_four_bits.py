@@ -25,7 +25,7 @@ from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_u
 
 BLOCK = 64  # weights that share a scale
 LEAST_ROWS = 5  # bitsandbytes has a kernel for fewer
-SHAPE = Shape(outputs=64, inputs=BLOCK, warps=4, stages=3, programs=512)  # the fastest on an H200
+SHAPE = Shape(outputs=128, inputs=BLOCK, warps=4, stages=3, programs=256)  # the fastest on an H200
 
 
 class FourBitLinear(nn.Module):
