@@ -171,11 +171,11 @@ def one_run(
     name: str, peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float
 ) -> Run:
     """One process: a peer's, or our own job's where there is no peer."""
-    log, env = out.with_suffix(".log"), environment(peer, name, setting.avx2)
+    log, env = Path(f"{out}.log"), environment(peer, name, setting.avx2)  # a name may have a dot of its own
     if peer is None:
         command = job_command(setting, task.prompts, task.generation, out, name)
         return measure_job(command, env, out, log, timeout_sec)
-    out = out.with_suffix(".jsonl")
+    out = Path(f"{out}.jsonl")
     return measure_peer(peer_command(peer, setting, task.tokens, out), env, out, log, timeout_sec)
 
 

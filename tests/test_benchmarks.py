@@ -78,18 +78,25 @@ def test_a_step_in_each_precision_is_timed_beside_the_others() -> None:
     assert row.count("tokens/s") == 4
 
 
-def test_a_peer_that_is_not_there_is_named_with_the_command_that_installs_it(
+def test_a_peer_that_is_not_there_or_fails_is_named_with_what_to_type_or_its_own_log(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     prompts, envs = tmp_path / "mine.jsonl", tmp_path / "envs"
     prompts.write_text('{"prompt": "hello"}\n')
+    models, python = envs / "llama_cpp" / "models", envs / "llama_cpp" / "bin" / "python"
+    models.mkdir(parents=True)
+    (models / f"{tiny_folder.name}-q8_0.gguf").touch()
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)  # and no server beside it
     command = [sys.executable, "run.py", "--model", str(tiny_folder), "--prompts", str(prompts)]
     command += ["--envs", str(envs), "--out", str(tmp_path), "--no-reference", "--avx2"]
-    command += ["--peers", "llama.cpp-q8_0", "llama.cpp-q4_k_m"]
+    command += ["--idle", "0", "--runs", "1", "--peers", "llama.cpp-q8_0", "llama.cpp-q4_k_m"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     install = f"benchmarks/setup_peers.sh {envs} {tiny_folder} llama_cpp"
-    assert f"| llama.cpp-q8_0 | not installed: `{install}` |" in done.stdout
+    log = tmp_path / "mine" / "llama.cpp-q8_0-0.log"
+    assert f"| llama.cpp-q8_0 | failed: ended with status 1; see {log} |" in done.stdout
+    assert "llama-server" in log.read_text()
     assert f"| llama.cpp-q4_k_m | not installed: `{install}` |" in done.stdout
     assert "), held to AVX2; bf16; " in done.stdout
 
