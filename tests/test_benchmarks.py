@@ -1,5 +1,6 @@
 """The harness that measures our job beside its peers: what it starts dies with it, and its table is not lost."""
 
+import importlib
 import json
 import os
 import signal
@@ -75,3 +76,52 @@ def test_a_step_in_each_precision_is_timed_beside_the_others() -> None:
     assert header.split() == ["rows", "bf16", "int8", "nf4", "fp32"]
     assert row.split()[0] == "3"
     assert row.count("tokens/s") == 4
+
+
+def test_a_peer_that_is_not_there_or_fails_is_named_with_what_to_type_or_its_own_log(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompts, envs = tmp_path / "mine.jsonl", tmp_path / "envs"
+    prompts.write_text('{"prompt": "hello"}\n')
+    models, python = envs / "llama_cpp" / "models", envs / "llama_cpp" / "bin" / "python"
+    models.mkdir(parents=True)
+    (models / f"{tiny_folder.name}-q8_0.gguf").touch()
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)  # and no server beside it
+    command = [sys.executable, "run.py", "--model", str(tiny_folder), "--prompts", str(prompts)]
+    command += ["--envs", str(envs), "--out", str(tmp_path), "--no-reference", "--avx2"]
+    command += ["--idle", "0", "--runs", "1", "--peers", "llama.cpp-q8_0", "llama.cpp-q4_k_m"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    install = f"benchmarks/setup_peers.sh {envs} {tiny_folder} llama_cpp"
+    log = tmp_path / "mine" / "llama.cpp-q8_0-0.log"
+    assert f"| llama.cpp-q8_0 | failed: ended with status 1; see {log} |" in done.stdout
+    assert "llama-server" in log.read_text()
+    assert f"| llama.cpp-q4_k_m | not installed: `{install}` |" in done.stdout
+    assert "), held to AVX2; bf16; " in done.stdout
+
+
+def test_who_is_held_to_avx2_is_told_so_in_the_words_of_each_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    contenders = importlib.import_module("contenders")
+    env = contenders.environment(None, avx2=True)
+    assert env["ATEN_CPU_CAPABILITY"] == "avx2"
+    features = env["NUMBA_CPU_FEATURES"].split(",")
+    assert not [name for name in features if name.startswith(("+avx512", "+amx", "+avx10"))]
+    [q8] = [peer for peer in contenders.PEERS if peer.name == "llama.cpp-q8_0"]
+    setting = contenders.Setting(Path("m"), "bf16", Path("envs"), "python", [], avx2=True)
+    command = contenders.peer_command(q8, setting, Path("rows"), Path("out"))
+    assert "--avx2" in command
+    assert command[-1] == "envs/llama_cpp/models/m-q8_0.gguf"
+
+
+def test_our_job_takes_part_in_other_precisions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    contenders = importlib.import_module("contenders")
+    setting = contenders.Setting(Path("m"), "bf16", Path("envs"), "python", [], avx2=False)
+    quants = {
+        name: next(word for word in command if word.startswith("quant="))
+        for name in ("ours", "ours int8", "ours nf4", "ours by vllm")
+        for command in [contenders.job_command(setting, Path("rows"), [], Path("out"), name)]
+    }
+    assert list(quants.values()) == ["quant=bf16", "quant=int8", "quant=nf4", "quant=bf16"]

@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "int8"], default="bf16")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--eager", action="store_true", help="vllm: do not compile")
+    parser.add_argument("--avx2", action="store_true", help="as on a CPU with nothing newer")
     parser.add_argument("--converted", type=Path, help="the model in the peer's own format")
     return parser.parse_args()
 
@@ -56,11 +57,11 @@ def run(
     print(json.dumps({**times, "version": release}), flush=True)
 
 
-def has_bf16() -> bool:
-    """Whether this CPU computes in bf16 itself."""
+def has_bf16(args: argparse.Namespace) -> bool:
+    """Say whether this CPU computes in bf16 itself, and may."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text(encoding="utf-8").split()) if info.exists() else set[str]()
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
+    return not args.avx2 and bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def cut(token_ids: list[int], row: Row, eos: set[int]) -> list[int]:

@@ -11,19 +11,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from common import Done, Row, run
 
 
 def load(args: argparse.Namespace, rows: list[Row]) -> tuple[subprocess.Popen[bytes], str]:
-    """The server's process and address, once it says that it is ready."""
+    """Start the server; return its process and address once it says that it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     longest = max(len(row["prompt_token_ids"]) + row["max_new_tokens"] for row in rows) + 8
+    binaries = Path(sys.prefix, "bin", "avx2" if args.avx2 else "")
     server = subprocess.Popen([
-        f"{sys.prefix}/bin/llama-server", "--model", str(args.converted), "--port", str(port), "--no-webui",
+        str(binaries / "llama-server"), "--model", str(args.converted), "--port", str(port), "--no-webui",
         "--parallel", str(args.batch_size), "--ctx-size", str(args.batch_size * longest),
         "--threads", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
     ], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip

@@ -15,7 +15,7 @@ def load(args: argparse.Namespace, rows: list[Row]) -> tuple[Any, Any]:
     scheduler.max_num_seqs = 128
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = True
-    half = "bf16" if has_bf16() else "f32"  # its cache fails in bf16 where the CPU has none
+    half = "bf16" if has_bf16(args) else "f32"  # its cache fails in bf16 where the CPU has none
     precision = {"bf16": half, "fp32": "f32", "int8": half}[args.dtype]
     hints = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
     pipe = genai.ContinuousBatchingPipeline(str(args.converted), scheduler, "CPU", hints)
