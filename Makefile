@@ -34,6 +34,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
+	$(BIN)/hadolint scripts/Containerfile
 	$(BIN)/python -m pytest --quiet tests/test_house.py
 
 docs: $(VENV)/test.stamp

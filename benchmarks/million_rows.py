@@ -1,9 +1,9 @@
-"""One million short prompts through a tiny model: memory, rows per second, and the time to resume.
+"""One million short prompts through a tiny model: memory, rows per second, a kill half-way, and the exports.
 
     python benchmarks/million_rows.py --rows 1000000 --folder /tmp/million --format jsonl
 
-Prints one JSON object. The model is made here (one layer of 16), so that the machinery around it is what
-is measured.
+Prints one JSON object, and leaves the resident set of each process, every two seconds, in FOLDER/NAME.rss.tsv.
+The model is made here (one layer of 16), so that the machinery around it is what is measured.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+GROUP_ROWS = 122_880  # of a Parquet file, as DuckDB writes them
 
 
 def main() -> None:
@@ -41,18 +43,23 @@ def main() -> None:
         f"model.name={folder / 'model'}", "quant=fp32", f"prompts={prompts}", f"outputs_dir={folder / 'outputs'}",
         "generation.max_new_tokens=1", "token_ids=false",
     ]  # fmt: skip
-    result["job_sec"] = run(job)
+    result |= run("killed", job, folder, kill_at_row=count // 2)
+    result |= run("resumed", job, folder)
     outputs = next((folder / "outputs").rglob("outputs.jsonl"))
     stats = json.loads((outputs.parent / "stats.json").read_text())
-    result["load_peak_bytes"] = stats["memory"]["load_peak"]["host_bytes"]
-    result["run_peak_bytes"] = stats["memory"]["run_peak"]["host_bytes"]
-    result["job_rows_per_sec"] = count / stats["run_sec"]
-    result["nothing_to_do_sec"] = run(job)
-    keep_lines(outputs, int(count * 0.9))
-    result["resume_at_90_percent_sec"] = seconds_until_loading(job)
-    result["resumed_job_sec"] = run(job)
-    with outputs.open("rb") as file:
-        result["rows_at_the_end"] = sum(1 for _ in file)
+    result["rows_per_sec"] = (count - stats["rows"]["done_before"]) / stats["run_sec"]
+    result |= run("nothing_to_do", job, folder)
+    result |= run("status", ["status", str(outputs.parent)], folder)
+    ids = {"job": (json.loads(line)["id"] for line in outputs.open("rb"))}
+    for to in ("openai", "parquet"):
+        result |= run(f"export_{to}", ["export", str(outputs.parent), f"to={to}"], folder)
+    exports = outputs.parent / "exports"
+    ids["openai"] = (json.loads(line)["custom_id"] for line in (exports / "openai.jsonl").open("rb"))
+    ids["parquet"] = parquet_ids(exports / "outputs.parquet")
+    result["each_row_once"] = {name: each_once(found, count) for name, found in ids.items()}
+    result["outputs_bytes"] = {
+        path.name: path.stat().st_size for path in [outputs, *sorted(exports.iterdir())]
+    }
     print(json.dumps(result, indent=2))
 
 
@@ -62,7 +69,7 @@ def write_prompts(path: Path, count: int) -> Path:
         import pyarrow.parquet as parquet
 
         ids, texts = [f"r{i}" for i in range(count)], [f"Tell me joke number {i}." for i in range(count)]
-        parquet.write_table(pa.table({"id": ids, "prompt": texts}), path)
+        parquet.write_table(pa.table({"id": ids, "prompt": texts}), path, row_group_size=GROUP_ROWS)
         return path
     csv = path.suffix == ".csv"
     with path.open("w", encoding="utf-8") as file:
@@ -127,36 +134,78 @@ def write_all(folder: Path, count: int) -> None:
     shutil.rmtree(folder)
 
 
+def run(name: str, job: list[str], folder: Path, kill_at_row: int | None = None) -> dict[str, Any]:
+    """Run a command; its seconds, those until it wrote a row, and the fullest that its memory was.
+
+    Args:
+        kill_at_row: when outputs.jsonl has so many, the command is killed by SIGKILL.
+    """
+    started, lines = time.perf_counter(), Lines(folder)
+    before, first_row_sec, peak_bytes, sampled_sec = lines.count(), None, 0, -2.0
+    with subprocess.Popen(**command(job)) as process, (folder / f"{name}.rss.tsv").open("w") as log:
+        while process.poll() is None:
+            seconds, rows = time.perf_counter() - started, lines.count()
+            if first_row_sec is None and rows > before:
+                first_row_sec = seconds
+            if seconds > sampled_sec + 2:
+                sampled_sec = seconds
+                peak_bytes, now_bytes = resident_bytes(process.pid) or (peak_bytes, 0)
+                print(f"{seconds:.0f}", rows, now_bytes, sep="\t", file=log, flush=True)
+            if kill_at_row is not None and rows >= kill_at_row:
+                process.kill()
+                break
+            time.sleep(0.1)
+    if kill_at_row is None and process.returncode:
+        raise SystemExit(f"{name}: ended with {process.returncode}")
+    found = {"sec": time.perf_counter() - started, "first_row_sec": first_row_sec, "peak_bytes": peak_bytes}
+    if (rows := Lines(folder).count()) > before:  # anew: a killed job's torn line is cut off
+        found["rows"] = rows
+    return {f"{name}_{key}": value for key, value in found.items() if value is not None}
+
+
+class Lines:
+    """Count the lines of a growing outputs.jsonl, each read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lines, self.offset = folder / "outputs", 0, 0
+
+    def count(self) -> int:
+        for path in self.folder.rglob("prompts/*/outputs.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self.offset)
+                while part := file.read(1 << 20):
+                    self.lines += part.count(b"\n")
+                self.offset = file.tell()
+        return self.lines
+
+
+def resident_bytes(pid: int) -> tuple[int, int] | None:
+    """Read the most that a process ever held, and what it holds; None once it has ended."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    if "VmHWM" not in status:
+        return None
+    return int(status["VmHWM"].split()[0]) * 1024, int(status["VmRSS"].split()[0]) * 1024
+
+
+def parquet_ids(path: Path) -> Iterator[str]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["id"]):
+            yield from batch.column(0).to_pylist()
+
+
+def each_once(ids: Iterable[str], count: int) -> bool:
+    """Say whether r0, r1, … are there, each exactly once."""
+    seen = bytearray(count)
+    for row_id in ids:
+        seen[int(row_id[1:])] += 1
+    return seen == bytes([1]) * count
+
+
 def command(job: list[str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return {"args": [sys.executable, "-m", "pipeline", *job], "cwd": ROOT, "env": environment}
-
-
-def run(job: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(**command(job), check=True)
-    return time.perf_counter() - started
-
-
-def keep_lines(path: Path, count: int) -> None:
-    """As if the job had been killed after so many rows."""
-    with path.open("rb+") as file:
-        for _ in range(count):
-            file.readline()
-        file.truncate(file.tell())
-
-
-def seconds_until_loading(job: list[str]) -> float:
-    """What finding out what is missing takes, before the model loads."""
-    started = time.perf_counter()
-    with subprocess.Popen(**command(job), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("Loading"):
-                break
-        seconds = time.perf_counter() - started
-        process.kill()
-    return seconds
 
 
 if __name__ == "__main__":

@@ -162,6 +162,16 @@ def test_the_tested_versions_are_within_the_bounds():
             assert Requirement(line).specifier.contains(pins[plain(line)]), line
 
 
+def test_both_images_are_made_by_the_same_commands():
+    """`make check` lints the Containerfile; what Apptainer runs is the same."""
+    container = (ROOT / "scripts/Containerfile").read_text().replace("\\\n", "")
+    runs = [re.sub(r"\s+", " ", run).strip() for run in re.findall(r"^RUN (.*)$", container, re.M)]
+    post = (ROOT / "scripts/apptainer.def").read_text().partition("%post\n")[2].partition("\n\n")[0]
+    lines = [line.strip() for line in post.splitlines() if not line.strip().startswith("#")]
+    assert " && ".join(runs) == " && ".join(lines)
+    assert re.search(r"^FROM (\S+)", container, re.M)[1] in (ROOT / "scripts/apptainer.def").read_text()
+
+
 @pytest.mark.parametrize(
     ("recipe", "copied"),
     [("Containerfile", r"^COPY (\S+) /source"), ("apptainer.def", r"^    (\S+) /source/")],

@@ -59,7 +59,8 @@ def crowded(busy_cores: float, threads: int) -> str | None:
     cores = len(usable_cores())
     if busy_cores + min(threads, cores) < cores + NOTICED_CORES:
         return None
-    return f"other programs keep {busy_cores:.1f} of {cores} cores busy, and a job has {threads} threads"
+    has = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"other programs keep {busy_cores:.1f} of {cores} cores busy, and a job has {has}"
 
 
 def say_if_crowded(others: OthersWork, threads: int) -> None:

@@ -56,11 +56,13 @@ def _fetch(adapter: str) -> Path | None:
     """Get the file from the hub; None where there is none, or no answer within seconds."""
     if Path(adapter).expanduser().is_dir():
         return None
-    from huggingface_hub import hf_hub_download  # takes long, and a local folder does not need it
+    # They take long, and a local folder does not need them.
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     network_error: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
+        get_hf_file_metadata(hf_hub_url(adapter, ADAPTER), timeout=PATIENCE_SEC)  # as models/hub.py does
         return Path(hf_hub_download(adapter, ADAPTER, etag_timeout=PATIENCE_SEC))
     except (OSError, ValueError, network_error):
         return None

@@ -10,7 +10,7 @@ from pipeline.common.signals import Interrupt
 from pipeline.common.streams import is_stream
 from pipeline.common.terminal import say
 from pipeline.config.schema import Config, Resume
-from pipeline.job.fleet import Device, Fleet
+from pipeline.job.fleet import Fleet, FleetDevice
 from pipeline.job.folder import JobFolder
 from pipeline.job.merge import check_whole, merge
 from pipeline.memory.devices import visible_gpus
@@ -39,7 +39,7 @@ def run_devices(config: Config, overrides: list[str], folder: Path) -> ExitStatu
     return status
 
 
-def find_devices(config: Config) -> list[Device]:
+def find_devices(config: Config) -> list[FleetDevice]:
     """Find the GPUs that `devices` asks for, or part the CPU's cores and memory.
 
     Raises:
@@ -59,7 +59,7 @@ def find_devices(config: Config) -> list[Device]:
     return _cores(config, asked) if where == "cpu" else _gpus(asked)
 
 
-def _gpus(asked: str) -> list[Device]:
+def _gpus(asked: str) -> list[FleetDevice]:
     found = sum(gpu.backend == "cuda" for gpu in visible_gpus())  # others' drivers have other variables
     if found == 0:
         raise ConfigError(
@@ -71,11 +71,12 @@ def _gpus(asked: str) -> list[Device]:
     names = listed.split(",") if listed else [str(number) for number in range(found)]
     count = found if asked == "all" else int(asked)
     return [
-        Device(f"GPU {name.strip()}", {"CUDA_VISIBLE_DEVICES": name.strip()}, ()) for name in names[:count]
+        FleetDevice(f"GPU {name.strip()}", {"CUDA_VISIBLE_DEVICES": name.strip()}, ())
+        for name in names[:count]
     ]
 
 
-def _cores(config: Config, asked: str) -> list[Device]:
+def _cores(config: Config, asked: str) -> list[FleetDevice]:
     if asked == "all":
         raise ConfigError(
             "devices=all model.device_map=cpu: there is one CPU", "Give a number, as devices=2."
@@ -84,4 +85,6 @@ def _cores(config: Config, asked: str) -> list[Device]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(usable_cores()) // count))
     # Each measures what is free for itself, and all of them have to fit.
     memory = f"engine.memory_fraction={config.engine.memory_fraction / count:.4g}"
-    return [Device(f"part {i} of the CPU", {"OMP_NUM_THREADS": threads}, (memory,)) for i in range(count)]
+    return [
+        FleetDevice(f"part {i} of the CPU", {"OMP_NUM_THREADS": threads}, (memory,)) for i in range(count)
+    ]

@@ -27,8 +27,8 @@ DONE = (ExitStatus.DONE, ExitStatus.SOME_FAILED)
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """Name what one process runs on."""
+class FleetDevice:
+    """Name what one process of a fleet runs on."""
 
     name: str
     environment: dict[str, str]
@@ -42,11 +42,11 @@ class Fleet:
     config: Config
     results: JobFolder
     overrides: list[str]
-    devices: list[Device]
+    devices: list[FleetDevice]
     totals: tuple[int, ...]  # [shards] completions to make
     interrupt: Interrupt
     waiting: deque[int] = field(default_factory=deque)  # shards
-    running: "dict[int, tuple[Device, subprocess.Popen[bytes]]]" = field(default_factory=dict)
+    running: "dict[int, tuple[FleetDevice, subprocess.Popen[bytes]]]" = field(default_factory=dict)
     statuses: dict[int, int] = field(default_factory=dict)  # of the shards that ended
     started: set[int] = field(default_factory=set)
 
@@ -73,7 +73,7 @@ class Fleet:
                     break
         return self._end()
 
-    def _start(self, shard: int, device: Device) -> None:
+    def _start(self, shard: int, device: FleetDevice) -> None:
         paths = self._paths(shard)
         again = ["resume=auto"] if shard in self.started and self.config.resume is Resume.never else []
         self.started.add(shard)
@@ -84,7 +84,7 @@ class Fleet:
         if self.interrupt.signal:  # it came before there was anyone to hand it to
             process.send_signal(self.interrupt.signal)
 
-    def _collect(self) -> list[Device]:
+    def _collect(self) -> list[FleetDevice]:
         """Take in the processes that ended; return the devices of those that did their shard."""
         free = []
         for shard, (device, process) in list(self.running.items()):

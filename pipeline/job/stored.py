@@ -34,7 +34,7 @@ MANIFEST = {
     "command": [str],
     "dtypes": dict,
     "versions": {str: str},
-    "device": dict,
+    "device": {"memory_bytes": NUMBER},
     "engine": {"name": str, "versions": {str: str}},
     "merged_from": [str],
     "suggested_generation": {str: dict},

@@ -38,6 +38,12 @@ def read_object(path: Path, again: str) -> dict[str, Any]:
     return value
 
 
+ALLOWED = {  # keys of bitsandbytes' config whose wrong values transformers takes, or does not name
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_compute_dtype": ("float32", "float16", "bfloat16"),
+}
+
+
 def check_config(config: Mapping[str, Any], path: Path, again: str) -> None:
     """Refuse a config.json whose kind, sizes or end tokens are no such things."""
     for part in (config, config.get("text_config")):
@@ -51,13 +57,18 @@ def check_config(config: Mapping[str, Any], path: Path, again: str) -> None:
         for key, most in MOST.items():
             _check_size(part, key, most, path, again)
         check_ends(part, path, again)
-        _check_skipped(part, path, again)
+        _check_bitsandbytes(part, path, again)
 
 
-def _check_skipped(part: Mapping[str, Any], path: Path, again: str) -> None:
-    """Refuse modules that are to stay plain which are no names."""
-    settings = part.get("quantization_config")
-    skipped = settings.get(SKIPPED) if isinstance(settings, Mapping) else None
+def _check_bitsandbytes(part: Mapping[str, Any], path: Path, again: str) -> None:
+    """Refuse modules that are to stay plain which are no names, and values that bitsandbytes does not know."""
+    if not isinstance(settings := part.get("quantization_config"), Mapping):
+        return
+    for key, allowed in ALLOWED.items():
+        if (value := settings.get(key)) is not None and value not in allowed:
+            known = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise LoadError(f"{path}: {key}={_short(value)}: must be {known}", again)
+    skipped = settings.get(SKIPPED)
     if skipped is not None and not (isinstance(skipped, list) and all(isinstance(n, str) for n in skipped)):
         raise LoadError(f"{path}: {SKIPPED}={_short(skipped)}: must be a list of names", again)
 

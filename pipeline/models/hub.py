@@ -4,7 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_safetensors_metadata, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    get_hf_file_metadata,
+    get_safetensors_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -39,6 +45,8 @@ def page(name: str) -> str:
 def fetch_file(model: ModelConfig, file: str) -> Path | None:
     """Get one small file, and return its folder; None where the hub has none, or gives no answer in time."""
     try:
+        # Asked first: a hub that gives no answer hf_hub_download asks six times, in half a minute, and says each.
+        get_hf_file_metadata(hf_hub_url(model.name, file, revision=model.revision), timeout=PATIENCE_SEC)
         path = hf_hub_download(model.name, file, revision=model.revision, etag_timeout=PATIENCE_SEC)
         return Path(path).parent
     except (OSError, HFValidationError, NetworkError):

@@ -75,7 +75,7 @@ def find_prompts(name: str, jobs_dir: Path | None = None) -> str:
             return str(path)
     near = did_you_mean(name, [*_names(jobs_dir), *_names(Path(name).parent)])
     raise PromptError(
-        found=f"prompts={name}: no such file, and no {name}, {name}.jsonl or {name}.jsonl.gz in {jobs_dir}",
+        found=f"prompts={name}: no such file, and none of that name in {jobs_dir}",
         fix=f"{near} Pass a path, a name of that folder, or - for standard input.",
     )
 

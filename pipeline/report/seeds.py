@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.common.units import GIB
 from pipeline.report.summary import BEST, Record, cells
 
 ALIKE = ("model", "quant", "prompts", "system", "prompt_template", "columns", "examples", "shots", "limit")
+OF_THE_MACHINE = {"tokens_per_sec", "load_sec", "joules_per_1000_tokens", "peak_bytes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,19 @@ def _all_but_seed(record: Record) -> str:
 
 def _repeated(group: list[Record]) -> Repeated:
     table, figures = [cells(record) for record in group], {}
-    for name in BEST:
+    left_out = set() if _measured_alike(group) else OF_THE_MACHINE
+    for name in (name for name in BEST if name not in left_out):
         values = [value for row in table if (value := row[name]) is not None]
         if len(values) == len(group):
             figures[name] = statistics.fmean(values), statistics.stdev(values)
     label = group[0]["label"]
     return Repeated(f"{label.rpartition(' · ')[0] or label} · {len(group)} seeds", group, figures)
+
+
+def _measured_alike(group: list[Record]) -> bool:
+    """Say whether jobs ran on machines of one kind, each all of its rows in one go: else no deviation is chance."""
+    machines = [record["setup"]["manifest"].get("device") or {} for record in group]
+    kinds = [
+        {**machine, "memory_bytes": round((machine.get("memory_bytes") or 0) / GIB)} for machine in machines
+    ]
+    return kinds.count(kinds[0]) == len(kinds) and not any(record["rows"]["done_before"] for record in group)

@@ -62,7 +62,8 @@ def _state(job: ReportedJob, own: Sequence[Prompt], number: int) -> Record:
     rows = job.stats.get("rows") or {}
     errors = sum(bool(answer.error) for p in own if (answer := p.answers[number]))
     total = max(rows.get("total") or 0, len(own))
-    found = {"rows": {"total": total, "done": len(own), "errors": errors}, "reason": None}
+    counts = {"total": total, "done": len(own), "errors": errors, "done_before": rows.get("done_before") or 0}
+    found = {"rows": counts, "reason": None}
     if not own:
         reason = (
             job.problem or "Its log names no error: it was killed, is still loading, or waits for its turn."

@@ -63,6 +63,7 @@ def test_cores_that_nobody_wants_are_no_matter(monkeypatch):
     assert crowded(1.9, 2) is None
     assert crowded(2.2, 2) is None
     assert crowded(2.4, 2) == "other programs keep 2.4 of 4 cores busy, and a job has 2 threads"
+    assert str(crowded(4.0, 1)).endswith("a job has 1 thread")
     assert crowded(0.1, 64) is None
     assert crowded(0.4, 64) is not None
 

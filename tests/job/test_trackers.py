@@ -20,6 +20,7 @@ from pipeline.job import tracker
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.tracker import Telling
+from pipeline.job.trackers.process import known_runs
 from pipeline.job.trackers.tracked import TrackedJob
 from pipeline.report.jobs import find_jobs
 from pipeline.slurm.state import find_folders
@@ -187,6 +188,37 @@ def test_a_tracker_that_goes_down_in_the_middle_is_told_of_once(tmp_path, monkey
     assert process.returncode == 1
     assert said.count("\n") == 0
     assert "mlruns" in said
+
+
+def test_a_note_of_runs_that_is_none_starts_a_new_run_and_is_told_of_once(tmp_path, monkeypatch):
+    store = tmp_path / "mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
+    paths = JobPaths(tmp_path / "questions" / "job")
+    paths.tracker_run.mkdir(parents=True)
+    command_line = [sys.executable, "-m", "pipeline.job.trackers.process", "mlflow", str(paths.folder)]
+    said = [
+        subprocess.run(
+            command_line, input='"stopped"\n', capture_output=True, text=True, env=environment(), check=False
+        ).stdout
+        for _ in range(2)
+    ]
+    assert "run.json held no run's id: it is run.json.damaged-" in said[0]
+    assert said[1] == ""
+    (run,) = store.glob("*/*/meta.yaml")
+    assert read_json(paths.tracker_run) == {"mlflow": run.parent.name}
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "torn", '{"mlflow": 5}', '{"mlflow": ["1"]}'])
+def test_a_note_without_a_runs_id_is_moved_aside(text, tmp_path):
+    noted = tmp_path / "run.json"
+    assert known_runs(noted, "mlflow") == ({}, None)
+    noted.write_text(text)
+    known, lost = known_runs(noted, "mlflow")
+    assert (known, str(lost).partition(" held")[0]) == ({}, str(noted))
+    (aside,) = tmp_path.iterdir()
+    assert aside.read_text() == text
+    noted.write_text('{"wandb": "a"}')
+    assert known_runs(noted, "mlflow") == ({"wandb": "a"}, None)
 
 
 def test_one_that_never_answers_stops_no_row_and_is_given_up_at_the_end(tmp_path, monkeypatch, capsys):

@@ -32,6 +32,14 @@ CONFIGS = {  # what is changed in config.json, and what the message must name
         {"quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": 5}},
         "llm_int8_skip_modules=5",
     ),
+    "four bits of an unknown kind": (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "zz"}},
+        "bnb_4bit_quant_type='zz': must be nf4 or fp4",
+    ),
+    "products in an unknown dtype": (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": ["float16"]}},
+        "bnb_4bit_compute_dtype=['float16']: must be float32, float16 or bfloat16",
+    ),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
     "a vocabulary below zero": ({"vocab_size": -1}, "vocab_size=-1"),
     "ends as text": ({"eos_token_id": "abc"}, "eos_token_id='abc'"),

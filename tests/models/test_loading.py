@@ -22,10 +22,12 @@ from machines import H100, T4
 from safetensors.torch import load_file, save_file
 
 from pipeline.commands.door import main
-from pipeline.common.errors import LoadError
+from pipeline.common.errors import ConfigError, LoadError
+from pipeline.config.base_model import with_base
 from pipeline.config.model_files import local_folder
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
+from pipeline.models.checkpoint import fetch_config
 from pipeline.models.dtypes import _say_once, computed_in
 from pipeline.models.loading import load_model, load_tokenizer, release
 
@@ -472,6 +474,17 @@ class TestFromTheHub:
         message = refused("org/tiny")
         assert "the hub cannot be reached" in message
         assert "hf download org/tiny --local-dir none/tiny" in message
+
+    def test_what_is_good_to_have_is_asked_for_once(self, monkeypatch):
+        waits: list[float] = []
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/{revision}/{filename}"
+        )
+        assert fetch_config(ModelConfig("org/tiny"), "none") is None
+        with pytest.raises(ConfigError, match="nor on the hub"):
+            with_base(["model.adapter=org/adapter"])
+        assert waits == []
 
     def test_a_hub_that_is_down(self, hub):
         hub.refusal = (500, "")

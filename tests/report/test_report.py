@@ -444,6 +444,22 @@ def test_jobs_that_differ_in_their_seed_alone_have_a_line_with_mean_and_standard
     assert "<small>± 10.0 %</small>" in (out / "report.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize("other", ["another machine", "in two sessions"])
+def test_speeds_of_other_machines_or_of_part_of_the_rows_have_no_mean_over_seeds(tmp_path, no_plots, other):
+    seeds(tmp_path, found=(8, 6))
+    (last,) = tmp_path.rglob("tiny-fp32-greedy-000007d4")
+    name, part, change = (
+        ("manifest.json", "device", {"threads": 64})
+        if other == "another machine"
+        else ("stats.json", "rows", {"done_before": 4})
+    )
+    found = json.loads((last / name).read_text())
+    found[part] |= change
+    (last / name).write_text(json.dumps(found))
+    (group,) = json.loads((write_report([tmp_path]).parent / "report.json").read_text())["seeds"]
+    assert group["figures"].keys() == {"footprint_bytes", "reference"}
+
+
 def test_a_job_that_lies_in_two_folders_is_no_second_seed_and_fewer_rows_are_no_repetition(
     tmp_path, no_plots
 ):

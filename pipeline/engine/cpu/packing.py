@@ -39,6 +39,10 @@ class PackedWeight:
     kernels: ModuleType | None  # cpu.kernels.operators, where they multiply
     interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
 
+    def __deepcopy__(self, memo: object) -> "PackedWeight":
+        """Share it with a copy of the model: it never changes, and neither kernels nor oneDNN's order can be copied."""
+        return self
+
     def product(self, input: Tensor) -> Tensor:
         """Multiply. [.., K] → [.., M]."""
         output: Tensor = (

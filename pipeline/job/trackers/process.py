@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterable
 from importlib import import_module
@@ -40,7 +41,8 @@ def main(tracker: str, folder: Path, lines: Iterable[str]) -> None:
     paths = JobPaths(folder)
     with FileLock(paths.tracker / "run.lock"):  # that of a job which was killed may not be done yet
         job = TrackedJob.read(paths)
-        run = _start(tracker, job)
+        known, lost = known_runs(paths.tracker_run, tracker)
+        run = _start(tracker, job, known)
         outcome, missed = _follow(run, lines)
         signal.alarm(int(PATIENCE_SEC["done"]))  # where nobody is left who waits
         run.log(numbers(read_stats(paths)))
@@ -49,17 +51,25 @@ def main(tracker: str, folder: Path, lines: Iterable[str]) -> None:
                 _report(folder, Path(made) / "report")
             run.keep([paths.stats, paths.manifest, Path(made) / "report"])
         run.end(outcome)
-    if missed:
-        raise missed
+    if error := missed or lost:
+        raise error
 
 
-def _start(tracker: str, job: TrackedJob) -> Run:
+def known_runs(noted: Path, tracker: str) -> tuple[dict[str, str], Exception | None]:
+    """Read the ids of a job's runs. What holds none is moved aside, once, and comes with why a run is new."""
+    known = read_json(noted)
+    if not noted.exists() or (known is not None and isinstance(known.get(tracker, ""), str)):
+        return known or {}, None
+    aside = noted.with_name(f"{noted.name}.damaged-{time.time_ns()}")
+    noted.rename(aside)
+    return {}, ValueError(f"{noted} held no run's id: it is {aside.name} now, and a new run was started")
+
+
+def _start(tracker: str, job: TrackedJob, known: dict[str, str]) -> Run:
     """Start a run, or go on with the one that the job's folder knows; note its id."""
-    noted = job.paths.tracker_run
     module = import_module(f"pipeline.job.trackers.{'mlflow' if tracker == 'mlflow' else 'wandb'}")
-    known = read_json(noted) or {}
     run: Run = module.start(tracker, job, known.get(tracker))
-    noted.write_text(json.dumps({**known, tracker: run.id}) + "\n", encoding="utf-8")
+    job.paths.tracker_run.write_text(json.dumps({**known, tracker: run.id}) + "\n", encoding="utf-8")
     return run
 
 

@@ -1,6 +1,7 @@
 """The CPU's kernels say what torch's own operators say, and a fused layer what the layer says."""
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
+import copy
 import os
 import platform
 import subprocess
@@ -360,3 +361,11 @@ def fed_one_by_one(forward: FlatForward, ids: list[int], given: int) -> torch.Te
         found.append(forward.decode([rectangle])[0].float())
         rectangle.head += 1
     return torch.stack(found)
+
+
+@torch.inference_mode()
+def test_a_packed_model_can_be_copied() -> None:
+    model, ids = build_tiny("llama").bfloat16(), torch.arange(3, 12)[None]
+    assert (pack_weights(model) > 0) == (kernels.products is not None or onednn_packs())
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids).logits, model(ids).logits)
