@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, int32
 
 from pipeline.engine.cpu.kernels.slots import slots
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16
 
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
@@ -69,6 +70,12 @@ def pack_codes(codes: Tensor, scales: Tensor, values: Tensor) -> Blocks:
         values: [16] float32.
     """
     strips, groups = len(codes) // BLOCK, scales.shape[1]
+    if not HAS_BF16:
+        lower, upper = codes.view(strips, 2, TILE_ROWS, groups, -1).unbind(1)
+        both = torch.stack((lower >> 4 | upper & 0xF0, lower & 0x0F | upper << 4), -1)
+        words = both.permute(0, 2, 3, 1, 4).contiguous()
+        parts = words.view(strips, groups, -1).view(int32), _in_blocks(scales.contiguous().view(int32), 1)
+        return Blocks(torch.cat([part.view(strips, groups, -1) for part in parts], -1), values.float())
     first, second = codes.reshape(len(codes), -1, 2, BLOCK // 4).unbind(2)
     halves = torch.stack((first >> 4 | second & 0xF0, first & 0x0F | second << 4), -1).view(len(codes), -1)
     words = halves.view(int32).view(strips, 2, 4, 4, groups, 2, 4).permute(0, 4, 1, 5, 3, 2, 6)

@@ -210,7 +210,7 @@ def linear(pointer: Any) -> None:
     most = min(rows, chunk)
     sums, unpacked = aligned(most * BLOCK), aligned(UNPACKED * BLOCK_BYTES // 4)
     per_chunk = -(-strips // together)
-    wide_inputs, widened_start = WIDE_INPUTS and p.scales != 0, -1
+    wide_inputs, widened_start = WIDE_INPUTS and (p.scales != 0 or p.values != 0), -1
     widened = aligned(min(most, few_rows(p)) * p.width_in if wide_inputs else 0)
     while True:
         task = next_task(pointer)

@@ -4,7 +4,7 @@ from typing import Any
 
 from numba import carray
 
-from pipeline.engine.cpu.kernels import eight_bits, four_bits
+from pipeline.engine.cpu.kernels import eight_bits, four_bits_floats as four_bits
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, CODED_BYTES, INT8_BLOCK_BYTES
 from pipeline.engine.cpu.kernels.loops import inner, wide
 from pipeline.engine.cpu.kernels.vectors import halves
@@ -12,7 +12,8 @@ from pipeline.engine.cpu.kernels.vectors import halves
 WIDE_INPUTS = eight_bits.WIDE_INPUTS  # of weights in 8 bits
 # As numba takes them: by their own names.
 FEW_OF_FOUR, FEW_OF_EIGHT, ROWS_OF_EIGHT = four_bits.FEW_ROWS, eight_bits.FEW_ROWS, eight_bits.ROWS
-unpack_four, unpack_eight = four_bits.unpack, eight_bits.unpack
+unpack_eight = eight_bits.unpack
+ROWS_OF_FOUR = four_bits.ROWS
 multiply_four, multiply_eight = four_bits.multiply_few, eight_bits.multiply_few
 
 
@@ -41,10 +42,7 @@ def widen(p: Any, start: int, end: int, outputs: Any) -> None:
 @inner
 def unpack(p: Any, packed: int, blocks: int, output: int) -> None:
     """Write blocks in bf16, 2 KiB each."""
-    if p.values:
-        unpack_four(packed, p.values, blocks, output)
-    else:
-        unpack_eight(packed, blocks, output)
+    unpack_eight(packed, blocks, output)
 
 
 @inner
@@ -52,7 +50,11 @@ def multiply_few(p: Any, rows: int, input: int, stride: int, packed: int, sums: 
     """Multiply rows at `input`, 1 to `few_rows` and `stride` bytes apart, by a strip, to sums [rows, 32] in float32."""
     blocks = p.width_in // BLOCK
     if p.values:
-        multiply_four(rows, input, stride, packed, p.values, blocks, sums)
+        groups = (rows + ROWS_OF_FOUR - 1) // ROWS_OF_FOUR
+        for group in range(groups):
+            row, after = rows * group // groups, rows * (group + 1) // groups
+            first, own = input + row * stride, sums + row * BLOCK * 4
+            multiply_four(after - row, first, stride, packed, p.values, blocks, own)
     else:
         groups = (rows + ROWS_OF_EIGHT - 1) // ROWS_OF_EIGHT  # of nearly one size
         for group in range(groups):
