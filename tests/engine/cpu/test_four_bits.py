@@ -83,6 +83,7 @@ def test_a_product_is_as_exact_as_one_in_bf16_and_a_row_the_same_beside_any_othe
     states = random(530, inputs)
     states[0, 3], states[1, -1], states[2] = 60, -1000, 0
     expected, in_bf16 = exact(layer, states), packed(own=plain(layer))["own"](states)
+    wide = F.linear(states.float(), plain(layer).weight.float(), layer.bias.float())
     product = packed(own=layer)["own"]
     assert isinstance(product, PackedLinear)
     together = product(states)
@@ -91,8 +92,11 @@ def test_a_product_is_as_exact_as_one_in_bf16_and_a_row_the_same_beside_any_othe
     for row in range(3):
         assert error(together[row], expected[row]) <= error(in_bf16[row], expected[row])
     assert error(together[3:], expected[3:]) <= error(in_bf16[3:], expected[3:])
-    atol = inputs**0.5 * 2.0**-11
-    torch.testing.assert_close(together[3:].double(), expected[3:], rtol=2 * ULP, atol=atol)
+    # In whole numbers a weight is rounded in parts of the largest in its block, in bf16 before the product.
+    near, atol = (expected, 2.0**-9) if IN_WHOLE_NUMBERS else (wide, 2.0**-11)
+    torch.testing.assert_close(
+        together[3:].double(), near[3:].double(), rtol=2 * ULP, atol=inputs**0.5 * atol
+    )
     for rows in (1, 2, 3, 4, 5, 12, 13, 40):
         assert torch.equal(product(states[:rows]), together[:rows])
         assert torch.equal(product(states[-rows:]), together[-rows:])
@@ -126,7 +130,8 @@ def test_the_largest_sums_fit_and_the_smallest_count() -> None:
     product = packed(own=layer.to("cpu"))["own"]
     for size in (1.9921875, 2.0**-60, 2.0**60):
         states = signs[:1] * size
-        assert torch.equal(product(states), F.linear(states.double(), signs.double()).bfloat16())
+        expected = F.linear(states.double(), signs.double())
+        torch.testing.assert_close(product(states).double(), expected, rtol=ULP, atol=size * 2.0**-20)
 
 
 @pytest.mark.usefixtures("product")
