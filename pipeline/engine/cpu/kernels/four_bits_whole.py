@@ -106,7 +106,8 @@ def _multiply(
     # AVX2 has registers for 8 vectors of sums.
     for tiles in [[0, 1]] if WIDE or rows <= 2 else [[0], [1]]:
         with cgutils.for_range(builder, blocks, intp=_NUMBER) as block:
-            group, second = (getattr(builder, f)(block.index, _NUMBER(1)) for f in ("lshr", "and_"))
+            group = builder.lshr(block.index, _NUMBER(1))
+            second = builder.and_(block.index, _NUMBER(1))
             here = builder.add(packed, builder.mul(group, _NUMBER(2 * CODED_BYTES)))
             scales = builder.add(here, _NUMBER(CODE_BYTES))
             codes = builder.add(here, builder.mul(second, _NUMBER(CODE_BYTES // 2)))
