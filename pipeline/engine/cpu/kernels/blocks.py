@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, int32
 
 from pipeline.engine.cpu.kernels.slots import slots
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16
 
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
@@ -14,6 +15,7 @@ SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
 CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
 INT8_BLOCK_BYTES = BLOCK * BLOCK  # of one block in 8 bits
+IN_WHOLE_NUMBERS = not HAS_BF16  # are codes of 4 bits multiplied, else in bf16
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 # What a product reads, on vectors and on tiles.
@@ -29,12 +31,13 @@ class Blocks:
 
     One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
     16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits 16 bytes have a block's inputs
-    of an output, the first 16 in their lower halves; a line has every fourth output of a tile, and after every
-    two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs.
+    of an output, the first 16 in their lower halves, and a line has every fourth output of a tile; or, for whole
+    numbers, 32 bytes have two inputs of a strip's outputs, which take turns, the first tile in their lower halves.
+    After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs.
     """
 
     # bf16 [M/32, K/32, 2, 16, 16, 2], int8 [M/32, K/32, 2, 16, 2, 16],
-    # or int32 [M/32, K/64, 288]: 2 · 2 · 4 · 16 of codes, 32 scales
+    # or int32 [M/32, K/64, 288]: 256 of codes, 32 scales
     numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
     scales: Tensor | None = None  # [M] float32: what a weight of 8 bits is a multiple of
@@ -69,11 +72,23 @@ def pack_codes(codes: Tensor, scales: Tensor, values: Tensor) -> Blocks:
         values: [16] float32.
     """
     strips, groups = len(codes) // BLOCK, scales.shape[1]
-    first, second = codes.reshape(len(codes), -1, 2, BLOCK // 4).unbind(2)
-    halves = torch.stack((first >> 4 | second & 0xF0, first & 0x0F | second << 4), -1).view(len(codes), -1)
-    words = halves.view(int32).view(strips, 2, 4, 4, groups, 2, 4).permute(0, 4, 1, 5, 3, 2, 6)
+    words = (_by_inputs if IN_WHOLE_NUMBERS else _by_outputs)(codes, strips, groups)
     parts = words.reshape(strips, groups, -1), _in_blocks(scales.contiguous().view(int32), 1)
     return Blocks(torch.cat([part.view(strips, groups, -1) for part in parts], -1), values.float())
+
+
+def _by_outputs(codes: Tensor, strips: int, groups: int) -> Tensor:
+    """Reorder codes so that 16 bytes have a block's inputs of an output."""
+    first, second = codes.reshape(len(codes), -1, 2, BLOCK // 4).unbind(2)
+    halves = torch.stack((first >> 4 | second & 0xF0, first & 0x0F | second << 4), -1).view(len(codes), -1)
+    return halves.view(int32).view(strips, 2, 4, 4, groups, 2, 4).permute(0, 4, 1, 5, 3, 2, 6)
+
+
+def _by_inputs(codes: Tensor, strips: int, groups: int) -> Tensor:
+    """Reorder codes so that 32 bytes have two inputs of a strip's outputs."""
+    lower, upper = codes.view(strips, 2, TILE_ROWS, groups, -1).unbind(1)
+    both = torch.stack((lower >> 4 | upper & 0xF0, lower & 0x0F | upper << 4), -1)
+    return both.permute(0, 2, 3, 1, 4).contiguous().view(strips, groups, -1).view(int32)
 
 
 def pack_bytes(weight: Tensor, scales: Tensor) -> Blocks:

@@ -1,4 +1,4 @@
-"""Turn weights in 4 bits to bf16 on vectors: for a few rows in the registers, else a few blocks at a time.
+"""Turn weights in 4 bits to bf16, where vectors have it: for a few rows in the registers, else a few blocks at a time.
 
 A code's value times its scale is rounded to bf16 as bitsandbytes does, so that the products are those of the
 weight that it dequantizes. That is done once for the 16 codes of each output and scale: two tables of 16 bytes,
@@ -23,11 +23,10 @@ from pipeline.engine.cpu.kernels.blocks import (
     TILE_ROWS,
 )
 from pipeline.engine.cpu.kernels.vectors import (
-    HAS_BF16,
+    LANE_NUMBERS,
     LANES,
     VECTOR,
     broadcast_pair,
-    compiles_for,
     dot_pairs,
     for_each_count,
     load,
@@ -37,16 +36,13 @@ from pipeline.engine.cpu.kernels.vectors import (
     store,
 )
 
-FEW_ROWS = 4 if HAS_BF16 else 0  # whose products leave room for the rest in the registers
+FEW_ROWS = 4  # whose products leave room for the rest in the registers
 AHEAD = 8  # times two blocks: so far ahead codes are asked for
-AT_ONCE = LANES if HAS_BF16 or compiles_for("avx512bw") else LANES // 2  # outputs in a register
-PARTS = AT_ONCE // 4  # of a register, 16 bytes each: no shuffle leaves its own
+PARTS = LANES // 4  # of a register, 16 bytes each: no shuffle leaves its own
 
 _NUMBER, _FLOAT = ir.IntType(64), ir.FloatType()
-_FLOATS, _WORDS = ir.VectorType(_FLOAT, AT_ONCE), ir.VectorType(ir.IntType(32), AT_ONCE)
-_BYTES, _PAIRS = ir.VectorType(ir.IntType(8), 4 * AT_ONCE), ir.VectorType(ir.IntType(16), 2 * AT_ONCE)
-_QUADS = ir.VectorType(ir.IntType(64), AT_ONCE // 2)
-_LOOK_UP = "avx512.pshuf.b.512" if AT_ONCE == 16 else "avx2.pshuf.b"
+_BYTES, _PAIRS = ir.VectorType(ir.IntType(8), 4 * LANES), ir.VectorType(ir.IntType(16), 2 * LANES)
+_QUADS = ir.VectorType(ir.IntType(64), LANES // 2)
 _SORTED = [0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15]  # lower bytes first, then upper ones
 
 
@@ -64,7 +60,7 @@ def unpack(context: Any, packed: Any, values: Any, blocks: Any, output: Any) -> 
         table = _spread_values(builder, values)
         with _each_group(builder, packed, blocks) as (group, here):
             there = builder.add(output, builder.mul(group, _NUMBER(2 * BLOCK_BYTES)))
-            with stepwise(builder, _NUMBER(BLOCK), AT_ONCE) as first:
+            with stepwise(builder, _NUMBER(BLOCK), LANES) as first:
                 first_line = builder.add(there, _before(builder, first, BLOCK_BYTES // 2))
 
                 def keep(line: Any, block: Any, pair: int, _: int) -> None:
@@ -136,12 +132,12 @@ def _each_line(
 
     Args:
         here: address of the group.
-        firsts: the first of each AT_ONCE outputs.
+        firsts: the first of each LANES outputs.
         values: from `_spread_values`.
         use: use(line, block, pair, place) gets two inputs of the outputs at a place in `firsts`, in bf16.
     """
     scales = builder.add(here, _NUMBER(CODE_BYTES))
-    own = [load(builder, scales, first, _FLOAT, AT_ONCE, 4) for first in firsts]
+    own = [load(builder, scales, first, _FLOAT, LANES, 4) for first in firsts]
     tables = [
         [_tables(builder, values, _in_parts(builder, scale, [n] * 4)) for n in range(4)] for scale in own
     ]
@@ -168,7 +164,7 @@ def _looked(builder: Any, codes: Any, tables: list[Any], shift: int) -> list[lis
     """Look up the lower or the upper codes of some outputs in a block: the lower and the upper bytes of weights."""
     found = []
     for n, both in enumerate(tables):
-        own = load(builder, codes, _NUMBER(n * TILE_BYTES), ir.IntType(8), 4 * AT_ONCE, 1)
+        own = load(builder, codes, _NUMBER(n * TILE_BYTES), ir.IntType(8), 4 * LANES, 1)
         chosen = _nibbles(builder, own, shift)
         found.append([_look_up(builder, table, chosen) for table in both])
     return found
@@ -182,7 +178,7 @@ def _spread_values(builder: Any, values: Any) -> list[Any]:
 
 def _tables(builder: Any, values: list[Any], scale: Any) -> list[Any]:
     """Return the lower and the upper bytes of the 16 weights of the output that each part's scale is of."""
-    weights = [_fenced(builder, builder.fmul(four, scale)) for four in values]
+    weights = [builder.fmul(four, scale) for four in values]
     pairs = [_pair(builder, *weights[at : at + 2]) for at in (0, 2)]
     halves = [_in_parts(builder, builder.bitcast(x, _BYTES), _SORTED) for x in pairs]
     return [_weave(builder, halves, _QUADS, upper) for upper in (False, True)]
@@ -190,45 +186,34 @@ def _tables(builder: Any, values: list[Any], scale: Any) -> list[Any]:
 
 def _pair(builder: Any, first: Any, second: Any) -> Any:
     """Round two vectors to bf16, to the nearest, ties to even: lane by lane a pair."""
-    if HAS_BF16:
-        kind = ir.FunctionType(_PAIRS, [_FLOATS, _FLOATS])
-        text = "vcvtne2ps2bf16 $2, $1, $0"
-        both = builder.asm(kind, text, "=v,v,v", [second, first], side_effect=False)
-        interleaved = [place + AT_ONCE * later for place in range(AT_ONCE) for later in (0, 1)]
-        return builder.bitcast(shuffle(builder, both, both, interleaved), _WORDS)
-    lower, upper = (builder.bitcast(_rounded(builder, x), _WORDS) for x in (first, second))
-    return builder.or_(builder.lshr(lower, _all(16)), upper)
-
-
-def _rounded(builder: Any, numbers: Any) -> Any:
-    """Round float32 to 8 bits by Veltkamp's splitting, whose ties go to even for every float32."""
-    large = _fenced(builder, builder.fmul(numbers, ir.Constant(_FLOATS, [65537.0] * AT_ONCE)))
-    rest = _fenced(builder, builder.fsub(numbers, large))
-    return builder.fadd(large, rest)
-
-
-def _fenced(builder: Any, numbers: Any) -> Any:
-    """Keep numba's fast mathematics from cancelling what is added and taken away."""
-    return _call(builder, f"arithmetic.fence.v{AT_ONCE}f32", _FLOATS, numbers)
+    kind = ir.FunctionType(_PAIRS, [VECTOR, VECTOR])
+    text = "vcvtne2ps2bf16 $2, $1, $0"
+    both = builder.asm(kind, text, "=v,v,v", [second, first], side_effect=False)
+    interleaved = [place + LANES * later for place in range(LANES) for later in (0, 1)]
+    return builder.bitcast(shuffle(builder, both, both, interleaved), LANE_NUMBERS)
 
 
 def _nibbles(builder: Any, codes: Any, shift: int) -> Any:
     """Return the lower or the upper half of each byte."""
-    words = builder.bitcast(codes, _WORDS)
+    words = builder.bitcast(codes, LANE_NUMBERS)
     words = builder.lshr(words, _all(shift)) if shift else words
     return builder.bitcast(builder.and_(words, _all(0x0F0F0F0F)), _BYTES)
 
 
 def _look_up(builder: Any, table: Any, places: Any) -> Any:
     """Return the table's byte at each place, part by part."""
-    return _call(builder, f"x86.{_LOOK_UP}", _BYTES, builder.bitcast(table, _BYTES), places)
+    kind = ir.FunctionType(_BYTES, [_BYTES, _BYTES])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.pshuf.b.512")
+    return builder.call(function, [builder.bitcast(table, _BYTES), places])
 
 
 def _turned(builder: Any, outputs: list[Any]) -> list[Any]:
     """Turn four registers over: from each output's four pairs to each pair's outputs, in their order."""
-    twos = [_weave(builder, outputs[at : at + 2], _WORDS, upper) for upper in (False, True) for at in (0, 2)]
+    twos = [
+        _weave(builder, outputs[at : at + 2], LANE_NUMBERS, upper) for upper in (False, True) for at in (0, 2)
+    ]
     lines = [_weave(builder, twos[at : at + 2], _QUADS, upper) for at in (0, 2) for upper in (False, True)]
-    return [builder.bitcast(line, _WORDS) for line in lines]
+    return [builder.bitcast(line, LANE_NUMBERS) for line in lines]
 
 
 def _weave(builder: Any, two: Sequence[Any], kind: Any, upper: bool) -> Any:
@@ -248,10 +233,5 @@ def _in_parts(builder: Any, vector: Any, lanes: list[int]) -> Any:
     return shuffle(builder, vector, vector, [part * count + lane for part in range(PARTS) for lane in lanes])
 
 
-def _call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
-    kind = ir.FunctionType(result, [vector.type for vector in vectors])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), vectors)
-
-
 def _all(number: int) -> Any:
-    return ir.Constant(_WORDS, [number] * AT_ONCE)
+    return ir.Constant(LANE_NUMBERS, [number] * LANES)

@@ -16,12 +16,12 @@ from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, L
 from pipeline.engine.cpu.kernels.epilogue import store
 from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
 from pipeline.engine.cpu.kernels.quantized import (
-    WIDE_INPUTS,
     block_bytes,
+    convert,
+    converted_bytes,
     few_rows,
     multiply_few,
     unpack,
-    widen,
 )
 from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
@@ -145,12 +145,12 @@ def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> l
 
 
 @inner
-def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int, widened: int) -> None:
+def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int, converted: int) -> None:
     """Multiply the rows [start, end) by one strip, in groups of nearly one size.
 
     Args:
         unpacked: address of room for UNPACKED blocks.
-        widened: address of the rows in float32, or 0.
+        converted: address of the rows as few rows take them, or 0.
     """
     blocks, gated = p.width_in // BLOCK, p.gated
     size = block_bytes(p)
@@ -160,8 +160,8 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int, w
     sums[:] = 0
     few = end - start <= few_rows(p)
     if few:
-        first_input = widened or p.inputs + start * p.stride * 2
-        stride = p.width_in * 4 if widened else p.stride * 2
+        first_input = converted or p.inputs + start * p.stride * 2
+        stride = converted_bytes(p) if converted else p.stride * 2
         multiply_few(p, end - start, first_input, stride, weights, sums.ctypes.data)
     for first in range(0, 0 if few else blocks, part):
         count = min(part, blocks - first)
@@ -210,18 +210,18 @@ def linear(pointer: Any) -> None:
     most = min(rows, chunk)
     sums, unpacked = aligned(most * BLOCK), aligned(UNPACKED * BLOCK_BYTES // 4)
     per_chunk = -(-strips // together)
-    wide_inputs, widened_start = WIDE_INPUTS and p.scales != 0, -1
-    widened = aligned(min(most, few_rows(p)) * p.width_in if wide_inputs else 0)
+    size, converted_start = converted_bytes(p), -1
+    converted = aligned(min(most, few_rows(p)) * size // 4)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         end = min(start + chunk, rows)
-        few_wide = wide_inputs and end - start <= few_rows(p)
-        if few_wide and widened_start != start:
-            widen(p, start, end, widened)
-            widened_start = start
+        converts = size != 0 and end - start <= few_rows(p)
+        if converts and converted_start != start:
+            convert(p, start, end, converted.ctypes.data)
+            converted_start = start
         for strip in range(first, min(first + together, strips)):
             own = sums[: (end - start) * BLOCK]
-            _strip(p, strip, start, end, own, unpacked.ctypes.data, widened.ctypes.data if few_wide else 0)
+            _strip(p, strip, start, end, own, unpacked.ctypes.data, converted.ctypes.data if converts else 0)

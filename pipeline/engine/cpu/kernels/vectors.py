@@ -46,6 +46,7 @@ def _cast(function: Any, source: Any, target: Any) -> Any:
 
 
 halves = _cast("inttoptr", types.int64, types.CPointer(types.uint16))
+words = _cast("inttoptr", types.int64, types.CPointer(types.uint32))
 floats = _cast("inttoptr", types.int64, types.CPointer(types.float32))
 longs = _cast("inttoptr", types.int64, types.CPointer(types.int64))
 as_double = _cast("bitcast", types.int64, types.float64)
