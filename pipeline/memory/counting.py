@@ -31,6 +31,7 @@ from pipeline.models.layer_checks import check_layers
 from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
 from pipeline.models.meta import build_on_meta
+from pipeline.models.quantized_share import packed_shape
 
 # Two of the plain dtypes: what is in another one in both, is so whatever the model is loaded in.
 _BF16, _FP16 = "bfloat16", "float16"
@@ -129,12 +130,13 @@ def _whole(text: Any, key: str) -> int:
 
 
 def _quantized_shapes(config: Any, skipped: list[str] | None) -> dict[str, list[int]]:
-    """Find the weights that bitsandbytes quantizes, [out, in]: some models hold theirs the other way round."""
+    """Find the weights that are quantized, [out, in]: some models hold theirs the other way round."""
     network = build_on_meta(config, QUANTS["nf4"], skipped=skipped)
     return {
-        name: list(weight.shape)
-        for name, weight in network.named_parameters()
-        if type(weight).__name__ == "Params4bit"
+        f"{path}.{own}": list(shape)
+        for path, module in network.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+        if (shape := packed_shape(own, module))
     }
 
 
