@@ -30,8 +30,7 @@ from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
 from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
-from pipeline.models.meta import build_on_meta
-from pipeline.models.quantized_share import packed_shape
+from pipeline.models.meta import build_on_meta, quantized_shapes
 
 # Two of the plain dtypes: what is in another one in both, is so whatever the model is loaded in.
 _BF16, _FP16 = "bfloat16", "float16"
@@ -51,7 +50,7 @@ def count(values: Mapping[str, Any]) -> dict[str, Any]:
     own = config.dtype or torch.float32
     network = build_on_meta(config, QUANTS["bf16"]).eval()
     text = config.get_text_config(decoder=True)
-    weights = list(_weights(network, _quantized_shapes(config, values.get(SKIPPED))))
+    weights = list(_weights(network, quantized_shapes(config, values.get(SKIPPED))))
     return {
         **_sizes(network, text),
         "dtype": str(own).removeprefix("torch."),
@@ -127,17 +126,6 @@ def _whole(text: Any, key: str) -> int:
     if isinstance(value, list | tuple):
         value = max((each for each in value if isinstance(each, int)), default=0)
     return value if isinstance(value, int) and value > 0 else 0
-
-
-def _quantized_shapes(config: Any, skipped: list[str] | None) -> dict[str, list[int]]:
-    """Find the weights that are quantized, [out, in]: some models hold theirs the other way round."""
-    network = build_on_meta(config, QUANTS["nf4"], skipped=skipped)
-    return {
-        f"{path}.{own}": list(shape)
-        for path, module in network.named_modules()
-        for own, _ in module.named_parameters(recurse=False)
-        if (shape := packed_shape(own, module))
-    }
 
 
 def _weights(network: Any, quantized: dict[str, list[int]]) -> Iterator[dict[str, Any]]:
