@@ -29,6 +29,7 @@ from pipeline.memory.measured import (
     weight_bytes,
 )
 from pipeline.models.loading import Loaded, load_model
+from pipeline.models.quantized_experts import count_parameters
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,6 @@ def _measure(loaded: Loaded) -> dict[str, Any]:
         "footprint_bytes": footprint_bytes(model),
         "weight_bytes": weight_bytes(model),
         "quantization_state_bytes": quantization_state_bytes(model),
-        "parameters": model.num_parameters(),
+        "parameters": count_parameters(model),
         "quantized_share": loaded.quantized_share,
     }

@@ -23,6 +23,7 @@ from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, read_json
 from pipeline.job.ready import Ready
 from pipeline.job.stored import read_manifest
+from pipeline.models.quantized_experts import has_quantized_experts
 from pipeline.prompts.template import examine, find_template
 
 PACKAGES = (
@@ -42,6 +43,7 @@ def model_facts(ready: Ready, config: Config) -> dict[str, Any]:
         "adapter": adapter_facts(ready),
         "dtypes": ready.dtypes,
         "quantization": ready.quantization,
+        "quantized_experts": ready.loaded.model is not None and has_quantized_experts(ready.loaded.model),
         "context": {
             "tokens": ready.context(asked),
             "source": "config.json" if asked is None else "model.context",
@@ -90,6 +92,15 @@ def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
             found=f"{results.folder}: its rows were computed in {made_in}, and this device computes in "
             f"{facts['dtypes']}",
             fix="Go on with a device like the first, or pass resume=never to make all rows anew.",
+        )
+
+    if (
+        before and before.get("quantized_experts", False) != facts["quantized_experts"]
+    ):  # an older version had none
+        raise JobError(
+            found=f"{results.folder}: its rows were made while the experts of this mixture stayed plain, and they are "
+            "quantized now",
+            fix="Pass resume=never to make all rows anew.",
         )
 
 

@@ -26,7 +26,7 @@ from pipeline.job.todo import Todo
 from pipeline.prompts.count import prompts_sha256
 
 SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
-SAME = ("model", "revision", *SAME_ROWS)  # and those that have rows
+SAME = ("model", "revision", "quantized_experts", *SAME_ROWS)  # and those that have rows
 AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
 NAMED = 10  # rows that an error names
 
@@ -109,7 +109,8 @@ def _read_todo(shard: JobPaths) -> Todo:
 
 def _manifest(shard: JobPaths, todo: Todo) -> dict[str, Any]:
     """Read a shard's manifest; what the rows answer is as the last run found it."""
-    return {**read_manifest(shard), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
+    before = {"quantized_experts": False}  # of versions that wrote no such key
+    return {**before, **read_manifest(shard), "prompts_sha256": todo.prompts_sha256, "limit": todo.limit}
 
 
 def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict[str, Any]]) -> None:

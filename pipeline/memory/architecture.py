@@ -59,7 +59,7 @@ class Weight:
     name: str
     part: str  # embedding, attention, mlp, norm, head, other or buffers
     shape: tuple[int, ...]
-    quantizable: bool = False  # a linear layer that is not the output head
+    quantizable: bool = False  # a linear layer that is not the output head, or experts [experts, out, in]
     dtype: str | None = None  # the same whatever the model is loaded in; None: as the model
     element_bytes: int = 4  # in that dtype
     wide_in: tuple[str, ...] = ()  # dtypes of the model in which this tensor stays float32
@@ -68,6 +68,16 @@ class Weight:
     def count(self) -> int:
         """Count its scalars."""
         return math.prod(self.shape)
+
+    @property
+    def experts(self) -> int:
+        """Count the matrices that it holds; 0 for what is no weight of experts."""
+        return self.shape[0] if len(self.shape) == 3 else 0
+
+    @property
+    def matrix(self) -> int:
+        """Count the scalars of one of its matrices, which are quantized apart."""
+        return math.prod(self.shape[-2:])
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # told apart by identity: thousands of weights are slow to hash

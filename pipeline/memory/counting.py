@@ -30,7 +30,7 @@ from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
 from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
-from pipeline.models.meta import build_on_meta
+from pipeline.models.meta import build_on_meta, quantized_shapes
 
 # Two of the plain dtypes: what is in another one in both, is so whatever the model is loaded in.
 _BF16, _FP16 = "bfloat16", "float16"
@@ -50,7 +50,7 @@ def count(values: Mapping[str, Any]) -> dict[str, Any]:
     own = config.dtype or torch.float32
     network = build_on_meta(config, QUANTS["bf16"]).eval()
     text = config.get_text_config(decoder=True)
-    weights = list(_weights(network, _quantized_shapes(config, values.get(SKIPPED))))
+    weights = list(_weights(network, quantized_shapes(config, values.get(SKIPPED))))
     return {
         **_sizes(network, text),
         "dtype": str(own).removeprefix("torch."),
@@ -126,16 +126,6 @@ def _whole(text: Any, key: str) -> int:
     if isinstance(value, list | tuple):
         value = max((each for each in value if isinstance(each, int)), default=0)
     return value if isinstance(value, int) and value > 0 else 0
-
-
-def _quantized_shapes(config: Any, skipped: list[str] | None) -> dict[str, list[int]]:
-    """Find the weights that bitsandbytes quantizes, [out, in]: some models hold theirs the other way round."""
-    network = build_on_meta(config, QUANTS["nf4"], skipped=skipped)
-    return {
-        name: list(weight.shape)
-        for name, weight in network.named_parameters()
-        if type(weight).__name__ == "Params4bit"
-    }
 
 
 def _weights(network: Any, quantized: dict[str, list[int]]) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.engine.accelerators import used_indices
+from pipeline.models.quantized_experts import held_experts
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other", "buffers")
 LOADING_SAMPLE_SEC = 0.01
@@ -82,7 +83,7 @@ def weight_bytes(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 
 
 def quantization_state_bytes(model: PreTrainedModel) -> int:
-    """Measure what bitsandbytes keeps beside its packed weights: scales, nested scales and code tables.
+    """Measure what is kept beside packed weights: scales, nested scales and code tables.
 
     `get_memory_footprint()` leaves it out. Tensors that layers share count once.
     """
@@ -248,12 +249,17 @@ def _quantization_tensors(module: nn.Module) -> Iterator[Tensor]:
     for holder in (weight, getattr(module, "state", None)):
         if isinstance(scales := getattr(holder, "SCB", None), Tensor):
             yield scales
+    for held in held_experts(module).values():
+        for state in held.states:
+            yield from _tensors_of(state)
 
 
 def _tensors_of(state: Any) -> Iterator[Tensor]:
-    """Find the tensors of a 4-bit quantization state, and of the nested state of its scales."""
+    """Find the tensors of a 4-bit quantization state, and of the nested state of its scales; of 8 bits, the scales."""
     if state is None:
         return
+    if isinstance(state, Tensor):
+        yield state
     for name in ("absmax", "code", "offset"):
         if isinstance(tensor := getattr(state, name, None), Tensor):
             yield tensor

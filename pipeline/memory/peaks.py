@@ -10,12 +10,13 @@ from functools import cache
 from pipeline.common.gpu import Gpu
 from pipeline.common.units import MIB, megabytes
 from pipeline.config.quant import BLOCK, ELEMENT_BYTES, Dtype, QuantConfig
-from pipeline.memory.architecture import Architecture
+from pipeline.memory.architecture import Architecture, Weight
 from pipeline.memory.plan import (
     checkpoint_bytes,
     footprint_bytes,
     plain_dtype,
     quant_state_bytes,
+    state_bytes,
     weights,
 )
 
@@ -73,8 +74,7 @@ def activation_bytes(
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8 and not packed:
-        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
-        int8 = tokens * (element * (4 * hidden + inner) + 16 * widest)
+        int8 = tokens * (element * (4 * hidden + inner) + 16 * _widest_linear(arch))
     return max(mlp, attention, norm, int8)
 
 
@@ -97,10 +97,14 @@ def _gpu_activation_bytes(
     norm = tokens * (element * hidden + 3 * 4 * hidden)
     int8 = 0
     if quant.bits == 8 and not _reads_8_bits(arch, quant, gpus):
-        widest = max((w.shape[0] for w in weights(arch) if w.quantizable), default=0)
         results = 4 + 2 + (0 if dtype == "float16" else element)
-        int8 = tokens * (element * (4 * hidden + inner) + hidden + results * widest)
+        int8 = tokens * (element * (4 * hidden + inner) + hidden + results * _widest_linear(arch))
     return max(mlp, attention, norm, int8) + len(set(arch.windows)) * tokens * columns
+
+
+def _widest_linear(arch: Architecture) -> int:
+    """Return the most outputs of a quantized linear layer; experts are multiplied as they are dequantized."""
+    return max((w.shape[0] for w in weights(arch) if w.quantizable and not w.experts), default=0)
 
 
 @cache
@@ -109,13 +113,22 @@ def scratch_bytes(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> int:
 
     On a CPU this is an upper bound: with AVX512-BF16 it is unpacked once, in int32, to be laid out anew.
     """
-    dequantizes = quant.four_bit or (quant.bits == 8 and _reads_8_bits(arch, quant, gpus))
-    largest = largest_quantizable(arch) if dequantizes else 0
     if not gpus:
-        return 8 * largest
-    element = ELEMENT_BYTES[quant.product_dtype if quant.four_bit else plain_dtype(arch, quant)]
+        return 8 * largest_quantizable(arch, experts_only=not quant.four_bit) if quant.quantized else 0
+    found = (_dequantized_bytes(w, arch, quant, gpus) for w in weights(arch) if w.quantizable)
+    largest = max(found, default=0) if quant.quantized else 0
     streams = 2 if len(gpus) == 1 else 1  # on one GPU steps are recorded on a stream of their own
-    return sum(element * largest + streams * _workspace_bytes(gpu) for gpu in gpus)
+    return sum(largest + streams * _workspace_bytes(gpu) for gpu in gpus)
+
+
+def _dequantized_bytes(weight: Weight, arch: Architecture, quant: QuantConfig, gpus: Gpus) -> int:
+    """Predict what a product of many rows writes of a matrix in plain numbers; experts in float32 first."""
+    if quant.four_bit:
+        return ELEMENT_BYTES[quant.product_dtype] * weight.matrix
+    plain = ELEMENT_BYTES[plain_dtype(arch, quant)]
+    if weight.experts:
+        return (4 + plain) * weight.matrix
+    return plain * weight.matrix if _reads_8_bits(arch, quant, gpus) else 0
 
 
 def _reads_8_bits(arch: Architecture, quant: QuantConfig, gpus: Gpus) -> bool:
@@ -132,9 +145,10 @@ def _workspace_bytes(gpu: Gpu) -> int:
 
 
 @cache
-def largest_quantizable(arch: Architecture) -> int:
-    """Count the weights of the largest linear layer that is not the output head."""
-    return max((w.count for w in weights(arch) if w.quantizable), default=0)
+def largest_quantizable(arch: Architecture, *, experts_only: bool = False) -> int:
+    """Count the weights of the largest matrix: an expert's, or a linear layer that is not the output head."""
+    found = (w.matrix for w in weights(arch) if w.quantizable and (w.experts or not experts_only))
+    return max(found, default=0)
 
 
 def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
@@ -147,8 +161,9 @@ def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
     head = ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings else 0
     if not quant.four_bit:
         return head
-    scales = sum(4 * math.ceil(w.count / BLOCK) for w in weights(arch) if w.quantizable)
-    return head + max(0, scales - quant_state_bytes(arch, quant))
+    layers = [w for w in weights(arch) if w.quantizable and not w.experts]
+    scales = sum(4 * math.ceil(w.count / BLOCK) for w in layers)
+    return head + max(0, scales - sum(state_bytes(w, quant) for w in layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +276,7 @@ def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: boo
     if view_bytes == file_bytes:
         return LoadPeak(0, file_bytes, context=0)
     beside = HOST_RUNTIME_BYTES if quant.four_bit else LOADING_BYTES
+    beside += assembling_bytes(arch, quant)
     held = stored_bytes + beside + (packed_bytes(arch, quant) if packed else 0)
     return LoadPeak(held - (view_bytes if 2 * view_bytes > file_bytes else 0), file_bytes, context=0)
 
@@ -284,8 +300,14 @@ def _view_bytes(arch: Architecture, quant: QuantConfig, packed: bool) -> int:
     )
 
 
+def assembling_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict what the largest weight of experts takes before it is quantized: its halves, and then the whole."""
+    largest = max((w.count for w in weights(arch) if w.quantizable and w.experts), default=0)
+    return 2 * ELEMENT_BYTES[plain_dtype(arch, quant)] * largest if quant.quantized else 0
+
+
 def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:
-    """Estimate what a GPU holds beside the stored weights while the largest linear layer is quantized.
+    """Estimate what a GPU holds beside the stored weights while the largest linear layer or experts are quantized.
 
     transformers 5 (core_model_loading.py) converts dtypes on the host, and what is not quantized arrives as it
     stays: the embedding and the head are never held twice. Its warm-up allocates the footprint beforehand, and
@@ -297,8 +319,10 @@ def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:
     largest = largest_quantizable(arch)
     arrived = ELEMENT_BYTES[plain_dtype(arch, quant)] * largest
     if quant.bits == 8:
-        return arrived + ELEMENT_BYTES[Dtype.float16.value] * largest
-    return arrived + (2 * 4 * largest // BLOCK if quant.double_quant else 0)
+        beside = ELEMENT_BYTES[Dtype.float16.value] * largest
+    else:
+        beside = 2 * 4 * largest // BLOCK if quant.double_quant else 0
+    return max(arrived + beside, assembling_bytes(arch, quant))
 
 
 def work_bytes(

@@ -88,7 +88,7 @@ def parameters(arch: Architecture) -> int:
 
 
 def quantized_share(arch: Architecture) -> float:
-    """Predict how much of the weights a quantization changes: linear layers, and neither embedding nor head."""
+    """Predict how much of the weights a quantization changes: linear layers and experts, neither embedding nor head."""
     return sum(w.count for w in weights(arch) if w.quantizable) / parameters(arch)
 
 
@@ -100,7 +100,7 @@ def plain_dtype(arch: Architecture, quant: QuantConfig) -> str:
 def stored(weight: Weight, arch: Architecture, quant: QuantConfig) -> tuple[str, int]:
     """Return the dtype and the bytes of one tensor."""
     if weight.quantizable and quant.quantized:
-        return quant.method.value, quant.stored_bytes(weight.count)
+        return quant.method.value, max(1, weight.experts) * quant.stored_bytes(weight.matrix)
     if weight.dtype is not None:
         return weight.dtype, weight.element_bytes * weight.count
     dtype = plain_dtype(arch, quant)
@@ -132,29 +132,27 @@ def footprint_bytes(arch: Architecture, quant: QuantConfig) -> int:
 
 @cache
 def quant_state_bytes(arch: Architecture, quant: QuantConfig, *, repacked: bool = False) -> int:
-    """Predict what bitsandbytes keeps beside the quantized weights, and the footprint leaves out.
+    """Predict what is kept beside the quantized weights, and the footprint leaves out.
 
     Args:
         repacked: True for 4-bit on a CPU with AVX512-BF16, where the first product lays the weights out anew
             and turns their scales into bfloat16, double quantization or not.
     """
-    matrices = [w for w in weights(arch) if w.quantizable]
-    if quant.bits == 8:
-        return sum(4 * w.shape[0] for w in matrices)  # a float32 scale for each output
-    if quant.four_bit:
-        return sum(_state_bytes_4bit(w.count, quant.double_quant, repacked) for w in matrices)
-    return 0
+    return sum(state_bytes(w, quant, repacked=repacked) for w in weights(arch) if w.quantizable)
 
 
-def _state_bytes_4bit(count: int, double_quant: bool, repacked: bool) -> int:
-    code = 4 * 16  # the float32 values of the 16 codes
-    scales = math.ceil(count / BLOCK)
-    if repacked:
+def state_bytes(weight: Weight, quant: QuantConfig, *, repacked: bool = False) -> int:
+    """Predict the same of one weight that is quantized; `repacked` as above."""
+    if not quant.four_bit:
+        return 4 * math.prod(weight.shape[:-1]) if quant.quantized else 0  # a float32 scale for each output
+    code = 4 * 16  # the float32 values of the 16 codes; experts share them
+    matrices, scales = max(1, weight.experts), math.ceil(weight.matrix / BLOCK)
+    if repacked and not weight.experts:
         return code + 2 * scales
-    if not double_quant:
-        return code + 4 * scales
+    if not quant.double_quant:
+        return code + matrices * 4 * scales
     # Scales in 8 bits, with a float32 scale for each block of them, 256 codes and one offset.
-    return code + scales + 4 * math.ceil(scales / STATE_BLOCK) + 4 * 256 + 4
+    return code + 4 * 256 + matrices * (scales + 4 * math.ceil(scales / STATE_BLOCK) + 4)
 
 
 def checkpoint_bytes(arch: Architecture) -> int:

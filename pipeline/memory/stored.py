@@ -71,7 +71,7 @@ class Stored:
         stored = as_quant(self.config, quant)
         settled = settle_dtypes(stored, plain.dtype, gpus)
         if stored.quantized:
-            return found, settled, name
+            return _with_plain_experts(found), settled, name
         return _kept(found, self), settled, name
 
 
@@ -88,6 +88,14 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = config.get("quantization_config")
     skipped = settings.get(SKIPPED) if isinstance(settings, Mapping) else None
     return {**plain, SKIPPED: list(skipped)} if skipped else plain
+
+
+def _with_plain_experts(arch: Architecture) -> Architecture:
+    """Leave experts as they are: what bitsandbytes has quantized before are linear layers alone."""
+    if arch.counted is None:
+        return arch
+    held = tuple(replace(w, quantizable=w.quantizable and not w.experts) for w in arch.counted.weights)
+    return replace(arch, counted=replace(arch.counted, weights=held))
 
 
 def _kept(plain: Architecture, stored: Stored) -> Architecture:

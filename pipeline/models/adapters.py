@@ -14,6 +14,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.adapter_files import AdapterFiles, locate_adapter, made_for_another
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.loading_checks import first_line
+from pipeline.models.quantized_experts import held_experts
 
 log = logging.getLogger(__name__)
 _NAME = "default"  # peft's own, of an adapter that is the only one
@@ -121,6 +122,7 @@ def _apply(network: Any, adapter: AdapterFiles) -> bool:
             f"{adapter.files.source}: a DoRA, and peft cannot compute one beside weights in 8 bits",
             "Use quant=none, where it is merged, or quant=nf4",
         )
+    _check_targets(network, adapter)
     folder = str(adapter.files.folder)
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
@@ -136,6 +138,17 @@ def _apply(network: Any, adapter: AdapterFiles) -> bool:
         return False
     wrapped.merge_and_unload(safe_merge=True)
     return True
+
+
+def _check_targets(network: Any, adapter: AdapterFiles) -> None:
+    """Refuse an adapter of experts that are quantized: peft computes with such a weight whole, and as it is held."""
+    targets = tuple(adapter.settings.get("target_parameters") or ())
+    held = (f"{path}.{name}" for path, module in network.named_modules() for name in held_experts(module))
+    if found := next((name for name in held if targets and name.endswith(targets)), None):
+        raise LoadError(
+            f"{adapter.files.source}: it changes {found}, and peft cannot do that beside experts that are quantized",
+            "Use quant=none, where it is merged",
+        )
 
 
 def _check_complete(wrapped: Any, found: Any, weights: dict[str, Any], adapter: AdapterFiles) -> None:

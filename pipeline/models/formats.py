@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from transformers import BitsAndBytesConfig
-
 from pipeline.common import terminal
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.stored_format import AS_READ, as_quant, bitsandbytes_settings, dequantizes
 from pipeline.engine.accelerators import usable_gpus
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.quantized_experts import BitsAndBytesExpertsConfig
 
 
-def quantization(quant: QuantConfig) -> BitsAndBytesConfig | None:
+def quantization(quant: QuantConfig) -> BitsAndBytesExpertsConfig | None:
     """Say it as transformers wants it; None for weights that stay as they are."""
     if not quant.quantized:
         return None
-    return BitsAndBytesConfig(**bitsandbytes_settings(quant))  # type: ignore[no-untyped-call]
+    return BitsAndBytesExpertsConfig(**bitsandbytes_settings(quant))  # type: ignore[no-untyped-call]
 
 
 def read_as(checkpoint: Checkpoint, quant: QuantConfig) -> QuantConfig:

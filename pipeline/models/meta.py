@@ -14,10 +14,11 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from pipeline.common.errors import ConfigError, LoadError
 from pipeline.common.gpu import Gpu
 from pipeline.config.model_files import CONFIG
-from pipeline.config.quant import Dtype, QuantConfig
+from pipeline.config.quant import QUANTS, Dtype, QuantConfig
 from pipeline.config.stored_format import SKIPPED, as_quant, checkpoint_format, dequantizes, label
 from pipeline.models.formats import quantization
 from pipeline.models.loading_checks import first_line
+from pipeline.models.quantized_share import packed_shape
 
 
 def build_on_meta(
@@ -60,6 +61,17 @@ def build_on_meta(
         _cast_biases(network, dtype)
     network.tie_weights()
     return network
+
+
+def quantized_shapes(config: Any, skipped: list[str] | None) -> dict[str, list[int]]:
+    """Find the weights that are quantized, [out, in]: some models hold theirs the other way round."""
+    network = build_on_meta(config, QUANTS["nf4"], skipped=skipped)
+    return {
+        f"{path}.{own}": list(shape)
+        for path, module in network.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+        if (shape := packed_shape(own, module))
+    }
 
 
 def loaded_as(

@@ -1,9 +1,10 @@
-"""Say how much of a model bitsandbytes has quantized, and what it passed over.
+"""Say how much of a model is quantized, and what it passed over.
 
-It replaces linear layers. A layer of a class of its own (Falcon's), or the experts of a mixture, which are one
-three-dimensional weight (Mixtral's, OLMoE's, gpt-oss'), stays as it is.
+It replaces linear layers, and quantized_experts.py the experts of most mixtures. A layer of a class of its own
+(Falcon's), or experts whose pass is a class's own (JetMoE's), stay as they are.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.config.quant import QuantConfig
+from pipeline.models.quantized_experts import held_experts
 
 _LAYERS = ("Linear4bit", "Linear8bitLt")
 NAMED = 0.05  # of all weights: less than this passed over is a router or a few small matrices
@@ -45,17 +47,25 @@ def quantized_share(network: Any, quant: QuantConfig) -> QuantizedShare:
             if id(weight) in seen:
                 continue
             seen.add(id(weight))
-            packed = name == "weight" and type(module).__name__ in _LAYERS
-            count = module.in_features * module.out_features if packed else weight.numel()
+            shape = packed_shape(name, module)
+            count = math.prod(shape or weight.shape)
             total += count
-            quantized += count if packed else 0
-            if not packed and weight.dim() > 1 and id(module) not in kept:
+            quantized += count if shape else 0
+            if not shape and weight.dim() > 1 and id(module) not in kept:
                 plain[_kind(path, module)] += count
     named = plain.most_common() if plain.total() > NAMED * total else []
     dtype = str(getattr(network, "dtype", "")).removeprefix("torch.")
     return QuantizedShare(
         quantized / total, quant.bits, tuple(kind for kind, count in named if count > 0.01 * total), dtype
     )
+
+
+def packed_shape(name: str, module: Any) -> tuple[int, ...] | None:
+    """Return what a module's weight is packed from: [out, in], or that of each expert; None for a plain one."""
+    if name == "weight" and type(module).__name__ in _LAYERS:
+        return module.out_features, module.in_features
+    held = held_experts(module).get(name)
+    return None if held is None else held.shape
 
 
 def _kind(path: str, module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from pipeline.models.config_checks import check_adapter
 from pipeline.models.loading import quiet_transformers
 from pipeline.models.loading_checks import first_line
 from pipeline.models.meta import build_on_meta, loaded_as
-from pipeline.models.quantized_share import QuantizedShare, quantized_share
+from pipeline.models.quantized_share import QuantizedShare, packed_shape, quantized_share
 
 _SHAPES = ("in_features", "out_features", "num_embeddings", "embedding_dim")
 
@@ -144,13 +144,15 @@ def matching(node: Node, pattern: str) -> Node | None:
 def _tree(name: str, module: nn.Module, quant: QuantConfig, seen: set[int]) -> Node:
     children = _folded([_tree(n, child, quant, seen) for n, child in module.named_children()])
     parameters, size, dtypes, note = 0, 0, list[str](), ""
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+    for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         is_buffer = not isinstance(tensor, nn.Parameter)
         if id(tensor) in seen:
             note = "the embedding's weight"
             continue
         seen.add(id(tensor))
-        dtype, held = stored(tensor, quant)
+        dtype, held = str(tensor.dtype).removeprefix("torch."), tensor.nbytes
+        if packed_shape(own, module):  # which happens only when it is loaded
+            dtype, held = quant.method.value, quant.stored_bytes(tensor.numel())
         dtypes.append(dtype)
         parameters += 0 if is_buffer else tensor.numel()
         size += held
@@ -159,13 +161,6 @@ def _tree(name: str, module: nn.Module, quant: QuantConfig, seen: set[int]) -> N
         dtypes += child.dtype.split(" + ") if child.dtype else []
     dtype = " + ".join(sorted(set(dtypes)))
     return Node(name, type(module).__name__, _shape(module), 1, parameters, dtype, size, note, children)
-
-
-def stored(tensor: Tensor, quant: QuantConfig) -> tuple[str, int]:
-    """Return the dtype and the bytes of a tensor once it is loaded: bitsandbytes' weights are packed only then."""
-    if type(tensor).__name__ in ("Params4bit", "Int8Params"):
-        return quant.method.value, quant.stored_bytes(tensor.numel())
-    return str(tensor.dtype).removeprefix("torch."), tensor.nbytes
 
 
 def _folded(children: list[Node]) -> list[Node]:

@@ -159,7 +159,7 @@ def test_a_prompt_file_that_changed_since_is_refused_and_one_that_is_gone_is_not
     assert merge(job) == 7
 
 
-@pytest.mark.parametrize("key", ["model", "revision", "prompts_sha256", "limit"])
+@pytest.mark.parametrize("key", ["model", "revision", "quantized_experts", "prompts_sha256", "limit"])
 def test_shards_that_differ_in_what_decides_the_text_are_refused(
     tmp_path: Path, prompts: Path, key: str
 ) -> None:

@@ -208,4 +208,7 @@ def _can_capture(model: Any) -> bool:
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     config = model.config.get_text_config()
     mixture = any(getattr(config, name, None) for name in experts)
-    return not mixture and not any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    return not mixture and not any(
+        type(module).__name__ == "Linear8bitLt" or hasattr(module, "quantized_experts")
+        for module in model.modules()
+    )
