@@ -16,6 +16,7 @@ DIFFERS = (  # from a job of our own engine; docs/engines.md
     "draws are vLLM's own",
     "memory for keys and values is reserved, and does not grow",
 )
+RANKS = "the GPUs' processes are Ray's, and are in no figure of memory or energy"
 BATCH = "text may depend on the rows beside it"
 
 
@@ -63,6 +64,11 @@ class VllmReady(Ready):
         return int(self.arguments["max_num_seqs"])
 
     @property
+    def over_ray(self) -> bool:
+        """Say whether it is computed in Ray's processes, on other nodes too."""
+        return self.arguments.get("distributed_executor_backend") == "ray"
+
+    @property
     def gpus(self) -> tuple[Gpu, ...]:
         """Name the GPUs that it lies on."""
         if self.hello["device"] == "cpu":
@@ -86,7 +92,7 @@ class VllmReady(Ready):
             "python": self.process.python,
             "arguments": self.arguments,
             "max_model_len": self.longest_row,
-            "differs": [*DIFFERS, *([] if alike else [BATCH])],
+            "differs": [*DIFFERS, *([] if alike else [BATCH]), *([RANKS] if self.over_ray else [])],
         }
 
     def release(self) -> None:

@@ -157,7 +157,8 @@ def _gpu_uuids(count: int) -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
+    here = min(count, torch.cuda.device_count())  # others may be on other nodes
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(here)]
 
 
 def _gpus() -> list[dict[str, Any]]:
