@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.gpu import Gpu
+from pipeline.common.host import resident_bytes
 from pipeline.common.request import GenerationParams
 from pipeline.config.vllm_limits import refusal
-from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
 from pipeline.job.ready import Ready
+from pipeline.memory.measured import DeviceMemory
 from pipeline.models.elsewhere import Elsewhere
 
 DIFFERS = (  # from a job of our own engine; docs/engines.md
@@ -70,11 +71,16 @@ class VllmReady(Ready):
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """Name the GPUs that it lies on."""
-        if self.hello["device"] == "cpu":
-            return ()
-        count = self.arguments["tensor_parallel_size"] * self.arguments["pipeline_parallel_size"]
-        return usable_gpus("auto")[:count]
+        """Name the GPUs that it lies on, as vLLM's process sees them: this one may have a torch without GPUs."""
+        return tuple(_gpu(**device) for device in self.reserved["devices"])
+
+    def held_bytes(self) -> int:
+        """Measure the memory that vLLM's process holds now: on the GPUs that it tells of, else of the host."""
+        return sum(gpu["allocated_bytes"] for gpu in self.process.gpus) or resident_bytes(self.helper)
+
+    def device_memory(self) -> list[DeviceMemory]:
+        """Give what vLLM's process last told of its GPUs."""
+        return [DeviceMemory(**gpu) for gpu in self.process.gpus]
 
     @property
     def dtypes(self) -> dict[str, str | None]:
@@ -98,3 +104,7 @@ class VllmReady(Ready):
     def release(self) -> None:
         """End the process."""
         self.process.close()
+
+
+def _gpu(capability: tuple[int, int] | None = None, **told: Any) -> Gpu:
+    return Gpu(**told, capability=capability and (capability[0], capability[1]))  # JSON makes it a list

@@ -71,6 +71,8 @@ def test_two_nodes_work_on_one_job_over_ray_and_all_of_it_ends_with_the_job(
     transformers.LlamaForCausalLM(config).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     write_prompts(place.folder / "both.jsonl", 5)
+    with (place.folder / "both.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "x " * 100}) + "\n")  # the model has room for it
     job = (
         f"model.name={model}", "prompts=both.jsonl", "quant=fp32", "generation.max_new_tokens=8",
         "engine=vllm", f"engine.python={vllm_over_ray}", "engine.extra={enforce_eager:true}",
@@ -90,10 +92,13 @@ def test_two_nodes_work_on_one_job_over_ray_and_all_of_it_ends_with_the_job(
     place.submit(*job)
     place.wait_until_idle()
     (folder,) = place.folders("both")
-    assert place.state(folder) == "complete"
+    assert place.state(folder) == "complete, 1 failed rows"
     rows = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
-    assert sorted(row["index"] for row in rows) == list(range(5))
-    assert all(row["error"] is None and row["usage"]["completion_tokens"] for row in rows)
+    assert sorted(row["index"] for row in rows) == list(range(6))
+    (refused,) = (row for row in rows if row["error"] is not None)
+    assert "the engine has room for rows of 128. Shorten the prompt, or make room" in refused["error"]
+    assert "model.context" not in refused["error"]
+    assert all(row["usage"]["completion_tokens"] for row in rows if row is not refused)
     engine = read_manifest(JobPaths(folder))["engine"]
     assert engine["arguments"]["distributed_executor_backend"] == "ray"
     assert any("Ray" in difference for difference in engine["differs"])
