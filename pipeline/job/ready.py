@@ -10,9 +10,8 @@ from pipeline.config.quant import QuantConfig
 from pipeline.config.schema import EngineName
 from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
-from pipeline.job.timeline import held_bytes
 from pipeline.memory.capacity import context_tokens
-from pipeline.memory.measured import DeviceMemory, Peaks, devices
+from pipeline.memory.measured import DeviceMemory, Peaks, devices, held_bytes
 from pipeline.models.dtypes import computed_in
 from pipeline.models.loading import Loaded, release
 from pipeline.prompts.answer import decode

@@ -2,9 +2,7 @@
 
 import time
 
-import torch
-
-from pipeline.common.host import resident_bytes
+from pipeline.memory.measured import held_bytes
 
 MAX_POINTS = 400
 
@@ -31,9 +29,3 @@ class Timeline:
         if len(self.points) > MAX_POINTS:
             self.points = self.points[::2]
             self._every_sec *= 2
-
-
-def held_bytes() -> int:
-    """Measure what this process holds: what torch has allocated on all GPUs, else its resident set."""
-    allocated = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
-    return allocated or resident_bytes()
