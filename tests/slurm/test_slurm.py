@@ -164,7 +164,8 @@ def test_plain_sbatch_runs_the_shards_of_a_file_and_comes_back_after_a_warning(p
     until(lambda: written(shard), "rows of the second shard")
     place.run("scancel", "--batch", "--signal=USR1", f"{first}_1")  # as Slurm does before the time limit
     place.wait_until_idle()
-    states = place.run("sacct", "-nPXD", f"--jobs={first}", "--format=JobID,State").split()
-    assert sorted(states) == [f"{first}_0|COMPLETED", f"{first}_1|COMPLETED", f"{first}_1|REQUEUED"]
+    ends = [f"{first}_0|COMPLETED", f"{first}_1|COMPLETED", f"{first}_1|REQUEUED"]
+    asked = ("sacct", "-nPXD", f"--jobs={first}", "--format=JobID,State")
+    until(lambda: sorted(place.run(*asked).split()) == ends, "the accounting to tell")
     place.python("pipeline", "merge", str(shard.parent))
     assert [index for index, _ in texts(shard.parent)] == list(range(60))
