@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from pipeline.models.loading import quiet_transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-pytest_plugins = ("chromium",)
+pytest_plugins = ("chromium", "slurm_cluster")
 quiet_transformers()
 
 CHATML = (

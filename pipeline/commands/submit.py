@@ -3,12 +3,14 @@
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from pipeline.common import terminal
 from pipeline.common.errors import ConfigError, JobError, LoadError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
+from pipeline.engine.vllm.python import find_python
 from pipeline.job.events import append_event
 from pipeline.models.adapter_files import locate_adapter
 from pipeline.models.checkpoint import locate
@@ -25,14 +27,16 @@ HELP = """\
   python -m pipeline submit … submit.dry_run=true        the table and the batch script, nothing else
   python -m pipeline status outputs/big watch=true       how far it is
   python -m pipeline merge outputs/big/JOB               shards into one outputs.jsonl
+  python -m pipeline submit engine=vllm submit.nodes=2 submit.gpus=4 engine.tensor_parallel=4 \
+      engine.pipeline_parallel=2 …                       a model larger than a node, over Ray
 
 One array, a task for each cell that is not complete yet; the same command again submits just what is missing.
 Takes what `python -m pipeline -m` takes, and
 
   shards=8             split the prompt file into 8 cells (or shard=0/8,1/8,… for some of them)
   submit=NAME          conf/submit/NAME.yaml: what a cell gets
-  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, gpu_type, gpu_memory, width, \
-signal_sec, options, setup, python, environment, offline, dry_run
+  submit.KEY=VALUE     partition, account, qos, time_min, memory, cpus, gpus, nodes, gpu_type, gpu_memory, \
+width, signal_sec, options, setup, python, environment, offline, dry_run
 
 More: docs/slurm.md
 """
@@ -56,14 +60,14 @@ def main(arguments: list[str]) -> ExitStatus:
             "Nothing to submit: " + (f"{running} cells are in the queue." if running else "all is done.")
         )
         return ExitStatus.DONE
-    home = _submission_folder(missing)
+    home, vllm_python = _submission_folder(missing), _vllm_python(missing, settings)
     if settings.dry_run:
         size = _max_array_size()
-        print(_arrays(settings, home, len(missing), size)[0][1], end="")
+        print(_arrays(settings, home, len(missing), size, vllm_python)[0][1], end="")
         arrays = -(-len(missing) // size)
         terminal.say(f"Dry run: {len(missing)} cells in {arrays} array(s); nothing was submitted or written.")
         return ExitStatus.DONE
-    _submit(missing, settings, home)
+    _submit(missing, settings, home, vllm_python)
     return ExitStatus.DONE
 
 
@@ -75,9 +79,9 @@ def _max_array_size() -> int:
         return cluster.DEFAULT_ARRAY_SIZE
 
 
-def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
+def _submit(missing: list[Cell], settings: SubmitConfig, home: Path, vllm_python: str | None) -> None:
     # Slurm is asked before anything is written.
-    arrays = _arrays(settings, home, len(missing), cluster.max_array_size())
+    arrays = _arrays(settings, home, len(missing), cluster.max_array_size(), vllm_python)
     home.mkdir(parents=True)
     lines = (cell_line(cell.folder, cell.overrides) for cell in missing)
     (home / "cells.txt").write_bytes(os.fsencode("".join(f"{line}\n" for line in lines)))
@@ -97,14 +101,31 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path) -> None:
     terminal.say(f"Watch it:  python -m pipeline status {shown} watch=true\nLogs:      {home}")
 
 
-def _arrays(settings: SubmitConfig, home: Path, count: int, size: int) -> list[tuple[range, str]]:
+def _arrays(
+    settings: SubmitConfig, home: Path, count: int, size: int, vllm_python: str | None
+) -> list[tuple[range, str]]:
     """Part the cells into arrays, each with its script, where Slurm allows no larger. They share the width."""
     parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
     width = settings.width and max(1, settings.width // len(parts))
-    return [
-        (part, batch_script(settings, home, Path.cwd(), offset=part.start, count=len(part), width=width))
-        for part in parts
-    ]
+    script = partial(batch_script, settings, home, Path.cwd(), width=width, vllm_python=vllm_python)
+    return [(part, script(offset=part.start, count=len(part))) for part in parts]
+
+
+def _vllm_python(cells: list[Cell], settings: SubmitConfig) -> str | None:
+    """Find the Python that is to start Ray; None where each cell has a node.
+
+    Raises:
+        ConfigError: there is none, or cells have different ones.
+    """
+    if settings.nodes == 1:
+        return None
+    pythons = sorted({find_python(cell.config.engine.python) for cell in cells})
+    if len(pythons) > 1:
+        raise ConfigError(
+            found=f"engine.python={','.join(pythons)}: Ray is started with one of them",
+            fix="Submit them one by one.",
+        )
+    return pythons[0]
 
 
 def _submission_folder(missing: list[Cell]) -> Path:
@@ -131,7 +152,7 @@ def _fetch_and_plan(cells: list[Cell], settings: SubmitConfig) -> dict[str, int 
             locate(config.model, config.models_dir, weights=True)
             locate_adapter(config.model, config.models_dir)
         try:
-            needs[name] = needed_bytes(config, settings.gpus)
+            needs[name] = needed_bytes(config, settings.cell_gpus)
         except (ConfigError, LoadError) as error:  # an architecture that the plan does not know
             terminal.say(f"No memory plan: {error}", style="yellow")
             needs[name] = None

@@ -180,6 +180,11 @@ class EngineConfig:
                 raise ValueError(f"engine.{name}={getattr(self, name)!r}: must be {rule}")
 
     @property
+    def ranks(self) -> int:
+        """Count the GPUs that share one model."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
     def unread(self) -> list[str]:
         """List the keys that are set, and that this engine has no use for."""
         others = OWN_ALONE if self.name is EngineName.vllm else VLLM_ALONE
@@ -205,6 +210,7 @@ class SubmitConfig:
     memory: str | None = None  # of the host, as 32G; null is the partition's default
     cpus: int = 4
     gpus: int = 1
+    nodes: int = 1  # vllm: machines that work on one cell together, over Ray; each has all of the above
     gpu_type: str | None = None  # as a100, where the cluster names them
     gpu_memory: str | None = None  # of one GPU, as 80G: only to warn of what cannot fit
     width: int | None = None  # cells at once; null is as many as Slurm gives
@@ -220,6 +226,7 @@ class SubmitConfig:
             ("time_min", self.time_min >= 1, "at least 1 minute"),
             ("cpus", self.cpus >= 1, "at least 1"),
             ("gpus", self.gpus >= 0, "0 or more"),
+            ("nodes", self.nodes >= 1, "at least 1"),
             ("width", self.width is None or self.width >= 1, "null, or at least 1"),
             ("signal_sec", 0 <= self.signal_sec < 60 * self.time_min, "less than the time limit's seconds"),
             ("memory", _is_size(self.memory), "null, or a size as 32G"),
@@ -227,6 +234,11 @@ class SubmitConfig:
         ):
             if not ok:
                 raise ValueError(f"submit.{name}={getattr(self, name)!r}: must be {rule}")
+
+    @property
+    def cell_gpus(self) -> int:
+        """Count the GPUs of a cell, on all its nodes."""
+        return self.nodes * self.gpus
 
 
 def _is_size(text: str | None) -> bool:

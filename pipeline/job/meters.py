@@ -35,7 +35,7 @@ class Meters:
         if isinstance(ready, VllmReady):
             process = ready.process
             self._peaks: PeakSampler | FamilyPeaks = FamilyPeaks(process.pid, lambda: process.gpus)
-            self._energy = EnergyMeter(ready.reserved["gpu_uuids"])
+            self._energy = EnergyMeter([gpu.uuid for gpu in ready.gpus if gpu.uuid])
         else:
             self._peaks, self._energy = PeakSampler(), EnergyMeter(gpu_uuids(ready.model))
 

@@ -11,7 +11,7 @@ from pipeline.config.schema import EngineName
 from pipeline.config.stored_format import label
 from pipeline.engine.accelerators import model_gpus
 from pipeline.memory.capacity import context_tokens
-from pipeline.memory.measured import Peaks
+from pipeline.memory.measured import DeviceMemory, Peaks, devices, held_bytes
 from pipeline.models.dtypes import computed_in
 from pipeline.models.loading import Loaded, release
 from pipeline.prompts.answer import decode
@@ -75,6 +75,14 @@ class Ready:
     def gpus(self) -> tuple[Gpu, ...]:
         """Name the GPUs that it lies on; none is a run on the CPU."""
         return model_gpus(self.model)
+
+    def held_bytes(self) -> int:
+        """Measure the memory that it holds now."""
+        return held_bytes()
+
+    def device_memory(self) -> list[DeviceMemory]:
+        """Measure what each of its GPUs holds now."""
+        return devices()
 
     @property
     def quant(self) -> QuantConfig:

@@ -1,7 +1,7 @@
 """Turn the rows that a job lacks into requests, and their completions into rows of outputs.jsonl."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.common.errors import PromptError
 from pipeline.common.fingerprint import row_key
@@ -42,8 +42,8 @@ class Requests:
         self._tokenizer = ready.tokenizer
         self._chat = prepare_chat(self._tokenizer, config, ready.embeddings)
         say_what_matters(config, self._chat, ready.ends)
-        context = ready.context(config.model.context)
-        self._context = min(context, ready.longest_row or context)
+        self._context = ready.context(config.model.context)
+        self._longest_row = ready.longest_row or self._context
         self._room = room
         self._refusal = ready.refusal
         self._pending: dict[str, Pending] = {}
@@ -117,7 +117,7 @@ class Requests:
             raise PromptError(
                 found=f"{row.source}: generation.{wrong}", fix="Change it, or use engine=default."
             )
-        request = make_request(row, self._chat, self._context)
+        request = self._shortened(make_request(row, self._chat, self._context), row.source)
         assert isinstance(row, PromptRow)
         if refusal := self._room.refusal(len(request.prompt_token_ids)):
             raise PromptError(found=f"{row.source}: {refusal}")
@@ -127,6 +127,25 @@ class Requests:
                 fix="Run such rows in a job without thinking.",
             )
         return request
+
+    def _shortened(self, request: Request, source: str) -> Request:
+        """End a completion where the engine's memory for a row does, which may be before the context does.
+
+        Raises:
+            PromptError: the prompt fills it.
+        """
+        tokens = len(request.prompt_token_ids)
+        if tokens >= self._longest_row:
+            raise PromptError(
+                found=f"{source}: the prompt has {tokens} tokens, and the engine has room for rows of "
+                f"{self._longest_row}",
+                fix="Shorten the prompt, or make room: a larger engine.max_model_len, engine.max_tokens_in_flight or "
+                "engine.memory_fraction.",
+            )
+        most, params = self._longest_row - tokens, request.params
+        if params.max_new_tokens <= most:
+            return request
+        return replace(request, params=replace(params, max_new_tokens=most))
 
 
 def _changed(where: str) -> PromptError:

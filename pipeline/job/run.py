@@ -40,7 +40,7 @@ class Run:
             PipelineError: the job as a whole cannot go on; what was written stays.
         """
         ready = load(self.config, self.prompts, self.results)
-        self.timeline.helper = ready.helper
+        self.timeline.held_bytes = ready.held_bytes
         try:
             way = self.choose_way(ready)
             taken = self.run(ready, way)

@@ -13,7 +13,6 @@ from pipeline.job.energy import energy_stats
 from pipeline.job.meters import Taken
 from pipeline.job.predictions import compare
 from pipeline.job.ready import Ready
-from pipeline.memory.measured import devices
 
 
 def job_stats(config: Config, ready: Ready, forward: AnyForward | None, taken: Taken) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def job_stats(config: Config, ready: Ready, forward: AnyForward | None, taken: T
         "load_peak": asdict(ready.peaks),
         "run_peak": asdict(taken.peaks),
         "resident_bytes": resident_bytes(ready.helper),
-        "devices": [asdict(device) for device in devices()],
+        "devices": [asdict(device) for device in ready.device_memory()],
     }
     return {
         "load_sec": ready.loaded.load_sec,

@@ -2,9 +2,7 @@
 
 import time
 
-import torch
-
-from pipeline.common.host import resident_bytes
+from pipeline.memory.measured import held_bytes
 
 MAX_POINTS = 400
 
@@ -16,7 +14,7 @@ class Timeline:
     """
 
     def __init__(self) -> None:
-        self.helper: int | None = None  # the process that holds the memory, where it is not this one
+        self.held_bytes = held_bytes  # or what another process holds
         self.points: list[list[float]] = []
         self._started = time.monotonic()
         self._every_sec = 0.1
@@ -27,12 +25,7 @@ class Timeline:
         now = time.monotonic() - self._started
         if self.points and now - self.points[-1][0] < self._every_sec:
             return
-        self.points.append([round(now, 2), _held_bytes(self.helper), completion_tokens])
+        self.points.append([round(now, 2), self.held_bytes(), completion_tokens])
         if len(self.points) > MAX_POINTS:
             self.points = self.points[::2]
             self._every_sec *= 2
-
-
-def _held_bytes(helper: int | None) -> int:
-    allocated = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
-    return allocated or resident_bytes(helper)

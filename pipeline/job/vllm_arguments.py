@@ -1,10 +1,11 @@
 """Write the arguments of vLLM's engine from a job's config."""
 
+import os
 from typing import Any
 
 from pipeline.common.host import host_free_bytes
 from pipeline.config.quant import Dtype
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, EngineConfig
 from pipeline.memory.architecture import in_context
 from pipeline.memory.capacity import kv_architecture
 from pipeline.memory.facts import job_architecture
@@ -46,6 +47,7 @@ def arguments(
         "enable_prefix_caching": settings.shared_prefix,
         "tensor_parallel_size": settings.tensor_parallel,
         "pipeline_parallel_size": settings.pipeline_parallel,
+        **({"distributed_executor_backend": "ray"} if over_ray(settings) else {}),
         "generation_config": "vllm",  # not the model's: a job says all of it
         "max_logprobs": MOST_LOGPROBS,
         "structured_outputs_config": {"backend": "guidance"},
@@ -55,6 +57,11 @@ def arguments(
         **_adapter(files.adapter),
         **settings.extra,
     }
+
+
+def over_ray(settings: EngineConfig) -> bool:
+    """Say whether the ranks are Ray's processes: a batch script of several nodes has started it, or a user has."""
+    return settings.ranks > 1 and "RAY_ADDRESS" in os.environ
 
 
 def _memory(fraction: float, kv_cache_bytes: int | None) -> dict[str, Any]:

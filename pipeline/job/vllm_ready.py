@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.common.gpu import Gpu
+from pipeline.common.host import resident_bytes
 from pipeline.common.request import GenerationParams
 from pipeline.config.vllm_limits import refusal
-from pipeline.engine.accelerators import usable_gpus
 from pipeline.engine.vllm.process import VllmProcess
 from pipeline.job.ready import Ready
+from pipeline.memory.measured import DeviceMemory
 from pipeline.models.elsewhere import Elsewhere
 
 DIFFERS = (  # from a job of our own engine; docs/engines.md
     "draws are vLLM's own",
     "memory for keys and values is reserved, and does not grow",
 )
+RANKS = "the GPUs' processes are Ray's, and are in no figure of memory or energy"
 BATCH = "text may depend on the rows beside it"
 
 
@@ -63,12 +65,22 @@ class VllmReady(Ready):
         return int(self.arguments["max_num_seqs"])
 
     @property
+    def over_ray(self) -> bool:
+        """Say whether it is computed in Ray's processes, on other nodes too."""
+        return self.arguments.get("distributed_executor_backend") == "ray"
+
+    @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """Name the GPUs that it lies on."""
-        if self.hello["device"] == "cpu":
-            return ()
-        count = self.arguments["tensor_parallel_size"] * self.arguments["pipeline_parallel_size"]
-        return usable_gpus("auto")[:count]
+        """Name the GPUs that it lies on, as vLLM's process sees them: this one may have a torch without GPUs."""
+        return tuple(_gpu(**device) for device in self.reserved["devices"])
+
+    def held_bytes(self) -> int:
+        """Measure the memory that vLLM's process holds now: on the GPUs that it tells of, else of the host."""
+        return sum(gpu["allocated_bytes"] for gpu in self.process.gpus) or resident_bytes(self.helper)
+
+    def device_memory(self) -> list[DeviceMemory]:
+        """Give what vLLM's process last told of its GPUs."""
+        return [DeviceMemory(**gpu) for gpu in self.process.gpus]
 
     @property
     def dtypes(self) -> dict[str, str | None]:
@@ -86,9 +98,13 @@ class VllmReady(Ready):
             "python": self.process.python,
             "arguments": self.arguments,
             "max_model_len": self.longest_row,
-            "differs": [*DIFFERS, *([] if alike else [BATCH])],
+            "differs": [*DIFFERS, *([] if alike else [BATCH]), *([RANKS] if self.over_ray else [])],
         }
 
     def release(self) -> None:
         """End the process."""
         self.process.close()
+
+
+def _gpu(capability: tuple[int, int] | None = None, **told: Any) -> Gpu:
+    return Gpu(**told, capability=capability and (capability[0], capability[1]))  # JSON makes it a list

@@ -95,6 +95,12 @@ def quantization_state_bytes(model: PreTrainedModel) -> int:
     return sum(storages.values())
 
 
+def held_bytes() -> int:
+    """Measure what this process holds: what torch has allocated on all GPUs, else its resident set."""
+    allocated = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return allocated or resident_bytes()
+
+
 def devices() -> list[DeviceMemory]:
     """List every GPU that this process has had tensors on since its peaks were reset; empty without one."""
     return [_device(module, index) for module in (torch.cuda, torch.xpu) for index in used_indices(module)]

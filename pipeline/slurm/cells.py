@@ -8,7 +8,7 @@ from pipeline.common.errors import ConfigError, JobError
 from pipeline.common.streams import is_stream
 from pipeline.common.terminal import say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
-from pipeline.config.schema import Config, Resume, SubmitConfig
+from pipeline.config.schema import Config, EngineConfig, EngineName, Resume, SubmitConfig
 from pipeline.job.counts import Counts, read_counts
 from pipeline.job.events import read_events
 from pipeline.job.paths import JobPaths
@@ -65,7 +65,7 @@ def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
     queue = _queue(submit)
     cells: list[Cell] = []
     for base in sweep_cells(plain):
-        config = _checked(to_config(compose_config(base)))
+        config = _checked(to_config(compose_config(base)), submit)
         fetch_config(config.model, config.models_dir)  # the folder's name says the format that it names
         folder = job_folder(base).absolute()
         counted = count_job(config, _number_of(shards))
@@ -155,7 +155,7 @@ def _number_of(shards: Iterable[str | None]) -> int:
     return next((parse_shard(shard)[1] for shard in shards if shard), 1)
 
 
-def _checked(config: Config) -> Config:
+def _checked(config: Config, submit: SubmitConfig) -> Config:
     if is_stream(config.prompts):
         raise ConfigError(
             found=f"prompts={config.prompts}: a cluster's node cannot read what comes here and only once",
@@ -171,4 +171,23 @@ def _checked(config: Config) -> Config:
             found="resume=never: a cell that is requeued would begin anew each time",
             fix="Move the old folder away, or set another prompt_set=…",
         )
+    if submit.nodes > 1:
+        _check_nodes(config.engine, submit)
     return config
+
+
+def _check_nodes(engine: EngineConfig, submit: SubmitConfig) -> None:
+    if engine.name is not EngineName.vllm:
+        raise ConfigError(
+            found=f"submit.nodes={submit.nodes} engine={engine.name.value}: one job over several nodes needs "
+            "engine=vllm",
+            fix="Add engine=vllm, or use shards=N, each with a node of its own.",
+        )
+    if engine.ranks != submit.cell_gpus:
+        raise ConfigError(
+            found=f"submit.nodes={submit.nodes} submit.gpus={submit.gpus}: {submit.cell_gpus} GPUs, and "
+            f"engine.tensor_parallel={engine.tensor_parallel} "
+            f"engine.pipeline_parallel={engine.pipeline_parallel} share a model among {engine.ranks}",
+            fix=f"Make them equal, as engine.tensor_parallel={submit.gpus or 1} "
+            f"engine.pipeline_parallel={submit.nodes} with submit.gpus={submit.gpus or 1}.",
+        )

@@ -30,9 +30,9 @@ def memory_warning(name: str, need: int, submit: SubmitConfig) -> str | None:
     asked = submit.gpu_memory if submit.gpus else submit.memory
     if asked is None:
         return None
-    if need <= parse_size(asked) * (submit.gpus or 1):
+    if need <= parse_size(asked) * (submit.cell_gpus or 1):
         return None
-    where = f"{submit.gpus} × submit.gpu_memory={asked}" if submit.gpus else f"submit.memory={asked}"
+    where = f"{submit.cell_gpus} × submit.gpu_memory={asked}" if submit.gpus else f"submit.memory={asked}"
     return (
         f"{name}: needs at least {need / GIB:.1f} GiB, and {where} is less. "
         "Ask for more, or choose a smaller quantization (quant=nf4) or model."

@@ -10,6 +10,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
 from pipeline.job.paths import JobPaths
+from pipeline.slurm.nodes import start_ray
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 KILLED_BY = 128  # a shell's exit status of a process that a signal killed: this and the signal's number
@@ -44,16 +45,16 @@ note started "\"node\": \"${{SLURMD_NODENAME:-$HOSTNAME}}\", \"restarts\": ${{SL
 
 {setup}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}} # no more threads than the task has cores
-
+{ray}
 [ -z "$signalled" ] || again
 {python} -m pipeline "${{cell[@]:1}}" &
 run=$!
 # A signal ends `wait` early: then wait again, for the job's own status.
 while wait "$run"; status=$?; [ -n "$signalled" ]; do signalled=; stopped=1; done
-
+{down}
 case $status in
 {again}) again ;;
-{usr1} | {usr2} | {term}) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
+{usr1} | {usr2} | {term}{lost}) [ -z "${{stopped:-}}" ] || again ;; # the signal came before Python could take it
 esac
 note ended "\"status\": $status"
 trap - USR1 USR2 TERM
@@ -63,7 +64,14 @@ exit "$status"
 
 
 def batch_script(
-    config: SubmitConfig, folder: Path, working_folder: Path, *, offset: int, count: int, width: int | None
+    config: SubmitConfig,
+    folder: Path,
+    working_folder: Path,
+    *,
+    offset: int,
+    count: int,
+    width: int | None,
+    vllm_python: str | None = None,
 ) -> str:
     """Write the script of one array.
 
@@ -73,6 +81,7 @@ def batch_script(
         offset: of the array's first cell in cells.txt.
         count: cells of this array.
         width: how many of them may run at once.
+        vllm_python: of vLLM's environment, where a cell runs on more nodes than one.
 
     Raises:
         ConfigError: a value that would not reach sbatch or the shell as it is.
@@ -91,6 +100,9 @@ def batch_script(
         killed_by=KILLED_BY,
         **{name: KILLED_BY + getattr(signal, f"SIG{name.upper()}") for name in ("usr1", "usr2", "term")},
         setup="\n".join(_setup(config)),
+        ray="" if vllm_python is None else start_ray(config, folder, vllm_python),
+        down="" if vllm_python is None else "down",
+        lost="" if vllm_python is None else f" | {int(ExitStatus.FAILED)}",  # the signal ended Ray first
         python=shlex.quote(config.python or sys.executable),
     )
     return "\n".join(head) + "\n" + body
@@ -113,6 +125,7 @@ def _options(config: SubmitConfig, folder: Path, working_folder: Path, array: st
         "cpus-per-task": config.cpus,
         "mem": config.memory,
         "gres": gpu if config.gpus else None,
+        **({"nodes": config.nodes, "ntasks-per-node": 1} if config.nodes > 1 else {}),
         "signal": f"B:USR1@{config.signal_sec}",
         "chdir": working_folder,
         "output": f"{str(folder).replace('%', '%%')}/%A_%a.log",

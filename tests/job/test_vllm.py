@@ -1,5 +1,6 @@
 """engine=vllm, with the real vLLM: the same rows, errors and texts as our own engine, whatever is killed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from job_helper import ROOT, environment, outputs, write_rows
 
 from pipeline.commands.door import main
 from pipeline.common.exit_status import ExitStatus
+from pipeline.common.gpu import Gpu
 from pipeline.config.compose import job_folder
+from pipeline.engine.vllm.process import VllmProcess
 from pipeline.job.counts import read_counts
 from pipeline.job.paths import JobPaths
 from pipeline.job.stored import read_manifest, read_stats
+from pipeline.job.vllm_ready import VllmReady
 from pipeline.report.jobs import find_jobs
 from pipeline.report.prompts import align
 from pipeline.report.summary import summarize
@@ -214,3 +218,33 @@ def test_each_row_is_there_once_whichever_process_is_killed(smollm2_dir, tmp_pat
     assert set(by_id(job)) == {(f"r{i}", 0) for i in range(40)} | {("r7", 1), ("r7", 2)}
     assert all(row["error"] is None for row in outputs(job))
     assert main(job) == ExitStatus.DONE  # and there is nothing to do
+
+
+def test_the_gpus_of_a_job_are_those_that_vllms_process_tells_of(tmp_path):
+    told = {
+        "index": 0, "name": "H100", "total_bytes": 80, "allocated_bytes": 3, "reserved_bytes": 4,
+        "peak_allocated_bytes": 5, "peak_reserved_bytes": 6, "outside_bytes": 7,
+    }  # fmt: skip
+    line = json.dumps({"progress": {"gpus": [told]}})
+    python = tmp_path / "python"  # says what a process on a GPU says
+    python.write_text(f"#!/bin/sh\necho '{line}'\nread line\n")
+    python.chmod(0o755)
+    process = VllmProcess(str(python), tmp_path / "engine.log")
+    process.receive()
+    card = {"backend": "cuda", "name": "H100", "total_bytes": 80, "capability": [9, 0], "uuid": "GPU-1"}
+    ready = VllmReady(
+        None,
+        False,
+        {},
+        None,
+        None,
+        process,
+        {"device": "cuda"},
+        {},
+        {"devices": json.loads(json.dumps([card]))},
+    )
+    assert ready.gpus == (Gpu("cuda", "H100", 80, None, (9, 0), "GPU-1"),)
+    assert ready.held_bytes() == 3
+    assert [memory.peak_allocated_bytes for memory in ready.device_memory()] == [5]
+    process.close()
+    assert VllmReady(None, False, {}, None, None, process, {}, {}, {"devices": []}).gpus == ()

@@ -13,8 +13,10 @@ from job_helper import note_todo
 
 from pipeline.commands.submit import main as submit
 from pipeline.common.errors import ConfigError, PromptError
+from pipeline.common.exit_status import ExitStatus
 from pipeline.common.request import BadRow, GenerationParams
 from pipeline.config.schema import SubmitConfig
+from pipeline.job.events import read_events
 from pipeline.prompts.count import count_once, count_prompts
 from pipeline.prompts.reader import read_prompts
 from pipeline.slurm.cells import find_cells
@@ -88,6 +90,10 @@ def test_shards_equal_a_list_of_shard(place: Path) -> None:
         (["submit.memory=lots"], "submit.memory='lots': must be"),
         (["resume=never"], "resume=never"),
         (["devices=2"], "one process"),
+        (["submit.nodes=0"], "submit.nodes=0: must be at least 1"),
+        (["submit.nodes=2"], "one job over several nodes needs engine=vllm"),
+        (["submit.nodes=2", "engine=vllm"], "2 GPUs, and engine.tensor_parallel=1"),
+        (["submit.nodes=2", "engine=vllm", "engine.tensor_parallel=2", "submit.gpus=0"], "0 GPUs, and"),
         (["prompts=-"], "prompts=-"),
         (["quant=nf5"], "quant=nf5: no such quant. Did you mean"),
     ],
@@ -129,6 +135,46 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     for line in ("--partition=gpu", "--gres=gpu:a100:1", "--array=0-1%3", "--requeue", "--signal=B:USR1@120"):
         assert f"#SBATCH {line}\n" in script
     assert not (place / "outputs").exists()
+
+
+def test_two_nodes_are_asked_for_with_a_task_and_the_gpus_on_each(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = [*JOB, "engine=vllm", "engine.python=/opt/vllm/python", "engine.pipeline_parallel=2"]
+    assert submit([*job, "engine.tensor_parallel=4", "submit.nodes=2", "submit.gpus=4", "submit.cpus=9"]) == 0
+    script = capsys.readouterr().out
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:4", "--cpus-per-task=9"):
+        assert f"#SBATCH {line}\n" in script
+    assert "--num-cpus 9 --num-gpus 4" in script
+    assert "vllm_python=/opt/vllm/python\n" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert submit([*job, "engine.tensor_parallel=4", "submit.gpus=4"]) == 0
+    assert "srun" not in capsys.readouterr().out
+
+
+def test_cells_over_several_nodes_have_one_python(place: Path) -> None:
+    job = [*JOB, "engine=vllm", "engine.python=/a,/b", "engine.tensor_parallel=2", "submit.nodes=2"]
+    with pytest.raises(ConfigError, match=r"engine\.python=/a,/b: Ray is started with one of them"):
+        submit(job)
+
+
+def test_a_ray_that_does_not_start_is_a_failed_job_that_says_where_to_look(place: Path) -> None:
+    (place / "cells.txt").write_text(cell_line(place / "job", ["prompts=p"]) + "\n")
+    script = batch_script(
+        SubmitConfig(nodes=2), place, place, offset=0, count=1, width=None, vllm_python="/no/python"
+    )
+    environment = {
+        "PATH": "/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "0",
+    }  # fmt: skip
+    before = set(Path("/tmp").glob("ray-*"))
+    done = subprocess.run(
+        ["/bin/bash"], input=script, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == ExitStatus.FAILED
+    assert f"Error: Ray has not started on 2 nodes: {place}/7_0.ray.log has what it said" in done.stderr
+    assert read_events(place / "job").ended["status"] == ExitStatus.FAILED
+    assert set(Path("/tmp").glob("ray-*")) <= before
 
 
 def test_the_script_is_bash(place: Path) -> None:

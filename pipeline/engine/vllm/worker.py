@@ -139,7 +139,7 @@ class Server:
             "quantization": config.model_config.quantization,
             "kv_cache_bytes": sum(caches) * config.parallel_config.world_size,
             "weight_bytes": self._weight_bytes(),
-            "gpu_uuids": _gpu_uuids(config.parallel_config.world_size),
+            "devices": _devices(config.parallel_config.world_size),
             "gpus": _gpus(),
         }
 
@@ -152,12 +152,31 @@ class Server:
         return int(size)
 
 
-def _gpu_uuids(count: int) -> list[str]:
+def _devices(count: int) -> list[dict[str, Any]]:
+    """Describe the GPUs that the engine computes on, as far as this machine has them: others are on other nodes."""
     import torch
+    from vllm.platforms import current_platform
 
-    if not torch.cuda.is_available():
+    kind = current_platform.device_type
+    if kind == "cpu":
         return []
-    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
+    backend, module = "rocm" if torch.version.hip else kind, getattr(torch, kind)
+    return [
+        _device(backend, module.get_device_properties(index))
+        for index in range(min(count, module.device_count()))
+    ]
+
+
+def _device(backend: str, properties: Any) -> dict[str, Any]:
+    found = {"backend": backend, "name": properties.name, "total_bytes": properties.total_memory}
+    if backend != "cuda":
+        return found
+    part = "MIG" if " MIG " in properties.name else "GPU"
+    return {
+        **found,
+        "capability": [properties.major, properties.minor],
+        "uuid": f"{part}-{properties.uuid}",
+    }
 
 
 def _gpus() -> list[dict[str, Any]]:
