@@ -285,11 +285,14 @@ def test_what_a_run_takes_beside_weights_and_keys_follows_the_card() -> None:
     dequantized = 2 * 14336 * 4096
     assert (mi300.scratch, t4.scratch, h100.scratch) == (
         dequantized,
-        dequantized + 8_519_680,
-        dequantized + 33_554_432,
+        dequantized + 2 * 8_519_680,  # a stream for passes, and one for what is recorded
+        dequantized + 2 * 33_554_432,
     )
     assert h100.activations < cpu.activations  # keys are not repeated
-    assert (two.activations, two.scratch) == (2 * h100.activations, 2 * h100.scratch)
+    assert (two.activations, two.scratch) == (2 * h100.activations, 2 * (dequantized + 33_554_432))
+    int8 = [run_peak(arch, QUANTS["int8"], gpus=gpus, **sizes) for gpus in ((T4,), (H100,))]
+    assert [peak.scratch for peak in int8] == [2 * 8_519_680, dequantized + 2 * 33_554_432]
+    assert int8[1].activations == h100.activations < int8[0].activations  # the T4 has bitsandbytes' products
     assert two.logits == h100.logits == 64 * 128_256 * (2 + 17)
     assert (t4.context, two.context) == (600 * 2**20, 1200 * 2**20)
 
