@@ -129,12 +129,14 @@ def configs() -> dict[str, Any]:
     return {kind: make(kind, **{**base, **more}) for kind, more in kinds.items()}
 
 
-def make_models(work: Path, tokenizer: Path, device: str) -> dict[str, str]:
-    """Write each model once; say what became of those that fail."""
+def make_models(work: Path, tokenizer: Path, device: str, wanted: set[str]) -> dict[str, str]:
+    """Write the models that are wanted, and the one that some are made of; say what became of those that fail."""
     said: dict[str, str] = {}
 
     def save(name: str, made: Callable[[], Any]) -> None:
         folder = work / name
+        if name not in wanted:
+            return
         try:
             made().save_pretrained(folder)
         except Exception as error:  # noqa: BLE001  a model that cannot be made is a finding
@@ -303,7 +305,8 @@ def main() -> int:
     work.mkdir(parents=True)
     started = time.perf_counter()
     make_prompts(work)
-    failed = make_models(work, arguments.tokenizer, arguments.device)
+    wanted = {CASES[name].model for name in arguments.cases} | {"llama", "adapter"}
+    failed = make_models(work, arguments.tokenizer, arguments.device, wanted)
     print(f"models: {time.perf_counter() - started:.1f} s {failed}", flush=True)
     results: dict[str, Any] = {"not made": failed}
     with ThreadPoolExecutor(arguments.workers) as pool:

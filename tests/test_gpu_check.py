@@ -27,3 +27,17 @@ def test_it_is_rehearsed_on_a_cpu(smollm2_dir, tmp_path):
     assert found["speed"].keys() >= {"pages 8", "rectangles 4", "generate 8", "generate_batch 8"}
     for job in found["jobs"].values():
         assert job["error_percent"]["footprint"] == job["error_percent"]["kv_cache"] == 0
+
+
+def test_small_jobs_of_every_kind_are_rehearsed_on_a_cpu(smollm2_dir, tmp_path):
+    command = [
+        sys.executable, "benchmarks/gpu_features.py", "--device", "cpu", "--out", tmp_path, "--workers", "2",
+        "--tokenizer", smollm2_dir, "--cases", "labels", "killed",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_features.json").read_text())
+    assert {name: found[name]["same"] for name in ("labels", "killed")} == {
+        "labels": "12/12",
+        "killed": "160/160",
+    }
