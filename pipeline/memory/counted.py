@@ -23,7 +23,7 @@ from pipeline.common.packages import is_installed
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
 
-FORMAT = 2  # of what is kept: one more whenever its meaning changes
+FORMAT = 3  # of what is kept: one more whenever its meaning changes
 LIMIT_SEC = 120  # a hundred times the time of the largest model, and a slow disk's time to import torch
 COMMAND = ("-m", "pipeline.memory.counting")
 _VERSIONS = ("transformers", "torch", "bitsandbytes")

@@ -23,8 +23,8 @@ from pipeline.common.errors import LoadError, PipelineError
 from pipeline.config.quant import QUANTS
 from pipeline.config.stored_format import SKIPPED
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.model_facts import layer_windows, needs_own_cache
-from pipeline.engine.rectangles.own_cache import cache_name, cache_tensors, new_cache
+from pipeline.engine.model_facts import cache_name, layer_windows, needs_own_cache
+from pipeline.engine.rectangles.own_cache import cache_tensors, new_cache
 from pipeline.memory.counted import LIMIT_SEC
 from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
@@ -246,8 +246,8 @@ def _attended(network: Any, text: Any) -> dict[str, Any]:
 
 def _cached(network: Any, text: Any) -> dict[str, Any]:
     """Count what the model puts into a cache of transformers."""
-    cache = DynamicCache(config=copy.deepcopy(text))
-    _pass(network, past_key_values=cache, use_cache=True)
+    cache: Any = DynamicCache(config=copy.deepcopy(text))
+    _pass(network, use_cache=True, **{cache_name(network): cache})
     found = [_scalars(layer) for layer in cache.layers]
     found += [0] * (_whole(text, "num_hidden_layers") - len(found))
     return {"layer_keys": found, "windows": [None] * len(found)}
