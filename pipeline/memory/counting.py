@@ -269,7 +269,13 @@ class _Shapes:
     scalars: dict[int, int] = field(default_factory=dict)  # by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend to nothing. query [N, H, D], key and value [N, H_kv, D] → [N, H, D of the values]."""
+        """Attend to nothing. query [N, H, D], key and value [N, H_kv, D] → [N, H, D of the values].
+
+        Raises:
+            NotImplementedError: the pass has come to the layer before.
+        """
+        if layer in self.scalars:
+            raise NotImplementedError("a layer keeps keys and values more than once")
         self.scalars[layer] = (key.numel() + value.numel()) // len(key)
         return query.new_empty(*query.shape[:2], value.shape[-1])
 
