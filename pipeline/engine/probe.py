@@ -115,10 +115,8 @@ def _choose(model: Any, attention: str, longest: int | None) -> tuple[AnyForward
         expected = _alone(model, short)
     reasons: list[str] = []
     if max(calls.values(), default=0) > len(expected):
-        names = [
-            name for name in names if name == "padded"
-        ]  # the others keep one key for each layer and token
-        reasons = [REPEATED]
+        # The faster ones keep one key for each layer and token.
+        names, reasons = [name for name in names if name == "padded"], [REPEATED]
     tolerance = _check_own_passes(model, short, long, expected)
     difference: float | None
     with lowered(model, longest) as any_lower:

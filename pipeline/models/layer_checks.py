@@ -9,7 +9,7 @@ from packaging.version import Version
 from pipeline.common.errors import LoadError
 from pipeline.engine.model_facts import causal_class, find_cache_name, model_code
 
-TRIED = "5.10.1", "5.24.0"  # the first and the last transformers that the tests have passed with
+TRIED = "5.10.1", "5.24.0"  # the first and the last transformers that were tried
 
 
 def check_layers(config: Any, source: str) -> None:
