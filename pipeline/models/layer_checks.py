@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-import transformers
 from packaging.version import Version
+from transformers import __version__
 
 from pipeline.common.errors import LoadError
 from pipeline.engine.model_facts import causal_class, find_cache_name, model_code
@@ -29,14 +29,14 @@ def check_layers(config: Any, source: str) -> None:
 def _without_cache(source: str) -> LoadError:
     """Say that a model takes no cache, or that this transformers may have given it a name that nobody knew."""
     first, last = TRIED
-    if Version(transformers.__version__) <= Version(last):
+    if Version(__version__) <= Version(last):
         return LoadError(
             f"{source}: keeps no keys and values of earlier tokens, and would compute all anew",
             "Choose a causal language model",
         )
     return LoadError(
         f"{source}: takes no keys and values of earlier tokens by a name that is known here: transformers "
-        f"{transformers.__version__} is newer than {last}, the last that was tried",
+        f"{__version__} is newer than {last}, the last that was tried",
         f"Run pip install 'transformers>={first},<={last}', which are known to work, or choose another model",
     )
 

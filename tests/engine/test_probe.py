@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
                                 "num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks
     # Past the interface.
     "BloomConfig": ("padded", {"n_layer": 2, "n_head": 4}),  # ALiBi
-    "GPTJConfig": ("padded", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "FalconConfig": ("padded", {}),  # rotation
 }  # fmt: skip
 
 

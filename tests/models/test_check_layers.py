@@ -59,7 +59,7 @@ def test_what_cannot_run_is_refused_before_its_weights_are_read(tiny_dir, keys, 
 
 
 def test_a_newer_transformers_whose_models_call_their_cache_otherwise_is_named(tiny_dir, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "9.8.7")
+    monkeypatch.setattr("pipeline.models.layer_checks.__version__", "9.8.7")
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", lambda self, input_ids, memory=None: None)
     refused = refuse(tiny_dir, monkeypatch)
     assert "by a name that is known here: transformers 9.8.7 is newer than" in refused.found
