@@ -280,6 +280,7 @@ def there() -> set[str]:
     return {kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING}
 
 
+@pytest.mark.filterwarnings("ignore")  # of what architectures say as they are imported
 def test_every_architecture_takes_its_cache_by_a_name_that_is_known():
     made = {kind: MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]] for kind in there()}
     unnamed = {kind: inspect.signature(it.forward) for kind, it in made.items() if not find_cache_name(it)}
