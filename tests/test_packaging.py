@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from pipeline.config.schema import Tracker
+from pipeline.models.layer_checks import TRIED
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -150,16 +152,28 @@ def test_the_extra_all_is_every_extra_for_users_but_the_trackers_of_which_one_is
     assert Requirement(line).extras == EXTRAS.keys() - {"all", "docs", "test"} - trackers
 
 
-def test_the_tested_versions_are_within_the_bounds():
+def tested() -> dict[str, str]:
+    """Read the version of each package that the tests run with."""
     pins = dict(
         line.split("==")
         for line in (ROOT / "tests/constraints.txt").read_text().splitlines()
         if "==" in line and line[0] != "#"
     )
-    pins = {plain(name): version for name, version in pins.items()}
+    return {plain(name): version for name, version in pins.items()}
+
+
+def test_the_tested_versions_are_within_the_bounds():
+    pins = tested()
     for line in [*PROJECT["dependencies"], *(line for name in EXTRAS for line in EXTRAS[name])]:
         if plain(line) in pins:
             assert Requirement(line).specifier.contains(pins[plain(line)]), line
+
+
+def test_the_transformers_that_a_refusal_names_are_those_that_can_be_installed_and_were_tried():
+    oldest, newest = TRIED
+    (line,) = [line for line in PROJECT["dependencies"] if plain(line) == "transformers"]
+    assert str(Requirement(line).specifier) == f">={oldest}"
+    assert Version(oldest) <= Version(tested()["transformers"]) <= Version(newest)
 
 
 def test_both_images_are_made_by_the_same_commands():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache
 
-CACHE_NAMES = ("past_key_values", "cache_params", "state")  # a model's cache in a pass and in its output
+# A model's cache, in a pass and in its output. transformers 5.24 made one name of the first and the third.
+CACHE_NAMES = ("past_key_values", "cache", "cache_params", "state")
 RECURRENT = "recurrent or hybrid: some of its layers keep other state than keys and values"
 SPARSE = "sparse attention, which chooses the keys that it attends to"
 SHARED = "some of its layers keep no keys and values of their own"
@@ -74,8 +75,10 @@ def needs_own_cache(config: Any) -> str | None:
         config: as transformers reads it.
     """
     made = causal_class(config)
-    if made is not None and "past_key_values" not in (takes := inspect.signature(made.forward).parameters):
-        return RECURRENT if takes.keys() & set(CACHE_NAMES) else None
+    if made is not None and find_cache_name(made) is None:
+        return None  # it keeps nothing
+    if made is not None and not made._supports_default_dynamic_cache():
+        return RECURRENT
     try:
         layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     except (AttributeError, LookupError, TypeError, ValueError):
@@ -84,6 +87,24 @@ def needs_own_cache(config: Any) -> str | None:
     if any("Linear" in kind for kind in kinds):
         return RECURRENT
     return (SHARED if "DummyLayer" in kinds else SPARSE) if kinds else None
+
+
+def cache_name(model: Any) -> str:
+    """Say what a model calls its cache."""
+    return find_cache_name(type(model)) or CACHE_NAMES[0]
+
+
+def find_cache_name(made: Any) -> str | None:
+    """Find what a class of models calls its cache, by what its forward takes; None if it takes none.
+
+    One that takes anything hands it on to the class that it is made from.
+    """
+    for base in made.__mro__:
+        takes = inspect.signature(base.forward).parameters if hasattr(base, "forward") else {}
+        for name in CACHE_NAMES:
+            if name in takes and "dict" not in str(takes[name].annotation):  # XLM's, of its own kind
+                return name
+    return None
 
 
 def causal_class(config: Any) -> Any:

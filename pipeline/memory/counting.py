@@ -23,8 +23,8 @@ from pipeline.common.errors import LoadError, PipelineError
 from pipeline.config.quant import QUANTS
 from pipeline.config.stored_format import SKIPPED
 from pipeline.engine.attention import ATTENTION
-from pipeline.engine.model_facts import layer_windows, needs_own_cache
-from pipeline.engine.rectangles.own_cache import cache_name, cache_tensors, new_cache
+from pipeline.engine.model_facts import cache_name, layer_windows, needs_own_cache
+from pipeline.engine.rectangles.own_cache import cache_tensors, new_cache
 from pipeline.memory.counted import LIMIT_SEC
 from pipeline.memory.measured import kind_of
 from pipeline.models.layer_checks import check_layers
@@ -236,8 +236,8 @@ def _attended(network: Any, text: Any) -> dict[str, Any]:
 
 def _cached(network: Any, text: Any) -> dict[str, Any]:
     """Count what the model puts into a cache of transformers."""
-    cache = DynamicCache(config=copy.deepcopy(text))
-    _pass(network, past_key_values=cache, use_cache=True)
+    cache: Any = DynamicCache(config=copy.deepcopy(text))
+    _pass(network, use_cache=True, **{cache_name(network): cache})
     found = [_scalars(layer) for layer in cache.layers]
     found += [0] * (_whole(text, "num_hidden_layers") - len(found))
     return {"layer_keys": found, "windows": [None] * len(found)}
@@ -259,7 +259,13 @@ class _Shapes:
     scalars: dict[int, int] = field(default_factory=dict)  # by layer
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend to nothing. query [N, H, D], key and value [N, H_kv, D] → [N, H, D of the values]."""
+        """Attend to nothing. query [N, H, D], key and value [N, H_kv, D] → [N, H, D of the values].
+
+        Raises:
+            NotImplementedError: the pass has come to the layer before.
+        """
+        if layer in self.scalars:
+            raise NotImplementedError("a layer keeps keys and values more than once")
         self.scalars[layer] = (key.numel() + value.numel()) // len(key)
         return query.new_empty(*query.shape[:2], value.shape[-1])
 

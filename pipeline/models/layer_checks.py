@@ -1,11 +1,15 @@
 """Refuse models whose layers the engine cannot run, by their config alone, before any weight is read."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from packaging.version import Version
+from transformers import __version__
+
 from pipeline.common.errors import LoadError
-from pipeline.engine.model_facts import CACHE_NAMES, causal_class, model_code
+from pipeline.engine.model_facts import causal_class, find_cache_name, model_code
+
+TRIED = "5.10.1", "5.24.0"  # the first and the last transformers that were tried
 
 
 def check_layers(config: Any, source: str) -> None:
@@ -17,6 +21,24 @@ def check_layers(config: Any, source: str) -> None:
     """
     if (reason := next(_unfit(config), None)) is not None:
         raise LoadError(f"{source}: {reason}", "Choose a causal language model")
+    made = causal_class(config)
+    if made is not None and find_cache_name(made) is None:
+        raise _without_cache(source)
+
+
+def _without_cache(source: str) -> LoadError:
+    """Say that a model takes no cache, or that this transformers may have given it a name that nobody knew."""
+    first, last = TRIED
+    if Version(__version__) <= Version(last):
+        return LoadError(
+            f"{source}: keeps no keys and values of earlier tokens, and would compute all anew",
+            "Choose a causal language model",
+        )
+    return LoadError(
+        f"{source}: takes no keys and values of earlier tokens by a name that is known here: transformers "
+        f"{__version__} is newer than {last}, the last that was tried",
+        f"Run pip install 'transformers>={first},<={last}', which are known to work, or choose another model",
+    )
 
 
 def _unfit(config: Any) -> Iterator[str]:
@@ -28,8 +50,7 @@ def _unfit(config: Any) -> Iterator[str]:
         return
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         yield "an encoder with a decoder (is_encoder_decoder in its config.json), not a causal language model alone"
-    # Imported first: it brings its own kinds of layers.
-    made = causal_class(config)
+    causal_class(config)  # imported first: it brings its own kinds of layers
     if getattr(text, "is_decoder", None) is False and _reads(text, "config.is_decoder"):
         yield "an encoder, which sees the tokens to come (is_decoder is false in its config.json)"
     if getattr(text, "cross_attention_layers", None):
@@ -39,8 +60,6 @@ def _unfit(config: Any) -> Iterator[str]:
     if text.model_type == "recurrent_gemma":
         yield "recurrent, and keeps its state in its layers, not in a cache whose rows could come and go"
     yield from _uncounted(text)
-    if made is not None and not inspect.signature(made.forward).parameters.keys() & set(CACHE_NAMES):
-        yield "keeps no keys and values of earlier tokens, and would compute all anew"
 
 
 def _reads(config: Any, key: str) -> bool:

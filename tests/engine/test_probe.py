@@ -10,7 +10,7 @@ import transformers
 from engine_runs import EOS, alone, mixed_requests, run, shuffled, tokens
 
 from pipeline.common.errors import LoadError
-from pipeline.engine.model_facts import layer_windows
+from pipeline.engine.model_facts import cache_name, layer_windows
 from pipeline.engine.paged.forward import PagedForward
 from pipeline.engine.probe import choose_forward
 from pipeline.engine.rectangles.forward import FlatForward, PaddedForward
@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
                                 "num_local_experts": 4, "num_experts_per_tok": 2}),  # attention sinks
     # Past the interface.
     "BloomConfig": ("padded", {"n_layer": 2, "n_head": 4}),  # ALiBi
-    "GPTJConfig": ("padded", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "FalconConfig": ("padded", {}),  # rotation
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ class Maskless(transformers.LlamaForCausalLM):
     def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
         kwargs.pop("batch", None)  # nor does it know of rectangles
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(cache_name(self))
         columns = ids.shape[1] + (cache.get_seq_length() if cache is not None else 0)
         return super().forward(*args, attention_mask=torch.ones(ids.shape[0], columns), **kwargs)
 

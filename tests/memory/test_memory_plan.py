@@ -22,6 +22,7 @@ from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams, Request
 from pipeline.config.quant import QUANTS, Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import root
+from pipeline.engine.model_facts import cache_name
 from pipeline.engine.rectangles.rectangle import allocate, regroup, write
 from pipeline.engine.scheduler import Sample
 from pipeline.memory.architecture import Architecture, differences
@@ -192,7 +193,7 @@ def test_weights_and_kv_bytes_per_token_are_those_of_transformers(
     assert footprint_bytes(arch, QUANTS["none"]) == model.get_memory_footprint()
     cache = DynamicCache()  # without a config: it holds every token of sliding layers too
     with torch.inference_mode():
-        model(torch.ones(3, 40, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(3, 40, dtype=torch.int64), **{cache_name(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert sum(kv_bytes_per_token(arch, QUANTS["none"]).values()) * 3 * 40 == held
 

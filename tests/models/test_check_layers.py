@@ -58,6 +58,14 @@ def test_what_cannot_run_is_refused_before_its_weights_are_read(tiny_dir, keys, 
     assert re.search(reason, refuse(tiny_dir, monkeypatch).found)
 
 
+def test_a_newer_transformers_whose_models_call_their_cache_otherwise_is_named(tiny_dir, monkeypatch):
+    monkeypatch.setattr("pipeline.models.layer_checks.__version__", "9.8.7")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", lambda self, input_ids, memory=None: None)
+    refused = refuse(tiny_dir, monkeypatch)
+    assert "by a name that is known here: transformers 9.8.7 is newer than" in refused.found
+    assert refused.fix.startswith("Run pip install 'transformers>=")
+
+
 @pytest.mark.parametrize("kind", ["qwen2_vl", "llava", "paligemma", "qwen2_5_omni"])
 def test_a_model_that_runs_only_with_images_or_sound_is_refused(tiny_dir, kind, monkeypatch):
     change(tiny_dir, model_type=kind)

@@ -20,7 +20,7 @@ from pipeline.engine.cpu.packing import is_packed
 from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import Limits, limits
-from pipeline.engine.model_facts import input_device, layer_windows
+from pipeline.engine.model_facts import cache_name, input_device, layer_windows
 from pipeline.engine.rectangles.passes import RectangleDecode, rectangle_prefill
 from pipeline.engine.rectangles.rectangle import Rectangle, allocate, new_layer
 from pipeline.engine.scheduler import Sample
@@ -119,6 +119,7 @@ class PaddedForward:
         self.config = model.config.get_text_config()
         self._windows = (None,) * self.config.num_hidden_layers  # the model makes its own masks
         self._model = model
+        self._cache_name = cache_name(model)
         self._device = input_device(model)
         self.limits = limits(self._device.type)
 
@@ -143,9 +144,9 @@ class PaddedForward:
             input_ids=both[:, 1:],
             attention_mask=(positions >= 0).long(),
             position_ids=positions[:, rectangle.head :].clamp(min=0),
-            past_key_values=_RectangleCache(rectangle, columns),
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: _RectangleCache(rectangle, columns)},
         )
         logits: Tensor = output.logits[:, -1]
         return logits

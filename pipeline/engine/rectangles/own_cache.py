@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from pipeline.engine.limits import own_cache_limits
-from pipeline.engine.model_facts import CACHE_NAMES, input_device
+from pipeline.engine.model_facts import cache_name, input_device
 from pipeline.engine.rectangles.rectangle import Rectangle
 from pipeline.engine.scheduler import Sample
 from pipeline.engine.thresholds import forget_lengths
@@ -96,12 +96,6 @@ class CacheForward:
         group.cache = output.get(self._name, group.cache)  # some hand nothing back: the one given is filled
         logits: Tensor = output.logits[:, -1]
         return logits
-
-
-def cache_name(model: Any) -> str:
-    """Say what a model calls its cache."""
-    takes = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in takes), CACHE_NAMES[0])
 
 
 def new_cache(model: Any) -> Any:
