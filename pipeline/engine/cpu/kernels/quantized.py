@@ -12,9 +12,10 @@ from pipeline.engine.cpu.kernels.blocks import (
 )
 from pipeline.engine.cpu.kernels.loops import inner
 
+# Rows that are multiplied in the registers, and how many of them at once.
+FEW_ROWS = 1 << 30 if IN_WHOLE_NUMBERS else min(four_bits.FEW_ROWS, eight_bits.FEW_ROWS)
+ROWS = whole_numbers.ROWS if IN_WHOLE_NUMBERS else FEW_ROWS
 # As numba takes them: by their own names.
-FEW_ROWS = 1 << 30 if IN_WHOLE_NUMBERS else 4  # that are multiplied in the registers
-ROWS = whole_numbers.ROWS if IN_WHOLE_NUMBERS else FEW_ROWS  # of them at once
 multiply_four, unpack_four = four_bits.multiply_few, four_bits.unpack
 multiply_eight, unpack_eight = eight_bits.multiply_few, eight_bits.unpack
 whole_four, whole_eight = whole_numbers.multiply_four, whole_numbers.multiply_eight

@@ -42,7 +42,7 @@ from pipeline.engine.cpu.kernels.vectors import (
 
 HAS_VNNI = compiles_for("avx512vnni" if HAS_AVX512 else "avxvnni")
 ROWS = 12 if HAS_AVX512 else 6  # whose sums leave room for the rest in the registers
-LARGEST = 1920  # 32 · 1920 · 2^15 is less than 2^31; fp4's values are whole multiples of 1/192
+LARGEST = 1920  # 32 · 1920 · 2^15 is less than 2^31, as with 128; fp4's values are whole multiples of 1/192
 AHEAD_BYTES = 16 * CODED_BYTES  # so far ahead weights are asked for
 LINE_BYTES = 32  # of two inputs: in 4 bits all outputs, in 8 bits a tile's
 LINES = BLOCK // 2  # of a block
@@ -83,7 +83,7 @@ def make_whole(inputs: int, width: int, output: int) -> None:
 
 
 class _EightBits:
-    """Weights in 8 bits, as Blocks has them."""
+    """Read a strip's weights in 8 bits, as Blocks has them."""
 
     def __init__(self, builder: Any, packed: Any) -> None:
         self.builder, self.packed, self.bytes = builder, packed, INT8_BLOCK_BYTES
@@ -105,7 +105,7 @@ class _EightBits:
 
 
 class _FourBits:
-    """Weights in 4 bits, as Blocks has them."""
+    """Read a strip's weights in 4 bits, as Blocks has them."""
 
     def __init__(self, builder: Any, packed: Any, values: Any) -> None:
         self.builder, self.packed, self.bytes = builder, packed, CODE_BYTES // 2
@@ -251,7 +251,10 @@ def _spread_pair(builder: Any, input: Any, line: Any) -> Any:
 
 
 def _added(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """Add the products of pairs of 16 bits. As text: LLVM would change the order, for which registers run out."""
+    """Add the products of pairs of 16 bits.
+
+    By instructions written as text: LLVM would change their order, for which registers run out.
+    """
     a, b = (builder.bitcast(x, _REGISTER) for x in (a, b))
     if HAS_VNNI:
         kind = ir.FunctionType(_REGISTER, [_REGISTER] * 3)
