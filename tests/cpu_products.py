@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 from llvmlite.binding import get_host_cpu_features
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
@@ -39,3 +39,8 @@ def packed(**layers: nn.Module) -> nn.ModuleDict:
     block.get_input_embeddings = lambda: nn.Embedding(1, 1, dtype=torch.bfloat16)
     pack_weights(block)
     return block
+
+
+def error(found: Tensor, expected: Tensor) -> Tensor:
+    """How far a product is from one in float64, root mean square."""
+    return (found.double() - expected).square().mean().sqrt()

@@ -18,7 +18,7 @@ if kernels is None or kernels.products is None:
 
 import bitsandbytes.functional as bnb
 from bitsandbytes.nn import Linear4bit
-from cpu_products import PRODUCTS, packed
+from cpu_products import PRODUCTS, error, packed
 
 from pipeline.config.quant import QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -66,10 +66,6 @@ def exact(layer: Any, states: Tensor) -> Tensor:
     state.dtype = torch.float32
     weight = bnb.dequantize_4bit(layer.weight.data, state)
     return F.linear(states.double(), weight.double(), layer.bias.double())
-
-
-def error(found: Tensor, expected: Tensor) -> Tensor:
-    return (found.double() - expected).square().mean().sqrt()
 
 
 @pytest.mark.usefixtures("product")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, int32
 
 from pipeline.engine.cpu.kernels.slots import slots
-from pipeline.engine.cpu.kernels.vectors import HAS_BF16
+from pipeline.engine.cpu.kernels.vectors import HAS_AVX512, HAS_BF16
 
 BLOCK = 32  # inputs and outputs of a block
 TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
@@ -15,7 +15,7 @@ SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
 CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
 INT8_BLOCK_BYTES = BLOCK * BLOCK  # of one block in 8 bits
-IN_WHOLE_NUMBERS = not HAS_BF16  # are codes of 4 bits multiplied, else in bf16
+IN_WHOLE_NUMBERS = not HAS_BF16  # are weights in 4 and in 8 bits multiplied, else in bf16
 CHUNK_BYTES = 1 << 19  # of inputs that meet all weights before the next do: they stay in the L2 cache
 
 # What a product reads, on vectors and on tiles.
@@ -33,10 +33,11 @@ class Blocks:
     16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits 16 bytes have a block's inputs
     of an output, the first 16 in their lower halves, and a line has every fourth output of a tile; or, for whole
     numbers, 32 bytes have two inputs of a strip's outputs, which take turns, the first tile in their lower halves.
-    After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs.
+    After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs;
+    or, for whole numbers, 32 bytes have two, which take turns.
     """
 
-    # bf16 [M/32, K/32, 2, 16, 16, 2], int8 [M/32, K/32, 2, 16, 2, 16],
+    # bf16 [M/32, K/32, 2, 16, 16, 2], int8 [M/32, K/32, 2, 16, 2, 16] or, for whole numbers, [..., 16, 2],
     # or int32 [M/32, K/64, 288]: 256 of codes, 32 scales
     numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
@@ -86,15 +87,18 @@ def _by_outputs(codes: Tensor, strips: int, groups: int) -> Tensor:
 
 def _by_inputs(codes: Tensor, strips: int, groups: int) -> Tensor:
     """Reorder codes so that 32 bytes have two inputs of a strip's outputs."""
-    lower, upper = codes.view(strips, 2, TILE_ROWS, groups, -1).unbind(1)
+    lower, upper = codes.view(strips, 2, 2, 2, 4, groups, -1).unbind(1)
     both = torch.stack((lower >> 4 | upper & 0xF0, lower & 0x0F | upper << 4), -1)
-    return both.permute(0, 2, 3, 1, 4).contiguous().view(strips, groups, -1).view(int32)
+    # AVX2 interleaves the bytes of the two halves of its registers: then the outputs are in their order.
+    turned = both if HAS_AVX512 else both.transpose(1, 2)
+    return turned.permute(0, 4, 5, 1, 2, 3, 6).contiguous().view(strips, groups, -1).view(int32)
 
 
 def pack_bytes(weight: Tensor, scales: Tensor) -> Blocks:
     """Reorder a weight in 8 bits. [M, K] int8, multiples of 32, and [M] float32."""
     lines = _in_blocks(weight.contiguous().view(torch.int16), TILE_ROWS).view(torch.int8)
-    lines = lines.view(*lines.shape[:-1], TILE_ROWS, 2).transpose(-1, -2).contiguous()
+    lines = lines.view(*lines.shape[:-1], TILE_ROWS, 2)
+    lines = lines if IN_WHOLE_NUMBERS else lines.transpose(-1, -2).contiguous()
     return Blocks(lines, scales=scales.float().contiguous())
 
 

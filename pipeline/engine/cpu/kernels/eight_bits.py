@@ -1,4 +1,4 @@
-"""Widen weights in 8 bits on vectors: in the registers, or to bf16 a few blocks at a time, for many rows.
+"""Widen weights in 8 bits to bf16, where vectors have it: in the registers, or a few blocks at a time, for many rows.
 
 Whole numbers of 8 bits are exact in bf16, and their scales, one for each output, come to the sums: a product is
 that of the weights as they are stored, with inputs that are not rounded.
@@ -13,30 +13,21 @@ from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import INT8_BLOCK_BYTES, TILE_BYTES
 from pipeline.engine.cpu.kernels.vectors import (
-    HAS_BF16,
     LANE_NUMBERS,
     LANES,
     VECTOR,
-    add,
     broadcast_pair,
-    compiles_for,
     dot_pairs,
     for_each_count,
     load,
     prefetch_line,
-    spread,
     store,
-    times,
 )
 
-WIDE_INPUTS = not HAS_BF16  # the inputs of few rows come in float32
-# For which unpacking takes longer: for AVX2 always.
-FEW_ROWS = 4 if HAS_BF16 else 12 if compiles_for("avx512f") else 1 << 30
-# Whose sums leave room for the rest in the registers.
-ROWS = 12 if WIDE_INPUTS and compiles_for("avx512f") else 4
+FEW_ROWS = 4  # for which unpacking takes longer
 AHEAD = 8  # blocks: so far ahead weights are asked for
 LINES = INT8_BLOCK_BYTES // (TILE_BYTES // 2)  # of a block: two inputs of 16 outputs
-PAIRS_TOGETHER = 2 if WIDE_INPUTS else 4  # of inputs
+PAIRS_TOGETHER = 4  # of inputs
 TILE_LINES = LINES // 2
 
 _NUMBER = ir.IntType(64)
@@ -64,33 +55,20 @@ def unpack(context: Any, packed: Any, blocks: Any, output: Any) -> Any:
 def multiply_few(
     context: Any, rows: Any, input: Any, stride: Any, packed: Any, blocks: Any, sums: Any
 ) -> Any:
-    """Multiply rows at `input`, 1 to ROWS and `stride` bytes apart, to sums [rows, 32] in float32.
-
-    Args:
-        input: address of bf16 numbers, or of float32 where inputs are wide.
-    """
+    """Multiply rows at `input`, 1 to FEW_ROWS and `stride` bytes apart, to sums [rows, 32] in float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, *rest = arguments
-        for_each_count(builder, rows, ROWS, lambda count: _multiply(builder, count, *rest))
+        for_each_count(builder, rows, FEW_ROWS, lambda count: _multiply(builder, count, *rest))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), codegen
 
 
 def _multiply(builder: Any, rows: int, input: Any, stride: Any, packed: Any, blocks: Any, sums: Any) -> None:
-    """Write the product of some rows. Each row has a vector of sums for each tile."""
-    # AVX2 has registers for 8 vectors of sums: of one row they are too few to wait for none.
-    for tiles in [[0, 1]] if rows <= 2 or compiles_for("avx512f") else [[0], [1]]:
-        _multiply_tiles(builder, tiles, rows, input, stride, packed, blocks, sums)
-
-
-def _multiply_tiles(
-    builder: Any, tiles: list[int], rows: int, input: Any, stride: Any, packed: Any, blocks: Any, sums: Any
-) -> None:
+    """Write the product of some rows. Each row has two vectors of sums, one for each tile."""
     zero = ir.Constant(VECTOR, [0.0] * LANES)
-    totals = [{tile: cgutils.alloca_once_value(builder, zero) for tile in tiles} for _ in range(rows)]
-    pair_bytes = 8 if WIDE_INPUTS else 4
+    totals = [[cgutils.alloca_once_value(builder, zero) for _ in (0, 1)] for _ in range(rows)]
     parts = _NUMBER(TILE_LINES // PAIRS_TOGETHER)
     with (
         cgutils.for_range(builder, blocks, intp=_NUMBER) as block,
@@ -99,35 +77,25 @@ def _multiply_tiles(
         along = builder.add(builder.mul(block.index, parts), part.index)
         here = builder.add(packed, builder.mul(block.index, _NUMBER(INT8_BLOCK_BYTES)))
         here = builder.add(here, builder.mul(part.index, _NUMBER(PAIRS_TOGETHER * TILE_BYTES // 2)))
-        first = builder.add(input, builder.mul(along, _NUMBER(PAIRS_TOGETHER * pair_bytes)))
+        first = builder.add(input, builder.mul(along, _NUMBER(PAIRS_TOGETHER * 4)))
         places = [builder.add(first, builder.mul(stride, _NUMBER(row))) for row in range(rows)]
         _part(builder, here, places, totals)
     for row, own in enumerate(totals):
-        for tile, total in own.items():
+        for tile, total in enumerate(own):
             store(builder, builder.load(total), sums, _NUMBER((2 * row + tile) * LANES))
 
 
-def _part(builder: Any, here: Any, places: list[Any], totals: list[dict[int, Any]]) -> None:
+def _part(builder: Any, here: Any, places: list[Any], totals: list[list[Any]]) -> None:
     """Add some pairs of inputs to each row's sums."""
     for pair in range(PAIRS_TOGETHER):
-        for tile in totals[0]:
+        for tile in (0, 1):
             line = builder.add(here, _NUMBER((tile * TILE_LINES + pair) * TILE_BYTES // 2))
             if pair % 2 == 0:
                 prefetch_line(builder, builder.add(line, _NUMBER(INT8_BLOCK_BYTES * AHEAD)), cache=1)
-            planes = _planes(builder, line)
+            weights = _as_pairs(builder, *_planes(builder, line))
             for place, own in zip(places, totals, strict=True):
-                builder.store(_added(builder, builder.load(own[tile]), place, pair, planes), own[tile])
-
-
-def _added(builder: Any, sums: Any, place: Any, pair: int, planes: list[Any]) -> Any:
-    """Add the products of a pair of a row's inputs and of two vectors of weights in float32."""
-    if not WIDE_INPUTS:
-        both = broadcast_pair(builder, place, 2 * pair)
-        return dot_pairs(builder, sums, both, _as_pairs(builder, *planes))
-    for at, weights in enumerate(planes):
-        input = spread(builder, load(builder, place, _NUMBER(2 * pair + at), ir.FloatType(), 1, 4))
-        sums = add(builder, times(builder, input, weights), sums)
-    return sums
+                both = broadcast_pair(builder, place, 2 * pair)
+                builder.store(dot_pairs(builder, builder.load(own[tile]), both, weights), own[tile])
 
 
 def _planes(builder: Any, line: Any) -> list[Any]:

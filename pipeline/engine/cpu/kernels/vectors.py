@@ -29,7 +29,7 @@ def compiles_for(feature: str) -> bool:
     return f"+{feature}" in features.split(",")
 
 
-HAS_BF16 = compiles_for("avx512bf16")
+HAS_AVX512, HAS_BF16 = compiles_for("avx512bw"), compiles_for("avx512bf16")
 
 
 def _cast(function: Any, source: Any, target: Any) -> Any:
