@@ -1,7 +1,8 @@
 """Quantize a mixture's experts, too, which bitsandbytes passes over: they are weights of three dimensions.
 
 Every expert's matrix is quantized apart, by bitsandbytes' own functions and in its own blocks, as soon as its layer's
-experts are put together from the files. A pass dequantizes only the experts that it meets, one at a time.
+experts are put together from the files. A pass dequantizes only the experts that it meets, one at a time;
+on a CPU the kernels may stand in (engine/cpu/packed_experts.py).
 """
 
 import math

@@ -104,11 +104,11 @@ class FloatLinear(nn.Module):
 def pack_weights(model: Any) -> int:
     """Replace the model's linear layers on the CPU by those of the kernels.
 
-    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed; the unpacked weights are freed as it goes, but
-    not one that the embedding shares. Those in float32 keep their weight.
+    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed, as are the experts of mixtures; the unpacked
+    weights are freed as it goes, but not one that the embedding shares. Those in float32 keep their weight.
 
     Returns:
-        How many layers were replaced: 0 where this torch or this CPU cannot.
+        How many layers were replaced, a layer's experts as one: 0 where this torch or this CPU cannot.
     """
     shared = model.get_input_embeddings().weight
     count = 0
