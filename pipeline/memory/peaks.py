@@ -152,16 +152,16 @@ def largest_quantizable(arch: Architecture, *, experts_only: bool = False) -> in
 
 
 def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
-    """Predict what packing the linear layers on a CPU adds: a head that is also the embedding is held twice.
+    """Predict what packing linear layers and experts on a CPU adds: a head that is also the embedding is held twice.
 
-    The other layers' unpacked weights are freed as they are packed; scales that were quantized too are float32 then.
+    The others' unpacked weights are freed as they are packed; scales that were quantized too are float32 then.
     """
     if plain_dtype(arch, quant) != BF16:
         return 0
     head = ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings else 0
     if not quant.four_bit:
         return head
-    layers = [w for w in weights(arch) if w.quantizable and not w.experts]
+    layers = [w for w in weights(arch) if w.quantizable]
     scales = sum(4 * math.ceil(w.count / BLOCK) for w in layers)
     return head + max(0, scales - sum(state_bytes(w, quant) for w in layers))
 
@@ -276,7 +276,7 @@ def load_peak(arch: Architecture, quant: QuantConfig, *, gpus: Gpus, packed: boo
     if view_bytes == file_bytes:
         return LoadPeak(0, file_bytes, context=0)
     beside = HOST_RUNTIME_BYTES if quant.four_bit else LOADING_BYTES
-    beside += assembling_bytes(arch, quant)
+    beside += max(assembling_bytes(arch, quant), repacking_bytes(arch, quant) if packed else 0)
     held = stored_bytes + beside + (packed_bytes(arch, quant) if packed else 0)
     return LoadPeak(held - (view_bytes if 2 * view_bytes > file_bytes else 0), file_bytes, context=0)
 
@@ -304,6 +304,15 @@ def assembling_bytes(arch: Architecture, quant: QuantConfig) -> int:
     """Predict what the largest weight of experts takes before it is quantized: its halves, and then the whole."""
     largest = max((w.count for w in weights(arch) if w.quantizable and w.experts), default=0)
     return 2 * ELEMENT_BYTES[plain_dtype(arch, quant)] * largest if quant.quantized else 0
+
+
+def repacking_bytes(arch: Architecture, quant: QuantConfig) -> int:
+    """Predict what the largest weight of plain experts takes a second time while a CPU's kernels have it packed."""
+    if quant.quantized or plain_dtype(arch, quant) != BF16:
+        return 0
+    return ELEMENT_BYTES[BF16] * max(
+        (w.count for w in weights(arch) if w.quantizable and w.experts), default=0
+    )
 
 
 def quantizing_bytes(arch: Architecture, quant: QuantConfig) -> int:

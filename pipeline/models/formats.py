@@ -47,3 +47,15 @@ def settle_format(network: Any, stored: str, asked: QuantConfig, *, plain: bool)
     if asked.dtype is Dtype.auto and not getattr(network, "is_quantized", True):
         dtype = str(network.dtype).removeprefix("torch.")
         terminal.say(f"Nothing here computes in {stored}: the checkpoint's weights are in {dtype}.")
+
+
+def keep_products_everywhere(network: Any) -> None:
+    """Keep bitsandbytes from reordering what does not fill its blocks for CPUs with AVX512-BF16: it would fail there.
+
+    Such a layer, as a gate of one output, is multiplied as on every other CPU: by its dequantized weight.
+    """
+    for module in network.modules():
+        if type(module).__name__ == "Linear4bit":
+            state = module.weight.quant_state
+            fills = module.out_features % 32 == 0 and module.in_features % state.blocksize == 0
+            module.support_avx512bf16_for_cpu &= fills

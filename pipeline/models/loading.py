@@ -27,7 +27,14 @@ from pipeline.engine.cpu import load_kernels
 from pipeline.models.adapters import AppliedAdapter, apply_adapter, get_adapter, tokenizer_files
 from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
 from pipeline.models.dtypes import settle_here
-from pipeline.models.formats import ask_for_plain, becomes_plain, quantization, read_as, settle_format
+from pipeline.models.formats import (
+    ask_for_plain,
+    becomes_plain,
+    keep_products_everywhere,
+    quantization,
+    read_as,
+    settle_format,
+)
 from pipeline.models.load_progress import loading_shown, tensor_sizes
 from pipeline.models.loading_checks import (
     SMALLER,
@@ -111,6 +118,7 @@ def load_model(model: ModelConfig, quant: QuantConfig, models_dir: str) -> Loade
     network = _read_weights(checkpoint, model, quant, stored, plain=plain)
     if stored:
         settle_format(network, stored, asked, plain=plain)
+    keep_products_everywhere(network)
     share = check_quantized(network, quant, checkpoint) if quant.quantized else None
     applied = apply_adapter(network, adapter, tokenizer) if adapter else None
     load_sec = time.perf_counter() - start

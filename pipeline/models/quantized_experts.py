@@ -1,11 +1,13 @@
 """Quantize a mixture's experts, too, which bitsandbytes passes over: they are weights of three dimensions.
 
 Every expert's matrix is quantized apart, by bitsandbytes' own functions and in its own blocks, as soon as its layer's
-experts are put together from the files. A pass dequantizes only the experts that it meets, one at a time.
+experts are put together from the files. A pass dequantizes only the experts that it meets, one at a time;
+on a CPU the kernels may stand in (engine/cpu/packed_experts.py).
 """
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,6 +21,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from pipeline.engine.experts import send_through
 
 _HELD = "quantized_experts"  # a module's own, by the names of its weights
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -123,24 +127,9 @@ def _prepare(module: Any, settings: BitsAndBytesConfig) -> None:
 
 
 def _forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Send tokens through the experts that they chose. hidden [T, D], chosen and weights [T, K] → [T, D].
-
-    Sorted by expert, as transformers' grouped products are, so that each expert is dequantized once. An id beyond the
-    experts, as some routers give to skip, adds nothing.
-    """
-    tokens, each = chosen.shape
-    ids, order = torch.sort(chosen.reshape(-1), stable=True)
-    rows = hidden[order // each]
-    results = torch.zeros_like(rows)
-    begin, count = 0, held_experts(experts)["down_proj"].shape[0]
-    for expert, met in enumerate(torch.bincount(ids, minlength=count)[:count].tolist()):
-        if met:
-            results[begin : begin + met] = _one(experts, expert, rows[begin : begin + met])
-        begin += met
-    weighted = results * weights.reshape(-1)[order, None]
-    back = torch.empty_like(weighted)
-    back[order] = weighted
-    return back.view(tokens, each, -1).sum(dim=1).to(hidden.dtype)
+    """Send tokens through the experts that they chose. hidden [T, D], chosen and weights [T, K] → [T, D]."""
+    count = held_experts(experts)["down_proj"].shape[0]
+    return send_through(hidden, chosen, weights, count, partial(_one, experts))
 
 
 def _one(experts: Any, expert: int, rows: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ here alone, and only after they gave the very bits of `F.linear` on the weight a
 import logging
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -21,50 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.engine.cpu import load_kernels
+from pipeline.engine.cpu.packed_experts import pack_experts
+from pipeline.engine.cpu.packed_weight import (
+    PackedWeight,
+    fills_blocks,
+    multiplies,
+    one_below_the_other,
+    pack_matrices,
+)
 from pipeline.engine.model_facts import is_adapted, outside_adapters
 
 # Layers that models call one after the other on the same input.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-INT8_MOST = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """Hold one weight, or those of siblings one below the other, in an order for products."""
-
-    weight: Any  # kernels' Blocks, else a tensor in oneDNN's own order
-    bias: Tensor | None  # [M]
-    kernels: ModuleType | None  # cpu.kernels.operators, where they multiply
-    interleaved: bool = False  # 16 outputs of the first and 16 of the second sibling take turns
-
-    def __deepcopy__(self, memo: object) -> "PackedWeight":
-        """Share it with a copy of the model: it never changes, and neither kernels nor oneDNN's order can be copied."""
-        return self
-
-    def product(self, input: Tensor) -> Tensor:
-        """Multiply. [.., K] → [.., M]."""
-        output: Tensor = (
-            self.kernels.linear(input, self.weight, self.bias)
-            if self.kernels
-            else torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-        )
-        return output
-
-    def gated(self, input: Tensor) -> Tensor:
-        """Compute silu(first sibling) · second. [.., K] → [.., M/2]."""
-        assert self.kernels is not None
-        assert self.interleaved
-        output: Tensor = self.kernels.linear(input, self.weight, self.bias, gated=True)
-        return output
-
-    def split(self, output: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-        """Split an output into the siblings' own."""
-        if not self.interleaved:
-            return torch.split(output, sizes, -1)
-        turns = output.view(*output.shape[:-1], -1, 2, 16)
-        return [turns[..., i, :].flatten(-2) for i in (0, 1)]
 
 
 class PackedLinear(nn.Module):
@@ -136,11 +104,11 @@ class FloatLinear(nn.Module):
 def pack_weights(model: Any) -> int:
     """Replace the model's linear layers on the CPU by those of the kernels.
 
-    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed; the unpacked weights are freed as it goes, but
-    not one that the embedding shares. Those in float32 keep their weight.
+    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed, as are the experts of mixtures; the unpacked
+    weights are freed as it goes, but not one that the embedding shares. Those in float32 keep their weight.
 
     Returns:
-        How many layers were replaced: 0 where this torch or this CPU cannot.
+        How many layers were replaced, a layer's experts as one: 0 where this torch or this CPU cannot.
     """
     shared = model.get_input_embeddings().weight
     count = 0
@@ -149,6 +117,7 @@ def pack_weights(model: Any) -> int:
     if shared.dtype != torch.bfloat16:  # what a quantized layer is given
         return count
     for module in outside_adapters(model):
+        count += pack_experts(module)
         for names in _families(module):
             linears = [getattr(module, name) for name in names]
             packed = _pack(linears)
@@ -168,7 +137,7 @@ def pack_weights(model: Any) -> int:
 def _keep_weights(model: nn.Module) -> int:
     """Replace linear layers in float32; return how many."""
     kernels, count = load_kernels(), 0
-    for module in outside_adapters(model) if _multiplies() else []:
+    for module in outside_adapters(model) if multiplies() else []:
         for name, linear in list(module.named_children()):
             if _fits_in_float32(linear):
                 setattr(module, name, FloatLinear(linear, kernels))  # type: ignore[arg-type]
@@ -215,9 +184,7 @@ def _can_pack(module: nn.Module) -> bool:
     if not here or module.weight.device.type != "cpu":
         return False
     if kind in ("Linear4bit", "Linear8bitLt"):
-        fits = _can_pack_four_bits if kind == "Linear4bit" else _can_pack_eight_bits
-        bias_fits = module.bias is None or module.bias.dtype == torch.bfloat16
-        return _multiplies() and bias_fits and fits(module)
+        return multiplies() and _can_pack_quantized(module)
     return _is_plain(module) and bool(module.weight.dtype == torch.bfloat16)
 
 
@@ -227,19 +194,17 @@ def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and not own and type(module.weight) is nn.Parameter
 
 
-def _can_pack_four_bits(linear: Any) -> bool:
+def _can_pack_quantized(linear: Any) -> bool:
     """Say whether a layer of bitsandbytes fills whole blocks, multiplies in bf16, and is still as it was loaded."""
-    state = linear.weight.quant_state
-    if state is None or linear.compute_dtype != torch.bfloat16:
-        return False
-    whole = linear.out_features % 32 == 0 and linear.in_features % 64 == 0 and state.blocksize == 64
-    return whole and not getattr(state, "packing_format_for_cpu", False)
-
-
-def _can_pack_eight_bits(linear: Any) -> bool:
-    """Say whether a layer of bitsandbytes fills whole blocks, and is still as it was loaded."""
-    whole = linear.out_features % 32 == 0 and linear.in_features % 32 == 0
-    return whole and linear.weight.SCB is not None
+    state = _state_of(linear)
+    in_bf16 = _codes_of(linear) == "int8" or linear.compute_dtype == torch.bfloat16
+    bias_fits = linear.bias is None or linear.bias.dtype == torch.bfloat16
+    return (
+        state is not None
+        and in_bf16
+        and bias_fits
+        and fills_blocks(linear.out_features, linear.in_features, state)
+    )
 
 
 def _codes_of(linear: Any) -> str | None:
@@ -247,12 +212,6 @@ def _codes_of(linear: Any) -> str | None:
     if type(linear).__name__ == "Linear8bitLt":
         return "int8"
     return getattr(linear.weight, "quant_type", None)
-
-
-def _multiplies() -> bool:
-    """Say whether the kernels multiply on this CPU."""
-    kernels = load_kernels()
-    return kernels is not None and kernels.products is not None
 
 
 def _free(linear: Any) -> None:
@@ -268,47 +227,23 @@ def _pack(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     """Pack their weights together; None where packing is not to be had."""
     sizes = linears[0].in_features, sum(linear.out_features for linear in linears)
     whole = all(size % 32 == 0 for size in sizes)
-    return _pack_blocks(linears) if _multiplies() and whole else _pack_onednn(linears)
+    return _pack_blocks(linears) if multiplies() and whole else _pack_onednn(linears)
 
 
-def _pack_blocks(linears: Sequence[nn.Linear]) -> PackedWeight:
-    """Pack for the kernels. Two siblings of one size, gate and up, take turns, to lie side by side."""
-    kernels = load_kernels()
-    assert kernels is not None
+def _pack_blocks(linears: Sequence[Any]) -> PackedWeight:
+    """Pack for the kernels. Two siblings of one size, gate and up, take turns."""
     interleaved = len(linears) == 2 and linears[0].out_features == linears[1].out_features
-
-    def joined(parts: Sequence[Tensor]) -> Tensor:
-        whole = _one_below_the_other(parts)
-        if not interleaved:
-            return whole
-        return whole.view(2, -1, 16, *whole.shape[1:]).transpose(0, 1).reshape(whole.shape)
-
-    codes_type = _codes_of(linears[0])
-    if codes_type == "int8":
-        bytes_, scales = zip(*((linear.weight.data, linear.weight.SCB) for linear in linears), strict=True)  # type: ignore[attr-defined]
-        weight = kernels.pack_bytes(joined(bytes_), joined(scales) / INT8_MOST)
-    elif codes_type:
-        codes, scales = zip(*(_four_bits(linear) for linear in linears), strict=True)
-        state: Any = linears[0].weight.quant_state  # type: ignore[attr-defined]
-        weight = kernels.pack_codes(joined(codes), joined(scales), state.code)
-    else:
-        weight = kernels.pack_blocks(joined([linear.weight for linear in linears]))
-    bias = None if linears[0].bias is None else joined([linear.bias for linear in linears])
-    return PackedWeight(weight, bias, kernels, interleaved)
+    return pack_matrices(
+        [linear.weight.data for linear in linears],
+        [_state_of(linear) for linear in linears],
+        [linear.bias for linear in linears],
+        interleaved=interleaved,
+    )
 
 
-def _one_below_the_other(parts: Sequence[Tensor]) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts))).detach()
-
-
-def _four_bits(linear: Any) -> tuple[Tensor, Tensor]:
-    """Return a layer's codes, [M, K/2] bytes, and scales, [M, K/64] float32, where these are quantized, too."""
-    state, rows = linear.weight.quant_state, linear.out_features
-    scales = state.absmax
-    if state.nested:
-        functions = import_module("bitsandbytes.functional")
-        scales = functions.dequantize_blockwise(scales, state.state2) + state.offset
-    return linear.weight.data.view(torch.uint8).reshape(rows, -1), scales.float().view(rows, -1)
+def _state_of(linear: Any) -> Any:
+    """Return bitsandbytes' scales of a layer; None where its weight is plain."""
+    return linear.weight.SCB if _codes_of(linear) == "int8" else getattr(linear.weight, "quant_state", None)
 
 
 def onednn_packs() -> bool:
@@ -322,8 +257,8 @@ def _pack_onednn(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     if not onednn_packs():
         return None
     weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
-    weight = _one_below_the_other(weights)
-    bias = None if biases[0] is None else _one_below_the_other(biases)
+    weight = one_below_the_other(weights)
+    bias = None if biases[0] is None else one_below_the_other(biases)
     try:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias, None)
         trial = weight[: min(4, len(weight))].contiguous()  # [4, in]: any rows of the right width

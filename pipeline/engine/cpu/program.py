@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engine.cpu.packing import PackedWeight
+from pipeline.engine.cpu.packed_weight import PackedWeight
 from pipeline.engine.rectangles.passes import RectangleDecode
 
 ROWS = 4  # a table for every so many: one for each number of rows would be too many
