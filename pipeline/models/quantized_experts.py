@@ -88,7 +88,7 @@ def held_experts(module: nn.Module) -> dict[str, QuantizedExperts]:
     return found
 
 
-def has_quantized_experts(network: nn.Module) -> bool:
+def has_quantized_experts(network: Any) -> bool:
     """Say whether a model has any."""
     return any(map(held_experts, network.modules()))
 
@@ -140,7 +140,7 @@ def _forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> T
     weighted = results * weights.reshape(-1)[order, None]
     back = torch.empty_like(weighted)
     back[order] = weighted
-    return back.view(tokens, each, -1).sum(dim=1).to(hidden.dtype)
+    return back.view(tokens, each, back.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def _one(experts: Any, expert: int, rows: Tensor) -> Tensor:

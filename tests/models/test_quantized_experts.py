@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands.test_score import write_config
 from conftest import SMALL, tiny_tokenizer
 from engine.test_every_architecture import alone, build, requests
 from engine_runs import run
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.commands.door import main
 from pipeline.common.errors import JobError, LoadError
+from pipeline.common.exit_status import ExitStatus
 from pipeline.config.compose import read_config
 from pipeline.config.quant import QUANTS, Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -95,6 +97,7 @@ def test_a_pass_is_that_of_transformers_over_the_dequantized_weights(kind):
         plain.config._experts_implementation = "eager"
         expected = plain(rows, chosen, weights)
         assert torch.allclose(experts(rows, chosen, weights), expected, rtol=1e-4, atol=1e-5)
+        assert experts(rows[:0], chosen[:0], weights[:0]).shape == (0, hidden)
         if kind == "mixtral":  # what a router gives to skip adds nothing
             beyond = chosen.clone()
             beyond[3] = count
@@ -252,7 +255,7 @@ def test_experts_of_a_checkpoint_that_came_quantized_stay_as_they_are(mixture, t
     assert plan["quantized_share"] == pytest.approx(loaded.quantized_share)
 
 
-def test_a_job_that_began_with_plain_experts_is_not_gone_on_with(mixture, tmp_path):
+def test_a_job_that_began_with_plain_experts_is_neither_gone_on_with_nor_scored(mixture, tmp_path, capsys):
     prompts = write_rows(tmp_path / "p.jsonl", PROMPT)
     line = [*arguments(mixture, prompts, tmp_path / "out")[:3], "quant=nf4", "generation.max_new_tokens=3"]
     assert run_job([*line, "limit=1"]) == 0
@@ -264,7 +267,12 @@ def test_a_job_that_began_with_plain_experts_is_not_gone_on_with(mixture, tmp_pa
     with pytest.raises(JobError, match="made while the experts of this mixture stayed plain") as caught:
         run_job(line)
     assert "resume=never" in caught.value.fix
+    folder = str(job_folder(line))
+    write_config(read_config(line), job_folder(line))
+    assert main(["score", folder, f"baseline={folder}"]) == ExitStatus.FAILED
+    assert "its rows were made while the experts of this mixture stayed plain" in capsys.readouterr().err
     assert run_job([*line, "resume=never"]) == 0
+    assert main(["score", folder, f"baseline={folder}"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore")
