@@ -7,10 +7,8 @@ from pipeline.commands.score_rows import completion_rows, text_rows
 from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.terminal import say, table
-from pipeline.config.schema import EngineName
 from pipeline.job.folder import JobFolder
 from pipeline.job.manifest import check_same_experts
-from pipeline.job.paths import JobPaths
 from pipeline.job.recorded import job_config
 from pipeline.models.loading import Loaded, load_model, release
 from pipeline.models.quantized_experts import has_quantized_experts
@@ -64,8 +62,7 @@ def _scores(
     is_baseline = job.folder.resolve() == baseline.resolve()
     config = job_config(job.folder)
     loaded = reference if is_baseline else load_model(config.model, config.quant, config.models_dir)
-    if config.engine.name is EngineName.default:  # another engine quantizes by itself
-        check_same_experts(JobPaths(job.folder), has_quantized_experts(loaded.model))
+    check_same_experts(job.folder, has_quantized_experts(loaded.model))
     if loaded.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise JobError(
             f"{job.folder}: its tokenizer is not the baseline's",
