@@ -8,8 +8,10 @@ from pipeline.common.errors import JobError, PipelineError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.terminal import say, table
 from pipeline.job.folder import JobFolder
+from pipeline.job.manifest import check_same_experts
 from pipeline.job.recorded import job_config
 from pipeline.models.loading import Loaded, load_model, release
+from pipeline.models.quantized_experts import has_quantized_experts
 from pipeline.models.scoring import Scores, TextRow, score
 from pipeline.report.jobs import ReportedJob, find_jobs
 
@@ -55,11 +57,12 @@ def _scores(
     """Read all rows with the job's model beside the baseline's; return what scores.json holds.
 
     Raises:
-        PipelineError: the model cannot be loaded, or reads other tokens than the baseline.
+        PipelineError: the model cannot be loaded, is not held as it was, or reads other tokens than the baseline.
     """
     is_baseline = job.folder.resolve() == baseline.resolve()
     config = job_config(job.folder)
     loaded = reference if is_baseline else load_model(config.model, config.quant, config.models_dir)
+    check_same_experts(job.folder, has_quantized_experts(loaded.model))
     if loaded.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise JobError(
             f"{job.folder}: its tokenizer is not the baseline's",

@@ -30,4 +30,4 @@ def send_through(
     weighted = results * weights.reshape(-1)[order, None]
     back = torch.empty_like(weighted)
     back[order] = weighted
-    return back.view(tokens, each, -1).sum(dim=1).to(hidden.dtype)
+    return back.view(tokens, each, back.shape[-1]).sum(dim=1).to(hidden.dtype)

@@ -93,14 +93,22 @@ def check_same_model(results: JobFolder, facts: dict[str, Any]) -> None:
             f"{facts['dtypes']}",
             fix="Go on with a device like the first, or pass resume=never to make all rows anew.",
         )
+    check_same_experts(results.folder, facts["quantized_experts"])
 
-    if (
-        before and before.get("quantized_experts", False) != facts["quantized_experts"]
-    ):  # an older version had none
+
+def check_same_experts(folder: Path, quantized: bool) -> None:
+    """Refuse a model that holds its experts otherwise than the one that made a job's rows.
+
+    Raises:
+        JobError: the manifest of the rows that are there says so.
+    """
+    before = read_manifest(JobPaths(folder))
+    if before and before.get("quantized_experts", False) != quantized:  # an older version had none
+        then, now = ("stayed plain", "quantized") if quantized else ("were quantized", "plain")
         raise JobError(
-            found=f"{results.folder}: its rows were made while the experts of this mixture stayed plain, and they are "
-            "quantized now",
-            fix="Pass resume=never to make all rows anew.",
+            found=f"{folder}: its rows were made while the experts of this mixture {then}, and they are "
+            f"{now} now",
+            fix="Run the job with resume=never, which makes all rows anew.",
         )
 
 

@@ -28,6 +28,7 @@ from pipeline.prompts.count import prompts_sha256
 SAME_ROWS = ("prompts_sha256", "limit")  # what shards of one job must agree on
 SAME = ("model", "revision", "quantized_experts", *SAME_ROWS)  # and those that have rows
 AGAIN = "Submit or run all shards again, with the same limit=: just what is missing is done."
+ANEW = "Run one of the two again as the other was, with resume=never, or move it away and submit again."
 NAMED = 10  # rows that an error names
 
 
@@ -120,7 +121,7 @@ def _check_alike(shards: list[JobPaths], todos: list[Todo], manifests: list[dict
                 raise OutputError(
                     found=f"{shard.folder}: its {key} is {manifest.get(key)}, and that of "
                     f"{shards[0].folder.name} is {manifests[0].get(key)}",
-                    fix=AGAIN,
+                    fix=AGAIN if key in SAME_ROWS else ANEW,
                 )
 
 

@@ -14,7 +14,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.adapter_files import AdapterFiles, locate_adapter, made_for_another
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.loading_checks import first_line
-from pipeline.models.quantized_experts import held_experts
+from pipeline.models.quantized_experts import has_quantized_experts, held_experts
 
 log = logging.getLogger(__name__)
 _NAME = "default"  # peft's own, of an adapter that is the only one
@@ -122,11 +122,11 @@ def _apply(network: Any, adapter: AdapterFiles) -> bool:
             f"{adapter.files.source}: a DoRA, and peft cannot compute one beside weights in 8 bits",
             "Use quant=none, where it is merged, or quant=nf4",
         )
-    _check_targets(network, adapter)
     folder = str(adapter.files.folder)
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     wrapped: Any = PeftModelForCausalLM(network, config)
+    _check_experts(wrapped, adapter)
     weights = load_peft_weights(
         folder, device="cpu", key_mapping=getattr(network, "_checkpoint_conversion_mapping", {})
     )
@@ -140,13 +140,19 @@ def _apply(network: Any, adapter: AdapterFiles) -> bool:
     return True
 
 
-def _check_targets(network: Any, adapter: AdapterFiles) -> None:
-    """Refuse an adapter of experts that are quantized: peft computes with such a weight whole, and as it is held."""
-    targets = tuple(adapter.settings.get("target_parameters") or ())
-    held = (f"{path}.{name}" for path, module in network.named_modules() for name in held_experts(module))
-    if found := next((name for name in held if targets and name.endswith(targets)), None):
+def _check_experts(wrapped: Any, adapter: AdapterFiles) -> None:
+    """Refuse an adapter of experts that are quantized: peft computes with such a weight whole, and as it is held.
+
+    Asked of what peft has wrapped: it turns an older adapter of each expert's layers into one of the weights of all.
+    """
+    for path, module in wrapped.named_modules():
+        name, kind = path.removeprefix(_PREFIX), type(module).__name__
+        if kind == "ParamWrapper" and module.parameter_name in held_experts(module.get_base_layer()):
+            name = f"{name}.{module.parameter_name}"
+        elif kind != "ModulesToSaveWrapper" or not has_quantized_experts(module):
+            continue
         raise LoadError(
-            f"{adapter.files.source}: it changes {found}, and peft cannot do that beside experts that are quantized",
+            f"{adapter.files.source}: it changes {name}, and peft cannot do that beside experts that are quantized",
             "Use quant=none, where it is merged",
         )
 

@@ -92,7 +92,7 @@ def held_experts(module: nn.Module) -> dict[str, QuantizedExperts]:
     return found
 
 
-def has_quantized_experts(network: nn.Module) -> bool:
+def has_quantized_experts(network: Any) -> bool:
     """Say whether a model has any."""
     return any(map(held_experts, network.modules()))
 
@@ -198,6 +198,19 @@ class _FourBits(_WithExperts, Bnb4BitHfQuantizer):
 
 class _EightBits(_WithExperts, Bnb8BitHfQuantizer):
     """Quantize to 8 bits."""
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any = None, **given: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map=device_map, **given)
+        for module in model.modules():
+            if type(module).__name__ == "Linear8bitLt":
+                module.forward = MethodType(_multiply_flat, module)
+
+
+def _multiply_flat(layer: Any, input: Tensor) -> Tensor:
+    """Multiply rows: bitsandbytes' 8-bit products take three dimensions, and DeepSeek's latent keys have four."""
+    rows = input.reshape(-1, layer.in_features)
+    output: Tensor = type(layer).forward(layer, rows)
+    return output.view(*input.shape[:-1], layer.out_features)
 
 
 AUTO_QUANTIZER_MAPPING |= {"bitsandbytes_4bit": _FourBits, "bitsandbytes_8bit": _EightBits}

@@ -1,6 +1,7 @@
 """Experts of mixtures are quantized as they are loaded, one by one, and computed as transformers computes them."""
 
 import copy
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands.test_score import write_config
 from conftest import SMALL, tiny_tokenizer
 from engine.test_every_architecture import alone, build, requests
 from engine_runs import run
 from job_helper import arguments, job_folder, run_job, write_rows
 from models.test_adapters import make_adapter
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pipeline.commands.door import main
 from pipeline.common.errors import JobError, LoadError
+from pipeline.common.exit_status import ExitStatus
 from pipeline.config.compose import read_config
 from pipeline.config.quant import QUANTS, Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
@@ -93,6 +97,7 @@ def test_a_pass_is_that_of_transformers_over_the_dequantized_weights(kind):
         plain.config._experts_implementation = "eager"
         expected = plain(rows, chosen, weights)
         assert torch.allclose(experts(rows, chosen, weights), expected, rtol=1e-4, atol=1e-5)
+        assert experts(rows[:0], chosen[:0], weights[:0]).shape == (0, hidden)
         if kind == "mixtral":  # what a router gives to skip adds nothing
             beyond = chosen.clone()
             beyond[3] = count
@@ -250,7 +255,7 @@ def test_experts_of_a_checkpoint_that_came_quantized_stay_as_they_are(mixture, t
     assert plan["quantized_share"] == pytest.approx(loaded.quantized_share)
 
 
-def test_a_job_that_began_with_plain_experts_is_not_gone_on_with(mixture, tmp_path):
+def test_a_job_that_began_with_plain_experts_is_neither_gone_on_with_nor_scored(mixture, tmp_path, capsys):
     prompts = write_rows(tmp_path / "p.jsonl", PROMPT)
     line = [*arguments(mixture, prompts, tmp_path / "out")[:3], "quant=nf4", "generation.max_new_tokens=3"]
     assert run_job([*line, "limit=1"]) == 0
@@ -262,7 +267,12 @@ def test_a_job_that_began_with_plain_experts_is_not_gone_on_with(mixture, tmp_pa
     with pytest.raises(JobError, match="made while the experts of this mixture stayed plain") as caught:
         run_job(line)
     assert "resume=never" in caught.value.fix
+    folder = str(job_folder(line))
+    write_config(read_config(line), job_folder(line))
+    assert main(["score", folder, f"baseline={folder}"]) == ExitStatus.FAILED
+    assert "its rows were made while the experts of this mixture stayed plain" in capsys.readouterr().err
     assert run_job([*line, "resume=never"]) == 0
+    assert main(["score", folder, f"baseline={folder}"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -274,11 +284,45 @@ def test_an_adapter_of_attention_runs_beside_them_and_one_of_experts_is_refused(
         assert len(experts_of(loaded.model)) == 2
         with torch.inference_mode():
             assert loaded.model(ids).logits.isfinite().all()
-    experts = make_adapter(
-        mixture, tmp_path / "experts", target_modules=[], target_parameters=["mlp.experts.down_proj"]
-    )
-    model = ModelConfig(str(mixture), adapter=str(experts))
-    with pytest.raises(LoadError, match=r"it changes model\.layers\.0\.mlp\.experts\.down_proj") as caught:
-        load_model(model, QUANTS["nf4"], "none")
-    assert "quant=none" in caught.value.fix
+    whole = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    for name, settings in {
+        "model.layers.0.mlp.experts.down_proj": whole,
+        "model.layers.0.mlp.experts": {"target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+    }.items():
+        model = ModelConfig(str(mixture), adapter=str(make_adapter(mixture, tmp_path / name, **settings)))
+        for quant in ("nf4", "int8"):
+            with pytest.raises(LoadError, match=f": it changes {name}, and") as caught:
+                load_model(model, QUANTS[quant], "none")
+            assert "quant=none" in caught.value.fix
+        assert load_model(model, QUANTS["none"], "none").adapter.merged
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_older_adapter_of_each_expert_is_refused_too(quant, mixture, tmp_path):
+    """As made before the experts of a layer were one weight: peft turns it into one of that weight."""
+    folder = make_adapter(mixture, tmp_path / "older", target_modules=["q_proj"])
+    settings = read_json(folder / "adapter_config.json")
+    settings["target_modules"] = ["q_proj", "w2"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    weights = load_file(folder / "adapter_model.safetensors")
+    for layer, expert in itertools.product(range(2), range(4)):
+        name = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.lora"
+        weights |= {f"{name}_A.weight": torch.ones(4, 128), f"{name}_B.weight": torch.ones(64, 4)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    model = ModelConfig(str(mixture), adapter=str(folder))
+    with pytest.raises(LoadError, match=r"it changes model\.layers\.0\.mlp\.experts\.down_proj"):
+        load_model(model, QUANTS[quant], "none")
     assert load_model(model, QUANTS["none"], "none").adapter.merged
+
+
+def test_a_latent_of_four_dimensions_is_multiplied_in_8_bits(tmp_path):
+    """DeepSeek's keys, which bitsandbytes' own product would refuse."""
+    build("deepseek_v2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_model(ModelConfig(str(tmp_path)), QUANTS["int8"], "none").model
+    layer = model.model.layers[0].self_attn.kv_b_proj
+    rows = torch.randn(2, 1, 5, 16)
+    with torch.inference_mode():
+        assert torch.equal(layer(rows)[1, 0], type(layer).forward(layer, rows[1, 0]))
+        assert model(torch.arange(20, 40)[None]).logits.isfinite().all()
