@@ -47,7 +47,7 @@ class Check:
 # What each needs to be, and what happens otherwise.
 NEEDS = (
     ("torch", ">=2.8", "older ones lack what transformers calls"),
-    ("transformers", ">=5.10", "older ones have another attention interface and load weights in another way"),
+    ("transformers", ">=5.10.1", "older ones have another attention interface and load weights in another way"),
     ("accelerate", ">=1.10", "device maps need it"),
     ("bitsandbytes", ">=0.50", "below, no kernels for CPUs, and batches of 2–64 rows up to 4 times slower on GPUs"),
     ("huggingface_hub", ">=1.0", "transformers 5 needs it"),
