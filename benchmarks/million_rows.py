@@ -147,9 +147,9 @@ def run(name: str, job: list[str], folder: Path, kill_at_row: int | None = None)
             seconds, rows = time.perf_counter() - started, lines.count()
             if first_row_sec is None and rows > before:
                 first_row_sec = seconds
+            peak_bytes, now_bytes = resident_bytes(process.pid) or (peak_bytes, 0)
             if seconds > sampled_sec + 2:
                 sampled_sec = seconds
-                peak_bytes, now_bytes = resident_bytes(process.pid) or (peak_bytes, 0)
                 print(f"{seconds:.0f}", rows, now_bytes, sep="\t", file=log, flush=True)
             if kill_at_row is not None and rows >= kill_at_row:
                 process.kill()
