@@ -1,5 +1,6 @@
 """Predicted bytes against those of real models: transformers and bitsandbytes on the CPU."""
 
+import gc
 import json
 import os
 import weakref
@@ -368,6 +369,7 @@ def test_only_one_matrix_at_a_time_is_held_twice_while_loading(
     """
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the profiler sees this thread alone
     quant = replace(QUANTS[name], dtype=Dtype.float32)
+    gc.collect()  # models of tests before would be freed in between, and their bytes taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         load(smollm2, quant)
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
