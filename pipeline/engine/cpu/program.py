@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.engine.cpu.packed_weight import PackedWeight
 from pipeline.engine.rectangles.passes import RectangleDecode
 
-ROWS = 4  # a table for every so many: one for each number of rows would be too many
+FEW_ROWS = 8  # have a table for each number of rows; more would be too many,
+ROWS = 4  # so that from there on there is one for every so many
 EACH_STEP = ("tasks", "row_table", "block_table", "block_count")  # what attention reads anew in each step
 
 
@@ -74,8 +75,9 @@ class DecodeProgram:
             MemoryError: a kernel found none.
         """
         count = len(tokens)
-        step = max(ROWS, self._kernels.products.FEWEST_ROWS)
-        table = self._table(-(-count // step) * step)
+        fewest = self._kernels.products.FEWEST_ROWS
+        step = 1 if count <= FEW_ROWS else max(ROWS, fewest)
+        table = self._table(max(fewest, -(-count // step) * step))
         states = self._body.embed_tokens(torch.tensor([tokens]))
         inputs = states, *self._body.rotary_emb(states, positions)
         for name, new in zip(("states", "cos", "sin"), inputs, strict=True):

@@ -48,7 +48,9 @@ LINE_BYTES = 32  # of two inputs: in 4 bits all outputs, in 8 bits a tile's
 LINES = BLOCK // 2  # of a block
 TOGETHER = 2  # lines
 INFINITE = 255  # exponent of what is no finite number
-SMALLEST = 30  # exponent, as float32 has it, of what is largest in a block: what is less counts as that
+# Exponent, as float32 has it, of what is largest in a block: what is less counts as that. So a unit times a scale
+# is a normal number, in rows of zeros too: with others a sum takes several times as long.
+SMALLEST = 60
 
 u16 = types.uint16
 _NUMBER, _BYTE, _WORD = ir.IntType(64), ir.IntType(8), ir.IntType(16)
