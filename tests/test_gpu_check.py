@@ -37,7 +37,4 @@ def test_small_jobs_of_every_kind_are_rehearsed_on_a_cpu(smollm2_dir, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_features.json").read_text())
-    assert {name: found[name]["same"] for name in ("labels", "killed")} == {
-        "labels": "12/12",
-        "killed": "160/160",
-    }
+    assert found["labels"]["same"] == "12/12"

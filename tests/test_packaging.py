@@ -152,7 +152,7 @@ def test_the_extra_all_is_every_extra_for_users_but_the_trackers_of_which_one_is
     assert Requirement(line).extras == EXTRAS.keys() - {"all", "docs", "test"} - trackers
 
 
-def tested() -> dict[str, str]:
+def pinned() -> dict[str, str]:
     """Read the version of each package that the tests run with."""
     pins = dict(
         line.split("==")
@@ -163,7 +163,7 @@ def tested() -> dict[str, str]:
 
 
 def test_the_tested_versions_are_within_the_bounds():
-    pins = tested()
+    pins = pinned()
     for line in [*PROJECT["dependencies"], *(line for name in EXTRAS for line in EXTRAS[name])]:
         if plain(line) in pins:
             assert Requirement(line).specifier.contains(pins[plain(line)]), line
@@ -173,7 +173,7 @@ def test_the_transformers_that_a_refusal_names_are_those_that_can_be_installed_a
     oldest, newest = TRIED
     (line,) = [line for line in PROJECT["dependencies"] if plain(line) == "transformers"]
     assert str(Requirement(line).specifier) == f">={oldest}"
-    assert Version(oldest) <= Version(tested()["transformers"]) <= Version(newest)
+    assert Version(oldest) <= Version(pinned()["transformers"]) <= Version(newest)
 
 
 def test_both_images_are_made_by_the_same_commands():
