@@ -130,6 +130,12 @@ def test_files_and_functions_stay_small(path):
             )
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """They are imported by it alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_docstring_begins_as_half_a_sentence():
     strays = [
         f"{path}:{node.body[0].lineno}: {text.splitlines()[0]}"
