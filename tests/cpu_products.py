@@ -2,18 +2,22 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from llvmlite.binding import get_host_cpu_features
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.packing import pack_weights
 
-# What one has not: instructions for bf16; AVX-512.
+ULP = 2.0**-8  # half the spacing of bf16, as a share: what rounding an output may change
+# What one has not: instructions for bf16; AVX-512; and those for sums of products of whole numbers.
 OLDER = [("amx", "avx10", "avx512bf16", "avx512fp16"), ("amx", "avx10", "avx512")]
+WITHOUT_VNNI = [(*OLDER[0], "avx512vnni", "avxvnni"), (*OLDER[1], "avxvnni")]
 
 
 def linear_tiles() -> ModuleType:
@@ -44,3 +48,21 @@ def packed(**layers: nn.Module) -> nn.ModuleDict:
 def error(found: Tensor, expected: Tensor) -> Tensor:
     """How far a product is from one in float64, root mean square."""
     return (found.double() - expected).square().mean().sqrt()
+
+
+def check_ends(product: Callable[[Tensor], Tensor], signs: Tensor) -> None:
+    """The largest sums fit, and the smallest count: all weights are ends of their type, and a row has their signs."""
+    for size in (1.9921875, 2.0**-60, 2.0**60):
+        states = signs[:1] * size
+        expected = F.linear(states.double(), signs.double())
+        torch.testing.assert_close(product(states).double(), expected, rtol=ULP, atol=size * 2.0**-20)
+
+
+def check_not_finite(product: Callable[[Tensor], Tensor], states: Tensor, number: float) -> None:
+    """A number that is not finite stays so in its own row. states [5, K]."""
+    expected = product(states)
+    states[3, 70] = number
+    found = product(states)
+    assert not torch.isfinite(found[3]).any()
+    others = [0, 1, 2, 4]
+    assert torch.equal(found[others], expected[others])

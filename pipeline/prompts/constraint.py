@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.errors import ConfigError
 from pipeline.common.request import GenerationParams
@@ -11,6 +12,14 @@ from pipeline.common.units import MIB
 from pipeline.config.schema import Config
 
 MAX_FILE_BYTES = MIB
+# The 29th of February of leap years alone, and every other day: llguidance takes it in any year.
+LEAP_DAY = (
+    "^(?:[0-9]{4}-(?:0[13-9]|1[0-2])|[0-9]{4}-02-(?:[01]|2[0-8])"
+    "|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+)
+# What holds schemas in a JSON schema: one, a list of them, or some by name.
+_SCHEMAS = ("items", "prefixItems", "additionalProperties", "allOf", "anyOf", "oneOf")
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def job_params(config: Config) -> GenerationParams:
@@ -66,10 +75,8 @@ def grammar_of(params: GenerationParams) -> str | None:
 def _grammar(name: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 
-    if name == "json_schema":  # a schema's own x-guidance must not let keywords be passed over
-        grammar = LLMatcher.grammar_from_json_schema(
-            text, overrides={"lenient": False, "coerce_one_of": False}
-        )
+    if name == "json_schema":
+        grammar = _schema_grammar(text)
     elif name == "grammar":
         grammar = LLMatcher.grammar_from_lark(text)
     else:
@@ -77,6 +84,36 @@ def _grammar(name: str, text: str) -> str:
     if said := LLMatcher.validate_grammar(grammar):
         raise ValueError(f"{name}: llguidance cannot keep to it: {' '.join(said.split())[:300]}")
     return grammar
+
+
+def _schema_grammar(text: str) -> str:
+    from llguidance import LLMatcher
+
+    try:
+        schema = json.dumps(_with_leap_years(json.loads(text)))
+        # A schema's own x-guidance must not let keywords be passed over.
+        grammar: str = LLMatcher.grammar_from_json_schema(
+            schema, overrides={"lenient": False, "coerce_one_of": False}
+        )
+    except (ValueError, RecursionError) as error:  # nested too deeply
+        raise ValueError(f"json_schema: {error}") from None
+    return grammar
+
+
+def _with_leap_years(schema: Any) -> Any:
+    """Have dates in a schema, and in those within it, keep to the calendar."""
+    if isinstance(schema, list):
+        return [_with_leap_years(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _with_leap_years(value) if key in _SCHEMAS else value for key, value in schema.items()}
+    for key in _NAMED_SCHEMAS:
+        if isinstance(named := schema.get(key), dict):
+            made[key] = {name: _with_leap_years(each) for name, each in named.items()}
+    others = made.get("allOf", [])
+    if schema.get("format") in ("date", "date-time") and isinstance(others, list):
+        made["allOf"] = [*others, {"pattern": LEAP_DAY}]
+    return made
 
 
 def _read(path: str) -> str:

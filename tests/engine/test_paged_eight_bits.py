@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from interpreted import interpreted
+from interpreted import interpreted, off, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,14 +18,6 @@ from torch.nn import functional as F
 @pytest.fixture(scope="module")
 def eight_bits() -> ModuleType:
     return interpreted("triton_eight_bits")
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
-def off(made: Tensor, wanted: Tensor) -> float:
-    return float((made.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def layer(inputs: int, outputs: int, bias: bool = True) -> Any:

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from bitsandbytes import functional as bnb_functional
-from interpreted import interpreted
+from interpreted import interpreted, off, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,14 +21,6 @@ from torch.nn import functional as F
 @pytest.fixture(scope="module")
 def four_bits() -> ModuleType:
     return interpreted("triton_four_bits")
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
-
-
-def off(made: Tensor, wanted: Tensor) -> float:
-    return float((made.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def layer(kind: str, inputs: int, outputs: int, bias: bool = True, nested: bool = True) -> Any:

@@ -58,8 +58,7 @@ def check(rows: list[dict[str, Any]], schemas: list[Any]) -> int:
     assert not [row["error"] for row in rows if row["error"]]
     for row in rows:
         if row["complete"]:
-            said = row["completion"].replace("-02-29", "-02-28")  # every year may have one: the docs say so
-            jsonschema.validate(json.loads(said), schemas[int(row["id"])], format_checker=CHECK)
+            jsonschema.validate(json.loads(row["completion"]), schemas[int(row["id"])], format_checker=CHECK)
         else:
             assert row["finish_reason"] == "length"
     return sum(row["complete"] for row in rows)

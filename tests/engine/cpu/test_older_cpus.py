@@ -1,5 +1,6 @@
 """What the kernels say on this CPU they say on older ones of its kind: the same tests, compiled for those."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ kernels = load_kernels()
 if kernels is None or kernels.products is None:
     pytest.skip("the kernels multiply on none but an x86 CPU with AVX2", allow_module_level=True)
 
-from cpu_products import OLDER, older_cpu  # noqa: E402  without the kernels it cannot be imported
+from cpu_products import OLDER, WITHOUT_VNNI, older_cpu  # noqa: E402  without the kernels it cannot be imported
 
 HERE = Path(__file__).parent
 # What each file has of tests that depend on the CPU's vectors.
@@ -24,8 +25,13 @@ PASSED = {
 }
 
 
-@pytest.mark.parametrize("newer", OLDER)
-@pytest.mark.parametrize("file", PASSED)
+@pytest.mark.parametrize(
+    ("file", "newer"),
+    [
+        *itertools.product(PASSED, OLDER),
+        *itertools.product(("test_eight_bits.py", "test_four_bits.py"), WITHOUT_VNNI),
+    ],
+)
 def test_an_older_cpu_of_this_kind_says_the_same(file: str, newer: tuple[str, ...]) -> None:
     """One without instructions for bf16, and one without AVX-512; an older CPU yet is tested as itself."""
     names, count = PASSED[file]
