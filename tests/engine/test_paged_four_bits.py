@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb_functional
 from interpreted import interpreted, off, random
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 
