@@ -156,9 +156,7 @@ class EngineConfig:
     prefill_tokens: int = 2048  # prompt tokens in one forward pass
     shared_prefix: bool = True  # prefill once what prompts begin with alike, group by group
     attention: Attention = Attention.auto
-    pack_weights: bool = (
-        True  # products by our own kernels; bf16 and quantized weights are reordered for a CPU
-    )
+    pack_weights: bool = True  # products by our own kernels; for a CPU's, weights are reordered once
     python: str | None = None  # vllm: of its environment; null is that of make vllm, or this one
     tensor_parallel: int = 1  # vllm: GPUs that share each layer
     pipeline_parallel: int = 1  # vllm: GPUs, or groups of them, that share the layers

@@ -42,9 +42,7 @@ class QuantizedExperts:
     shape: tuple[int, int, int]  # experts, out, in
     transposed: bool  # as the model held it
     settings: BitsAndBytesConfig
-    states: list[Any] = field(
-        default_factory=list
-    )  # an expert's scales each: a QuantState, or for 8 bits a tensor
+    states: list[Any] = field(default_factory=list)  # each expert's scales: a QuantState, in 8 bits a tensor
 
     def pack(self, weight: Tensor) -> nn.Parameter:
         """Quantize the experts one by one; keep their scales, and return the packed matrices."""

@@ -6,9 +6,7 @@ from pathlib import Path
 from pipeline.common.exit_status import ExitStatus
 from pipeline.config.schema import SubmitConfig
 
-PATIENCE_SEC = (
-    300  # for all nodes to join: a Python environment on a network disk is slow to start the first time
-)
+PATIENCE_SEC = 300  # for all nodes to join: the first start of Python from a network disk is slow
 START = r"""
 # One Ray over the {nodes} nodes, for vLLM: its head is here, where this script runs, which is the first of them.
 export vllm_python={python}
