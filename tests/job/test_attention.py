@@ -1,5 +1,6 @@
 """A job says which way it took through its model, and gives up no row but those that the model cannot compute."""
 
+import copy
 import json
 import os
 import subprocess
@@ -47,7 +48,7 @@ def test_a_slower_way_and_why_it_was_taken_are_said(tmp_path):
 
 
 def test_one_row_that_the_model_cannot_compute_costs_no_other(tiny_model, tmp_path):
-    model = transformers.LlamaForCausalLM(tiny_model("llama").config)
+    model = copy.deepcopy(tiny_model("llama"))  # of which no other row makes this token
     token = tiny_tokenizer()("7")["input_ids"][0]
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("nan")
