@@ -105,7 +105,7 @@ def count_parameters(network: Any) -> int:
     return int(network.num_parameters()) + sum(experts)
 
 
-def _prepare(module: Any, settings: BitsAndBytesConfig) -> None:
+def prepare_experts(module: Any, settings: BitsAndBytesConfig) -> None:
     """Have a module's experts quantized as they are loaded, if it says how they lie.
 
     transformers has marked those whose passes are alike, up to their biases, gates and norms.
@@ -178,7 +178,7 @@ class _WithExperts(HfQuantizer):
         if isinstance(settings := self.quantization_config, BitsAndBytesExpertsConfig):
             for path, module in model.named_modules():
                 if should_convert_module(path, self.modules_to_not_convert):
-                    _prepare(module, settings)
+                    prepare_experts(module, settings)
 
     def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
         """Say whether a weight is to be quantized as it is loaded."""

@@ -82,7 +82,7 @@ def saved(folder: Path, kind: str, changes: dict[str, Any]) -> Path:
 def test_a_pass_is_that_of_transformers_over_the_dequantized_weights(kind):
     found = []
     for module in build(kind).modules():
-        quantized_experts._prepare(module, quantization(EXACT))
+        quantized_experts.prepare_experts(module, quantization(EXACT))
         for name, held in held_experts(module).items():
             setattr(module, name, held.pack(getattr(module, name).data))
         found += [module] if held_experts(module) else []
@@ -158,7 +158,7 @@ def test_only_experts_that_are_met_are_dequantized_and_one_at_a_time(mixture, mo
 def test_experts_are_quantized_as_they_are_read(quant, mixture, monkeypatch):
     """No weight of experts is there in 16 bits but the one that is being quantized."""
     pack, networks, seen = QuantizedExperts.pack, list[Any](), []
-    prepare = quantized_experts._prepare
+    prepare = quantized_experts.prepare_experts
 
     def prepared(module: Any, settings: Any) -> None:
         prepare(module, settings)
@@ -169,7 +169,7 @@ def test_experts_are_quantized_as_they_are_read(quant, mixture, monkeypatch):
         seen.append([w.dtype for w in held if w.device.type != "meta"])
         return pack(self, weight)
 
-    monkeypatch.setattr(quantized_experts, "_prepare", prepared)
+    monkeypatch.setattr(quantized_experts, "prepare_experts", prepared)
     monkeypatch.setattr(QuantizedExperts, "pack", noted)
     load_model(ModelConfig(str(mixture)), QUANTS[quant], "none")
     packed = torch.int8 if quant == "int8" else torch.uint8

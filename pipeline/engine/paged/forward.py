@@ -12,7 +12,7 @@ from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
-from pipeline.engine.paged.gpu import choose_kernels
+from pipeline.engine.paged.gpu import GROUPED_PRODUCTS, choose_kernels
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope, check_rotary
 from pipeline.engine.paged.pages import Pages, pages_for
@@ -204,11 +204,22 @@ def _only_device(model: Any) -> torch.device:
 
 
 def _can_capture(model: Any) -> bool:
-    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, a mixture at its routing."""
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, and experts may at their routing."""
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        return False
     config = model.config.get_text_config()
-    mixture = any(getattr(config, name, None) for name in experts)
-    return not mixture and not any(
-        type(module).__name__ == "Linear8bitLt" or hasattr(module, "quantized_experts")
-        for module in model.modules()
-    )
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    mixture = any(getattr(config, name, None) for name in names)
+    return not mixture or _waits_for_no_routing(model)
+
+
+def _waits_for_no_routing(model: Any) -> bool:
+    """Say whether all experts multiply grouped: those in 4 and 8 bits by our kernel, others by Hopper's of torch."""
+    experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    plain = [module for module in experts if not hasattr(module, "grouped_experts")]
+    if any(hasattr(module, "quantized_experts") for module in plain):
+        return False
+    grouped = model.config.get_text_config()._experts_implementation == "grouped_mm"
+    half = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    hopper = torch.cuda.get_device_capability(input_device(model)) >= GROUPED_PRODUCTS
+    return bool(experts) and (not plain or (grouped and half and hopper))

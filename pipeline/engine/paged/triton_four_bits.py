@@ -62,7 +62,7 @@ class FourBitWeight:
         self.scale_codes: Tensor = state.state2.code if state.nested else self.codes  # [256] float32
         self.scale_scales: Tensor = state.state2.absmax if state.nested else self.codes  # one for 256 scales
         self.offset: Tensor = state.offset if state.nested else self.codes  # scalar
-        self.permutations = None if _interprets() else permutations(tuple(self.codes.tolist()))
+        self.permutations = permutations_of(self.codes)
 
 
 def replace_linears(model: nn.Module) -> int:
@@ -127,14 +127,22 @@ def _product_kernel(
         if NESTED:
             nested = tl.load(scale_codes + scale.to(tl.int32)) * tl.load(scale_scales + at // 256)
             scale = nested + tl.load(offset)
-        s = scale[:, None]
-        b, a, d, c = _codes(tl.load(first_word + block * 16), codes, PERMUTATIONS)
-        even = tl.join((a * s).to(kind), (c * s).to(kind))
-        odd = tl.join((b * s).to(kind), (d * s).to(kind))
-        weights = tl.join(even, odd).reshape(OUTPUTS, 64)
+        weights = dequantized(tl.load(first_word + block * 16), scale, codes, PERMUTATIONS, kind, OUTPUTS)
         x = tl.load(states + m[None, :] * inputs + (block * 64 + column), mask=there, other=0.0)
         total = tl.dot(weights, x, total)
     tl.store(parts + (split * rows + m[None, :]).to(tl.int64) * outputs + n[:, None], total, mask=there)
+
+
+@triton.jit
+def dequantized(
+    words, scale, codes, PERMUTATIONS: tl.constexpr, KIND: tl.constexpr, OUTPUTS: tl.constexpr
+):  # fmt: skip
+    """Turn [OUTPUTS, 16] words of four codes, and each output's scale, into [OUTPUTS, 64] weights."""
+    s = scale[:, None]
+    b, a, d, c = _codes(words, codes, PERMUTATIONS)
+    even = tl.join((a * s).to(KIND), (c * s).to(KIND))
+    odd = tl.join((b * s).to(KIND), (d * s).to(KIND))
+    return tl.join(even, odd).reshape(OUTPUTS, 64)
 
 
 @triton.jit
@@ -152,8 +160,10 @@ def _codes(word, codes, PERMUTATIONS: tl.constexpr):
     )  # fmt: skip
 
 
-def _interprets() -> bool:
-    return type(_product_kernel).__name__ == "InterpretedFunction"
+def permutations_of(codes: Tensor) -> str | None:
+    """Write PTX that looks these codes up, [16] float32; None where kernels are interpreted."""
+    interprets = type(_product_kernel).__name__ == "InterpretedFunction"
+    return None if interprets else permutations(tuple(codes.tolist()))
 
 
 @functools.cache
