@@ -14,7 +14,8 @@ class Contender:
     """One way to push a prompt file through the model.
 
     `env` is a folder of --envs with a virtual environment. `converted` is the model in the peer's own
-    format, below that folder, where "{model}" is the model folder's name and "{dtype}" the dtype.
+    format, below that folder, where "{model}" is the model folder's name and "{dtype}" the dtype. `held`
+    is what holds it to AVX2, below that folder, where variables do not.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Contender:
     script: str
     options: list[str] = field(default_factory=list)
     converted: str | None = None
+    held: str | None = None
     own_threads: bool = False  # binds its threads to the cores itself
 
 
@@ -38,7 +40,9 @@ PEERS = [
     Contender("generate_batch", "transformers", "generate_batch.py"),
     Contender("vllm", "vllm", "vllm_cpu.py", own_threads=True),
     Contender("vllm-eager", "vllm", "vllm_cpu.py", ["--eager"], own_threads=True),
-    Contender("openvino", "openvino", "openvino_cb.py", converted="models/{model}-fp32"),
+    Contender(
+        "openvino", "openvino", "openvino_cb.py", converted="models/{model}-fp32", held="avx2/answer.so"
+    ),
     Contender("llama.cpp", "llama_cpp", "llama_cpp.py", converted="models/{model}-{dtype}.gguf"),
     Contender("llama.cpp-q8_0", "llama_cpp", "llama_cpp.py", converted="models/{model}-q8_0.gguf"),
     Contender("llama.cpp-q4_k_m", "llama_cpp", "llama_cpp.py", converted="models/{model}-q4_k_m.gguf"),
@@ -69,10 +73,11 @@ def _converted(peer: Contender, setting: Setting) -> Path | None:
 
 
 def missing(peer: Contender, setting: Setting) -> str | None:
-    """The command that installs the peer or converts the model for it; None where all is there."""
-    converted = _converted(peer, setting)
-    python = setting.envs / peer.env / "bin" / "python"
-    if python.exists() and (converted is None or converted.exists()):
+    """Return the command that installs the peer or converts the model for it; None where all is there."""
+    env = setting.envs / peer.env
+    held = env / peer.held if setting.avx2 and peer.held else None
+    needs = [env / "bin" / "python", _converted(peer, setting), held]
+    if all(path is None or path.exists() for path in needs):
         return None
     return f"benchmarks/setup_peers.sh {setting.envs} {setting.model} {peer.env}"
 

@@ -8,6 +8,7 @@
 # may bring a CUDA build of several GB: name PyTorch's index of CPU builds as TORCH_INDEX=URL.
 # llama_cpp compiles llama.cpp's server for this processor, and for any with AVX2 (15 minutes and more); the
 # wheels made beforehand leave out AVX-512.
+# openvino gets, for --avx2, a copy that takes this processor for one with AVX2 (needs gcc).
 set -euo pipefail
 
 envs=${1:-benchmarks/.envs}
@@ -39,6 +40,7 @@ setup_openvino() {
     local out=$envs/openvino/models/$name-fp32 # bf16 weights fit into fp32; the precision is chosen at run time
     [ -d "$out" ] || "$envs/openvino/bin/optimum-cli" export openvino --model "$model" \
         --task text-generation-with-past --weight-format fp32 "$out"
+    "$envs/openvino/bin/python" "$(dirname "$0")/hold_to_avx2.py"
 }
 
 build_llama_cpp() { # needs cmake, ninja and a C++ compiler

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -113,6 +114,58 @@ def test_who_is_held_to_avx2_is_told_so_in_the_words_of_each_library(monkeypatch
     command = contenders.peer_command(q8, setting, Path("rows"), Path("out"))
     assert "--avx2" in command
     assert command[-1] == "envs/llama_cpp/models/m-q8_0.gguf"
+
+
+ASK = """
+#include <cpuid.h>
+void ask(unsigned leaf, unsigned *found) { __cpuid_count(leaf, 0, found[0], found[1], found[2], found[3]); }
+"""
+ASKED = """
+import ctypes, json, sys
+def ask(library, leaf):
+    found = (ctypes.c_uint * 4)()
+    ctypes.CDLL(library).ask(leaf, found)
+    return list(found)
+ctypes.CDLL(sys.argv[3])
+print(json.dumps([[ask(library, leaf) for leaf in (1, 7)] for library in sys.argv[1:3]]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="no other CPU has AVX2")
+def test_a_library_that_asks_the_cpu_itself_is_answered_as_by_one_with_avx2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    package, held = tmp_path / "package", tmp_path / "held"
+    package.mkdir()
+    source, library = tmp_path / "ask.c", package / "libask.so.1"
+    source.write_text(ASK)
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    importlib.import_module("hold_to_avx2").hold([package], held)
+    copy, answer = held / "package" / "libask.so.1", held / "answer.so"
+    command = [sys.executable, "-c", ASKED, *map(str, (library, copy, answer))]
+    (old, new), (held_old, held_new) = json.loads(subprocess.check_output(command))
+    assert held_old[2:] == old[2:]  # AVX, FMA, F16C and what came before
+    avx2_and_bmi = 1 << 3 | 1 << 5 | 1 << 8
+    assert held_new == [0, new[1] & avx2_and_bmi, 0, 0]
+
+
+def test_openvino_is_not_held_to_avx2_without_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    contenders = importlib.import_module("contenders")
+    [openvino] = [peer for peer in contenders.PEERS if peer.name == "openvino"]
+    for name in ("bin/python", "models/m-fp32"):
+        (tmp_path / "openvino" / name).mkdir(parents=True)
+    plain, avx2 = (
+        contenders.Setting(Path("m"), "bf16", tmp_path, "python", [], avx2) for avx2 in (False, True)
+    )
+    assert contenders.missing(openvino, plain) is None
+    assert contenders.missing(openvino, avx2) == f"benchmarks/setup_peers.sh {tmp_path} m openvino"
+    (tmp_path / "openvino" / "avx2").mkdir()
+    (tmp_path / "openvino" / "avx2" / "answer.so").touch()
+    assert contenders.missing(openvino, avx2) is None
 
 
 def test_our_job_takes_part_in_other_precisions_too(monkeypatch: pytest.MonkeyPatch) -> None:
