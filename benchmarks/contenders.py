@@ -49,7 +49,7 @@ PEERS = [
 ]
 REFERENCE = Contender("reference", "transformers", "reference.py")
 # How a CPU's newer features begin that one with AVX2 alone has not, and what holds torch's libraries to it.
-NEWER_THAN_AVX2 = ("amx", "avx10", "avx512")
+NEWER_THAN_AVX2 = ("amx", "avx10", "avx512", "avxvnni")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 

@@ -1,6 +1,7 @@
-"""Time decode steps of a random model of Llama-3.2-1B's shape in several precisions, beside what the machine allows.
+"""Time decode steps of a random model of a Llama's shape in several precisions, beside what the machine allows.
 
     python benchmarks/step.py --rows 1 4 32 128
+    python benchmarks/step.py --shape 8b --quant nf4 --rows 1             # 20 GiB while it is made
     python benchmarks/step.py --older amx avx10 avx512                    # as a CPU without AVX-512 would
     GOMP_SPINCOUNT=0 python benchmarks/step.py --cpu-time                 # where others use the cores, too
 
@@ -12,19 +13,23 @@ from typing import Any
 from products import arguments, fastest, prepare, quantized
 
 PROMPT = 48  # tokens of each row
+SHAPES = {  # hidden, inner, layers, heads, vocabulary, whether the head is the embedding; 8 key heads
+    "1b": (2048, 8192, 16, 32, 128256, True),  # Llama 3.2's
+    "8b": (4096, 14336, 32, 32, 128256, False),  # Llama 3.1's
+}
 STEPS = 10  # of which the fastest counts; the contenders take turns
 
 
 def main() -> None:
     parser = arguments(__doc__, [1, 4, 32, 128])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
     parser.add_argument("--quant", nargs="+", default=["bf16", "int8", "nf4", "fp32"])
     args = parser.parse_args()
     clock, bandwidth, peak = prepare(args)
     import torch
 
-    models = {name: make(args.layers, args.vocabulary, name) for name in args.quant}
+    models = {name: make(args.shape, args.layers, name) for name in args.quant}
     print(f"{'rows':>9}" + "".join(f"{name:>52}" for name in models))
     with torch.inference_mode():
         for rows in args.rows:
@@ -38,7 +43,7 @@ def main() -> None:
             print()
 
 
-def make(layers: int, vocabulary: int, quant: str) -> Any:
+def make(shape: str, layers: int | None, quant: str) -> Any:
     """Make a random model, packed as a job would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,15 +54,16 @@ def make(layers: int, vocabulary: int, quant: str) -> Any:
     if load_kernels() is None:
         raise SystemExit("this needs numba, and a torch that is linked with libgomp")
     dtype = torch.float32 if quant == "fp32" else torch.bfloat16
+    hidden, inner, own_layers, heads, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers or own_layers,
+        num_attention_heads=heads,
         num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
+        head_dim=hidden // heads,
+        tie_word_embeddings=tied,
         dtype=dtype,
     )
     model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
