@@ -1,6 +1,6 @@
 """Run models of the Llama kind in half precision by a dozen calls a layer instead of seventy.
 
-The products stay the model's own modules; what lies between them goes through kernels, those of a CPU or of a
+The products stay the model's own modules, called together where they have one input; what lies between them goes through kernels, those of a CPU or of a
 GPU: cpu/kernels/operators.py and paged/triton_kernels.py have the same functions.
 """
 
@@ -56,7 +56,7 @@ class FusedModel:
 
     def _attention(self, attention: Any, layer: int, normed: Tensor, rotation: Any, batch: Any) -> Tensor:
         query, key, value = (
-            projected.unflatten(-1, (-1, attention.head_dim))
+            projected.unflatten(-1, (-1, attention.head_dim))  # type: ignore[no-untyped-call]
             for projected in _together((attention.q_proj, attention.k_proj, attention.v_proj), normed)
         )
         if hasattr(attention, "q_norm"):

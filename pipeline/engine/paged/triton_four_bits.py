@@ -150,7 +150,9 @@ def _products_kernel(
     blocks = inputs // 64
     each = tl.cdiv(blocks, tl.num_programs(2))
     first = tl.program_id(2) * each
-    first_word = pick(words, second, third) + (n.to(tl.int64) * (inputs // 4))[:, None] + tl.arange(0, 16)[None, :]
+    first_word = (
+        pick(words, second, third) + (n.to(tl.int64) * (inputs // 4))[:, None] + tl.arange(0, 16)[None, :]
+    )
     first_scale = n.to(tl.int64) * blocks
     own_scales, own_scale_scales = pick(scales, second, third), pick(scale_scales, second, third)
     own_scale_codes, offset = pick(scale_codes, second, third), pick(offsets, second, third)
