@@ -1,7 +1,8 @@
 """Run models of the Llama kind in half precision by a dozen calls a layer instead of seventy.
 
-The products stay the model's own modules, called together where they have one input; what lies between them goes through kernels, those of a CPU or of a
-GPU: cpu/kernels/operators.py and paged/triton_kernels.py have the same functions.
+The products stay the model's own modules, those of one input called together where their class can. What lies
+between them goes through kernels, those of a CPU or of a GPU: cpu/kernels/operators.py and
+paged/triton_kernels.py have the same functions.
 """
 
 from collections.abc import Sequence
