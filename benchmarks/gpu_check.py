@@ -31,7 +31,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,9 @@ def stage_kernels(check: Check) -> dict[str, Any]:
             call, wanted = attention(check, dtype, heads, key_heads, size, window)
             label = f"attend {heads}/{key_heads}x{size}{f' window {window}' if window else ''} {name}"
             found[label] = [off(call(), wanted), check.replay_us(call, 5)]
+    for rows, outputs, inputs in ((64, 4096, 4096), (128, 1024, 4096), (17, 4096, 14336)):
+        found[f"nf4 {outputs}x{inputs} {rows} rows"] = four_bits(check, rows, outputs, inputs)
+        found[f"int8 {outputs}x{inputs} {rows} rows"] = eight_bits(check, rows, outputs, inputs)
     for rows in (64, 16):
         found[f"nf4 14336x4096 {rows} rows"] = four_bits(check, rows, 14336, 4096)
     for rows in (128, 64, 16, 1):
@@ -312,18 +315,24 @@ def four_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float]
     ]  # fmt: skip
     weights = [kernels.FourBitWeight(packed, state, outputs) for packed, state in made]
     input = torch.randn(rows, inputs, device=check.device, dtype=torch.bfloat16)
-    wanted = input.float() @ functional.dequantize_4bit(*made[0]).float().T
-    error = off(kernels.product(input, weights[0]), wanted)
+    wanted = [input.float() @ functional.dequantize_4bit(*each).float().T for each in made[:3]]
+    error = joined_off(kernels, input, weights, wanted)
 
     def own() -> None:
         for weight in weights:
-            kernels.product(input, weight)
+            kernels.products(input, [weight])
 
     def theirs() -> None:
         for packed, state in made:
             bitsandbytes.matmul_4bit(input, packed.t(), state)
 
     return [error, check.replay_us(own, 5) / 4, check.replay_us(theirs, 5) / 4]
+
+
+def joined_off(kernels: Any, input: Tensor, weights: list[Any], wanted: list[Tensor]) -> float:
+    """The largest error of a product by one weight, by two and by three at once, each twice."""
+    made = [kernels.products(input, weights[:count]) for count in (1, 2, 3) for _ in range(2)]
+    return max(off(*both) for outputs in made for both in zip(outputs, wanted, strict=False))
 
 
 def eight_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float]:
@@ -334,10 +343,11 @@ def eight_bits(check: Check, rows: int, outputs: int, inputs: int) -> list[float
     scales = torch.rand(outputs, device=check.device) + 0.1
     halves = [each.to(torch.bfloat16) for each in codes]
     input = torch.randn(rows, inputs, device=check.device, dtype=torch.bfloat16)
-    error = off(kernels.product(input, codes[0], scales), input.float() @ codes[0].float().T * scales)
+    weights = [kernels.EightBitWeight(each, scales, None) for each in codes]
+    wanted = [input.float() @ each.float().T * scales for each in codes[:3]]
     return [
-        error,
-        check.replay_us(lambda: [kernels.product(input, each, scales) for each in codes], 5) / 4,
+        joined_off(kernels, input, weights, wanted),
+        check.replay_us(lambda: [kernels.products(input, [each]) for each in weights], 5) / 4,
         check.replay_us(lambda: [F.linear(input, each) for each in halves], 5) / 4,
     ]
 
@@ -410,29 +420,44 @@ def tune_attention(check: Check) -> dict[str, float]:
 
 
 def tune_products(check: Check) -> dict[str, list[float]]:
-    """µs of a layer's products in 8 and 4 bits for 64 rows, and of the best for others; the very best stays."""
-    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
-    from pipeline.engine.paged.triton_splits import Shape
+    """µs of a layer's products in 8 and 4 bits for 64 rows; of the best three for 5, 16, 32, 128, 128 in two tiles.
 
+    The very best stays.
+    """
+    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
+    from pipeline.engine.paged.triton_products import Shape
+
+    # outputs, inputs, rows, warps, stages, programs
+    shapes = {
+        8: [
+            (128, 64, 128, 8, 3, 264), (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 4, 264),
+            (128, 64, 128, 4, 4, 396), (128, 64, 128, 8, 4, 132), (128, 128, 128, 8, 3, 132),
+            (128, 128, 128, 8, 3, 264), (128, 128, 128, 4, 3, 264), (64, 128, 128, 4, 4, 396),
+            (64, 64, 128, 4, 4, 528), (64, 128, 128, 4, 3, 264), (256, 64, 128, 8, 4, 132),
+        ],
+        4: [
+            (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 2, 264), (128, 64, 128, 4, 3, 132),
+            (128, 64, 128, 4, 3, 396), (128, 64, 128, 8, 3, 264), (128, 64, 128, 8, 3, 132),
+            (64, 64, 128, 4, 3, 396), (64, 64, 128, 4, 3, 528), (256, 64, 128, 8, 3, 132),
+        ],
+    }  # fmt: skip
+    modules = {8: triton_eight_bits, 4: triton_four_bits}
     found: dict[str, list[float]] = {}
-    for bits, module, inputs in ((8, triton_eight_bits, (64, 128)), (4, triton_four_bits, (64,))):
-        products = layer_products(check, bits)
-        cuts = [
-            Shape(outputs, deep, warps, stages, programs)
-            for outputs, warps in ((64, 4), (128, 4), (128, 8))
-            for deep in inputs
-            for stages in (3, 4)
-            for programs in (256, 512)
-        ]
-        times: dict[Shape, list[float]] = {}
-        for cut in cuts:
-            module.SHAPE = cut
+    for bits, module in modules.items():
+        products, times = layer_products(check, bits), dict[Shape, list[float]]()
+        for numbers in shapes[bits]:
+            module.SHAPE = cut = Shape(*numbers)
             try:
                 times[cut] = [rows_us(check, products, 64)]
             except Exception as error:  # noqa: BLE001  a shape that does not fit
                 check.say(f"{cut}: {type(error).__name__}")
-        for module.SHAPE in sorted(times, key=lambda cut: times[cut])[2::-1]:  # the best last: it stays
-            times[module.SHAPE] += [rows_us(check, products, rows) for rows in (5, 16, 32, 128)]
+        for cut in sorted(times, key=lambda cut: times[cut])[2::-1]:  # the best last: it stays
+            module.SHAPE = cut
+            times[cut] += [rows_us(check, products, rows) for rows in (5, 16, 32, 128)]
+            module.SHAPE = replace(cut, rows=64)
+            times[cut].append(rows_us(check, products, 128))
+            if times[cut][-2] <= times[cut][-1]:
+                module.SHAPE = cut
         found |= {f"{bits} bits {cut}": us for cut, us in times.items()}
     products = layer_products(check, 16)
     found["bf16"] = [rows_us(check, products, rows) for rows in (64, 5, 16, 32, 128)]
@@ -446,34 +471,34 @@ def rows_us(check: Check, products: Callable[[int], Any], rows: int) -> float:
 
 
 def layer_products(check: Check, bits: int) -> Callable[[int], Any]:
-    """The products of a layer of Llama-3.1-8B, by random weights in so many bits, as a function of the rows."""
+    """The products of a layer of Llama-3.1-8B in four launches, by random weights, as a function of the rows."""
     from bitsandbytes import functional
 
     from pipeline.engine.paged import triton_eight_bits, triton_four_bits
 
-    shapes = (
-        (4096, 4096),
-        (1024, 4096),
-        (1024, 4096),
-        (4096, 4096),
-        (14336, 4096),
-        (14336, 4096),
-        (4096, 14336),
-    )
+    launches = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
     calls: list[Callable[[int], Any]] = []
     inputs = {k: torch.randn(128, k, device=check.device, dtype=torch.bfloat16) for k in (4096, 14336)}
-    for outputs, k in shapes:
-        x, half = inputs[k], torch.randn(outputs, k, device=check.device, dtype=torch.bfloat16)
+    for sizes, k in launches:
+        x, weights = inputs[k], list[Any]()
+        for size in sizes:
+            half = torch.randn(size, k, device=check.device, dtype=torch.bfloat16)
+            if bits == 16:
+                weights.append(half)
+            elif bits == 8:
+                codes = torch.randint(-127, 128, (size, k), device=check.device, dtype=torch.int8)
+                scales = torch.rand(size, device=check.device)
+                weights.append(triton_eight_bits.EightBitWeight(codes, scales, None))
+            else:
+                made = functional.quantize_4bit(
+                    half, blocksize=64, quant_type="nf4", compress_statistics=True
+                )
+                weights.append(triton_four_bits.FourBitWeight(*made, size))
         if bits == 16:
-            calls.append(lambda rows, x=x, w=half: F.linear(x[:rows], w))
-        elif bits == 8:
-            codes = torch.randint(-127, 128, (outputs, k), device=check.device, dtype=torch.int8)
-            scales = torch.rand(outputs, device=check.device)
-            calls.append(lambda rows, x=x, w=codes, s=scales: triton_eight_bits.product(x[:rows], w, s))
+            calls.append(lambda rows, x=x, weights=weights: [F.linear(x[:rows], each) for each in weights])
         else:
-            made = functional.quantize_4bit(half, blocksize=64, quant_type="nf4", compress_statistics=True)
-            weight = triton_four_bits.FourBitWeight(*made, outputs)
-            calls.append(lambda rows, x=x, w=weight: triton_four_bits.product(x[:rows], w))
+            module = triton_eight_bits if bits == 8 else triton_four_bits
+            calls.append(lambda rows, x=x, w=weights, module=module: module.products(x[:rows], w))
     return lambda rows: [call(rows) for call in calls]
 
 

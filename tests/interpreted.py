@@ -3,6 +3,7 @@
 import os
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,3 +26,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def off(made: Tensor, wanted: Tensor) -> float:
     """How far a product is from what is wanted, as a share of that."""
     return float((made.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def products_source(kernel: Any, kinds: dict[str, Any], fixed: dict[str, Any]) -> Any:
+    """What Triton compiles of a kernel of products, for addresses as torch aligns them."""
+    from triton.compiler import ASTSource
+
+    common = {"sizes": ("i32",) * 3, "results": "*bf16", "parts": "*fp32", "counters": "*i32"}
+    kinds = {**kinds, **common, **dict.fromkeys(fixed, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    aligned = {}
+    for i, kind in enumerate(signature.values()):
+        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        if isinstance(kind, tuple) or kind.startswith("*") or kernel.arg_names[i] == "inputs":
+            aligned |= {path: [["tt.divisibility", 16]] for path in paths}
+    return ASTSource(kernel, signature, fixed, aligned)

@@ -1,9 +1,11 @@
 """Run models of the Llama kind in half precision by a dozen calls a layer instead of seventy.
 
-The products stay the model's own modules; what lies between them goes through kernels, those of a CPU or of a
-GPU: cpu/kernels/operators.py and paged/triton_kernels.py have the same functions.
+The products stay the model's own modules, those of one input called together where their class can. What lies
+between them goes through kernels, those of a CPU or of a GPU: cpu/kernels/operators.py and
+paged/triton_kernels.py have the same functions.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -55,8 +57,8 @@ class FusedModel:
 
     def _attention(self, attention: Any, layer: int, normed: Tensor, rotation: Any, batch: Any) -> Tensor:
         query, key, value = (
-            project(normed).unflatten(-1, (-1, attention.head_dim))
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            projected.unflatten(-1, (-1, attention.head_dim))  # type: ignore[no-untyped-call]
+            for projected in _together((attention.q_proj, attention.k_proj, attention.v_proj), normed)
         )
         if hasattr(attention, "q_norm"):
             query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
@@ -69,7 +71,7 @@ class FusedModel:
         gated = (
             packed.gated(normed)
             if packed is not None and packed.interleaved
-            else self._kernels.silu_multiply(mlp.gate_proj(normed), mlp.up_proj(normed))
+            else self._kernels.silu_multiply(*_together((mlp.gate_proj, mlp.up_proj), normed))
         )
         output: Tensor = mlp.down_proj(gated)
         return output
@@ -83,3 +85,12 @@ class FusedModel:
             else self._kernels.add_rms_norm(states, addition, weight, eps)
         )
         return normed
+
+
+def _together(linears: Sequence[Any], input: Tensor) -> Sequence[Tensor]:
+    """Call layers with the same input: by one launch, where they are of one class that can."""
+    kind = type(linears[0])
+    if hasattr(kind, "joined") and all(type(linear) is kind for linear in linears):
+        outputs: Sequence[Tensor] = kind.joined(linears, input)
+        return outputs
+    return [linear(input) for linear in linears]

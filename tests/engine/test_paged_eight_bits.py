@@ -82,23 +82,23 @@ def test_a_row_does_not_depend_on_how_many_there_are(eight_bits):
 COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import compile
+from interpreted import products_source
 from pipeline.engine.paged import triton_eight_bits as eight_bits
 
-fixed = {"OUTPUTS": 64, "INPUTS": 128, "ROWS": int(sys.argv[2])}
-kinds = {"states": "*bf16", "codes": "*i8", "parts": "*fp32"} | dict.fromkeys(fixed, "constexpr")
-kernel = eight_bits._product_kernel
-names = kernel.arg_names
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
-source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
+fixed = {"BIASED": True, "OUTPUTS": 64, "INPUTS": 128, "ROWS": int(sys.argv[2])}
+kinds = {"states": "*bf16", "codes": ("*i8",) * 3, "scales": ("*fp32",) * 3, "biases": ("*bf16",) * 3}
+source = products_source(eight_bits._products_kernel, kinds, fixed)
 made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4, "num_stages": 4})
-print(made.asm["ptx"].count("wgmma.mma_async" if sys.argv[1] == "90" else "mma.sync"))
+ptx = made.asm["ptx"]
+print(ptx.count("wgmma.mma_async" if sys.argv[1] == "90" else "mma.sync"))
+assert "cp.async.cg.shared.global" in ptx, "16 bytes at a time, whichever weight is picked"
 """
 
 
 @pytest.mark.parametrize(("capability", "rows"), [(90, 16), (90, 128), (80, 64)])
 def test_it_compiles_to_tensor_cores(eight_bits, capability, rows):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPILE, str(capability), str(rows)]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(made.stdout) >= 8, "one product over 128 inputs is eight of 16"

@@ -45,7 +45,9 @@ def test_a_product_is_that_of_the_dequantized_weight(four_bits, rows, outputs, i
     state = linear.weight.quant_state
     weight = bnb_functional.dequantize_4bit(linear.weight.data, state)
     input = random(rows, inputs, seed=3)
-    made = four_bits.product(input, four_bits.FourBitWeight(linear.weight.data, state, outputs), linear.bias)
+    [made] = four_bits.products(
+        input, [four_bits.FourBitWeight(linear.weight.data, state, outputs, linear.bias)]
+    )
     assert made.dtype == torch.float16
     assert off(made, F.linear(input.float(), weight.float(), linear.bias.float())) < 4e-4
 
@@ -72,8 +74,8 @@ def test_a_layer_beside_an_adapter_stays(four_bits):
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 128, 129])
 def test_a_replaced_layer_leaves_few_and_many_rows_to_bitsandbytes(four_bits, monkeypatch, rows):
-    own, calls = four_bits.product, []
-    monkeypatch.setattr(four_bits, "product", lambda *args: calls.append(1) or own(*args))
+    own, calls = four_bits.products, []
+    monkeypatch.setattr(four_bits, "products", lambda *args: calls.append(1) or own(*args))
     model = nn.Sequential(layer("nf4", 64, 64))
     input = random(1, rows, 64, seed=4)
     expected = model(input)
@@ -88,7 +90,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(four_bits):
     linear = layer("nf4", 320, 64)
     weight = four_bits.FourBitWeight(linear.weight.data, linear.weight.quant_state, 64)
     input = random(40, 320, seed=5)
-    assert torch.equal(four_bits.product(input, weight)[:6], four_bits.product(input[:6], weight))
+    assert torch.equal(four_bits.products(input, [weight])[0][:6], four_bits.products(input[:6], [weight])[0])
 
 
 def permute(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
@@ -133,19 +135,17 @@ def test_permutations_look_up_every_code_of_every_word(four_bits):
 COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import compile
+from interpreted import products_source
 from pipeline.engine.paged import triton_four_bits as four_bits
 
 nested, rows = sys.argv[1] == "True", int(sys.argv[2])
 fixed = {"NESTED": nested, "PERMUTATIONS": four_bits.permutations(tuple(i / 16 for i in range(16)))}
-fixed |= {"OUTPUTS": 64, "ROWS": rows}
-kinds = {"states": "*bf16", "words": "*i16", "scales": "*u8" if nested else "*fp32"}
-kinds |= dict.fromkeys(("scale_codes", "scale_scales", "offset", "codes", "parts"), "*fp32")
-kinds |= dict.fromkeys(fixed, "constexpr")
-kernel = four_bits._product_kernel
-names = kernel.arg_names
-aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
-source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
+fixed |= {"BIASED": True, "OUTPUTS": 64, "ROWS": rows}
+kinds = {"states": "*bf16", "words": ("*i16",) * 3, "scales": ("*u8" if nested else "*fp32",) * 3}
+kinds |= dict.fromkeys(("scale_codes", "scale_scales", "offsets"), ("*fp32",) * 3)
+kinds |= {"codes": "*fp32", "biases": ("*bf16",) * 3}
+source = products_source(four_bits._products_kernel, kinds, fixed)
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
 print(made.asm["ptx"].count("wgmma.mma_async"))
 """
@@ -153,7 +153,7 @@ print(made.asm["ptx"].count("wgmma.mma_async"))
 
 @pytest.mark.parametrize(("nested", "rows"), [(True, 16), (False, 128)])
 def test_it_compiles_to_the_tensor_cores_of_hopper(four_bits, nested, rows):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPILE, str(nested), str(rows)]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(made.stdout) >= 4, "one product over 64 inputs is four of 16"

@@ -8,7 +8,8 @@ in float32, and an output's scale comes to its sum. A row does not depend on tho
 TRITON_INTERPRET=1 runs the kernel on a CPU. Importing this module raises ImportError without Triton.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +18,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.engine.model_facts import is_adapted, outside_adapters
-from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_up
+from pipeline.engine.paged.triton_products import (
+    MOST_ROWS,
+    OUTPUTS,
+    Results,
+    Shape,
+    filled,
+    pick,
+    place,
+    store,
+)
 
 INPUTS = 64  # a layer has a multiple of it
-SHAPE = Shape(outputs=128, inputs=64, warps=8, stages=3, programs=256)  # the fastest on an H200
+SHAPE = Shape(outputs=128, inputs=64, rows=128, warps=8, stages=3, programs=264)
 LARGEST_CODE = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
+
+
+class EightBitWeight(NamedTuple):
+    """Hold what the kernel reads of a layer."""
+
+    codes: Tensor  # [N, K] int8
+    scales: Tensor  # [N] float32
+    bias: Tensor | None  # [N]
 
 
 class EightBitLinear(nn.Module):
@@ -30,17 +48,28 @@ class EightBitLinear(nn.Module):
     def __init__(self, linear: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias  # [N, K] int8
+        self.weight, self.bias = linear.weight, linear.bias
         largest = _largest(linear)
         assert largest is not None
-        self._scales = largest / LARGEST_CODE  # [N] float32
+        self._scales = largest / LARGEST_CODE
 
     def forward(self, input: Tensor) -> Tensor:
-        codes = self.weight.data
+        own = codes, scales, bias = self._read()
         if input.numel() // input.shape[-1] <= MOST_ROWS:
-            return product(input, codes, self._scales, self.bias)
+            return products(input, [own])[0]
         weight = input.new_empty(codes.shape)
-        return F.linear(input, torch.mul(codes, self._scales[:, None], out=weight), self.bias)
+        return F.linear(input, torch.mul(codes, scales[:, None], out=weight), bias)
+
+    @classmethod
+    def joined(cls, linears: Sequence["EightBitLinear"], input: Tensor) -> list[Tensor]:
+        """Call layers with the same input: at once where the kernel can."""
+        alike = len({linear.bias is None for linear in linears}) == 1
+        if alike and input.numel() // input.shape[-1] <= MOST_ROWS:
+            return products(input, [linear._read() for linear in linears])
+        return [linear(input) for linear in linears]
+
+    def _read(self) -> EightBitWeight:
+        return EightBitWeight(self.weight.data, self._scales, self.bias)
 
 
 def replace_linears(model: nn.Module) -> int:
@@ -67,36 +96,42 @@ def _largest(linear: Any) -> Tensor | None:
     return linear.state.SCB if largest is None else largest
 
 
-def product(input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply by codes, [N, K] int8, and scales, [N] float32. [.., K] → [.., N]."""
+def products(input: Tensor, weights: Sequence[EightBitWeight]) -> list[Tensor]:
+    """Multiply by up to three weights, all with a bias or all without. [.., K] → [.., N] of each."""
     states = input.reshape(-1, input.shape[-1]).contiguous()
-    (rows, inputs), outputs = states.shape, len(codes)
-    wide, deep, tile, splits = SHAPE.split(rows, outputs, inputs)
-    parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
-    _product_kernel[(outputs // wide, triton.cdiv(rows, tile), splits)](
-        states, codes, parts, rows, outputs, inputs, splits, OUTPUTS=wide, INPUTS=deep, ROWS=tile,
-        num_warps=SHAPE.warps, num_stages=SHAPE.stages,
+    rows, inputs = states.shape
+    codes, scales, biases = zip(*weights, strict=True)
+    sizes = [len(each) for each in codes]
+    cut = SHAPE.cut(rows, sizes, inputs)
+    results = Results(states, sizes, cut)
+    biased = biases[0] is not None
+    _products_kernel[cut.grid](
+        states, filled(codes), filled(scales), filled(biases if biased else scales), filled(sizes),
+        results.outputs, results.parts, results.counters, rows, inputs, BIASED=biased,
+        OUTPUTS=cut.outputs, INPUTS=cut.inputs, ROWS=cut.rows, num_warps=SHAPE.warps, num_stages=SHAPE.stages,
     )  # fmt: skip
-    return add_up(parts, input.dtype, scales, bias).view(*input.shape[:-1], outputs)
+    return results.each(input.shape[:-1])
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def _product_kernel(
-    states, codes, parts, rows, outputs, inputs, splits,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def _products_kernel(
+    states, codes, scales, biases, sizes, results, parts, counters, rows, inputs,
+    BIASED: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply some rows by some outputs' codes, over one split of the inputs. → parts [splits, rows, outputs]."""
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """Multiply some rows by some outputs' codes, over one split of the inputs."""
+    second, third, begin = place(sizes, OUTPUTS)
+    n = tl.program_id(1) * OUTPUTS - begin + tl.arange(0, OUTPUTS)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = (m < rows)[None, :]
-    each = tl.cdiv(inputs // INPUTS, splits) * INPUTS
+    each = tl.cdiv(inputs // INPUTS, tl.num_programs(2)) * INPUTS
     first = tl.program_id(2) * each
     k = tl.arange(0, INPUTS)
-    first_code = codes + n.to(tl.int64)[:, None] * inputs + k[None, :]
+    first_code = pick(codes, second, third) + n.to(tl.int64)[:, None] * inputs + k[None, :]
     first_state = states + m[None, :] * inputs + k[:, None]
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for at in range(first, tl.minimum(first + each, inputs), INPUTS):
         weights = tl.load(first_code + at).to(states.dtype.element_ty)
         total = tl.dot(weights, tl.load(first_state + at, mask=there, other=0.0), total)
-    at = (tl.program_id(2) * rows + m[None, :]).to(tl.int64) * outputs + n[:, None]
-    tl.store(parts + at, total, mask=there)
+    scale, bias = pick(scales, second, third), pick(biases, second, third)
+    size = pick(sizes, second, third)
+    store(total, results, scale, bias, parts, counters, rows, m, n, begin, size, True, BIASED)

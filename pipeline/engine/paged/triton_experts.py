@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pipeline.engine.experts import gather, weigh
-from pipeline.engine.paged.triton_four_bits import BLOCK, dequantized, permutations_of
-from pipeline.engine.paged.triton_splits import MOST_ROWS
+from pipeline.engine.paged.triton_four_bits import BLOCK, dequantized, permutations_where_compiled
+from pipeline.engine.paged.triton_products import MOST_ROWS
 
 _HELD = "grouped_experts"  # a module's own: its weights, by their names
 OUTPUTS, INPUTS = 64, 64  # of a program, and of one of its products
@@ -73,7 +73,7 @@ class FourBitExperts:
         # [E, N · K/64/256]
         self.scale_scales = _side_by_side(seconds, "absmax") if seconds else self.codes[None]
         self.offsets = _side_by_side(states, "offset") if seconds else self.codes  # [E]
-        self.permutations = permutations_of(self.codes)
+        self.permutations = permutations_where_compiled(tuple(self.codes.tolist()))
 
     def multiply(self, rows: Tensor, tiles: "Tiles", bias: Tensor | None) -> Tensor:
         """Multiply each row, sorted by expert, by its expert's matrix. [S, K], bias [E, N] → [S, N]; zeros for none."""

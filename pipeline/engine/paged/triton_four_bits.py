@@ -21,11 +21,20 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from pipeline.engine.model_facts import is_adapted, outside_adapters
-from pipeline.engine.paged.triton_splits import MOST_ROWS, OUTPUTS, Shape, add_up
+from pipeline.engine.paged.triton_products import (
+    MOST_ROWS,
+    OUTPUTS,
+    Results,
+    Shape,
+    filled,
+    pick,
+    place,
+    store,
+)
 
 BLOCK = 64  # weights that share a scale
 LEAST_ROWS = 5  # bitsandbytes has a kernel for fewer
-SHAPE = Shape(outputs=128, inputs=BLOCK, warps=4, stages=3, programs=256)  # the fastest on an H200
+SHAPE = Shape(outputs=128, inputs=BLOCK, rows=128, warps=4, stages=3, programs=264)
 
 
 class FourBitLinear(nn.Module):
@@ -35,26 +44,38 @@ class FourBitLinear(nn.Module):
         super().__init__()
         self.linear = linear
         state = linear.weight.quant_state
-        self._weight = FourBitWeight(linear.weight.data, state, linear.out_features)
+        self._weight = FourBitWeight(linear.weight.data, state, linear.out_features, linear.bias)
         self._dtype = linear.compute_dtype
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._takes(input):
+            return products(input, [self._weight])[0]
+        output: Tensor = self.linear(input)
+        return output
+
+    @classmethod
+    def joined(cls, linears: Sequence["FourBitLinear"], input: Tensor) -> list[Tensor]:
+        """Call layers with the same input: at once where the kernel can."""
+        alike = len({linear._weight.kind for linear in linears}) == 1
+        if alike and all(linear._takes(input) for linear in linears):
+            return products(input, [linear._weight for linear in linears])
+        return [linear(input) for linear in linears]
+
+    def _takes(self, input: Tensor) -> bool:
         rows = input.numel() // input.shape[-1]
-        if not LEAST_ROWS <= rows <= MOST_ROWS or input.dtype != self._dtype:
-            output: Tensor = self.linear(input)
-            return output
-        return product(input, self._weight, self.linear.bias)
+        return LEAST_ROWS <= rows <= MOST_ROWS and input.dtype == self._dtype
 
 
 class FourBitWeight:
-    """Hold what the kernel reads of a weight; nothing is copied.
+    """Hold what the kernel reads of a layer; nothing is copied.
 
     Args:
         packed: bitsandbytes' bytes, two codes in each, the first in the high bits.
         state: its QuantState, with quantized scales or without.
+        bias: [N], or None.
     """
 
-    def __init__(self, packed: Tensor, state: Any, outputs: int) -> None:
+    def __init__(self, packed: Tensor, state: Any, outputs: int, bias: Tensor | None = None) -> None:
         self.words = packed.view(-1).view(torch.int16).view(outputs, -1)  # [N, K/4]
         self.scales: Tensor = state.absmax  # [N · K/64], float32 or codes of 8 bits
         self.codes: Tensor = state.code  # [16] float32
@@ -62,7 +83,10 @@ class FourBitWeight:
         self.scale_codes: Tensor = state.state2.code if state.nested else self.codes  # [256] float32
         self.scale_scales: Tensor = state.state2.absmax if state.nested else self.codes  # one for 256 scales
         self.offset: Tensor = state.offset if state.nested else self.codes  # scalar
-        self.permutations = permutations_of(self.codes)
+        self.bias = bias
+        table = tuple(self.codes.tolist())
+        self.permutations = permutations_where_compiled(table)
+        self.kind = table, self.nested, bias is None  # those of one kind can be joined
 
 
 def replace_linears(model: nn.Module) -> int:
@@ -89,48 +113,62 @@ def _can_replace(module: Any) -> bool:
     return whole and nested and half and (module.bias is None or module.bias.dtype == module.compute_dtype)
 
 
-def product(input: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """Multiply, as F.linear does by the dequantized weight. [.., K] → [.., N]."""
+def products(input: Tensor, weights: Sequence[FourBitWeight]) -> list[Tensor]:
+    """Multiply by up to three weights of one kind, as F.linear does by the dequantized ones. [.., K] → [.., N]."""
     states = input.reshape(-1, input.shape[-1]).contiguous()
-    (rows, inputs), outputs = states.shape, len(weight.words)
-    wide, _, tile, splits = SHAPE.split(rows, outputs, inputs)
-    parts = states.new_empty(splits, rows, outputs, dtype=torch.float32)
-    _product_kernel[(outputs // wide, triton.cdiv(rows, tile), splits)](
-        states, weight.words, weight.scales, weight.scale_codes, weight.scale_scales, weight.offset, weight.codes,
-        parts, rows, outputs, inputs, splits, NESTED=weight.nested, PERMUTATIONS=weight.permutations,
-        OUTPUTS=wide, ROWS=tile, num_warps=SHAPE.warps, num_stages=SHAPE.stages,
+    rows, inputs = states.shape
+    sizes = [len(weight.words) for weight in weights]
+    cut = SHAPE.cut(rows, sizes, inputs)
+    results = Results(states, sizes, cut)
+    one = weights[0]
+
+    def members(name: str) -> tuple[Any, ...]:
+        return filled([getattr(weight, name) for weight in weights])
+
+    _products_kernel[cut.grid](
+        states, members("words"), members("scales"), members("scale_codes"), members("scale_scales"),
+        members("offset"), one.codes, members("codes" if one.bias is None else "bias"), filled(sizes),
+        results.outputs, results.parts, results.counters, rows, inputs, NESTED=one.nested,
+        PERMUTATIONS=one.permutations, BIASED=one.bias is not None, OUTPUTS=cut.outputs, ROWS=cut.rows,
+        num_warps=SHAPE.warps, num_stages=SHAPE.stages,
     )  # fmt: skip
-    return add_up(parts, input.dtype, None, bias).view(*input.shape[:-1], outputs)
+    return results.each(input.shape[:-1])
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def _product_kernel(
-    states, words, scales, scale_codes, scale_scales, offset, codes, parts, rows, outputs, inputs, splits,
-    NESTED: tl.constexpr, PERMUTATIONS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def _products_kernel(
+    states, words, scales, scale_codes, scale_scales, offsets, codes, biases, sizes,
+    results, parts, counters, rows, inputs, NESTED: tl.constexpr, PERMUTATIONS: tl.constexpr,
+    BIASED: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply some rows by some outputs' weights, over one split of the inputs. → parts [splits, rows, outputs]."""
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    split = tl.program_id(2)
+    """Multiply some rows by some outputs' weights, over one split of the inputs."""
+    second, third, begin = place(sizes, OUTPUTS)
+    n = tl.program_id(1) * OUTPUTS - begin + tl.arange(0, OUTPUTS)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = (m < rows)[None, :]
     kind = states.dtype.element_ty
     blocks = inputs // 64
-    each = tl.cdiv(blocks, splits)
-    first = split * each
-    first_word = words + (n.to(tl.int64) * (inputs // 4))[:, None] + tl.arange(0, 16)[None, :]
+    each = tl.cdiv(blocks, tl.num_programs(2))
+    first = tl.program_id(2) * each
+    first_word = (
+        pick(words, second, third) + (n.to(tl.int64) * (inputs // 4))[:, None] + tl.arange(0, 16)[None, :]
+    )
     first_scale = n.to(tl.int64) * blocks
+    own_scales, own_scale_scales = pick(scales, second, third), pick(scale_scales, second, third)
+    own_scale_codes, offset = pick(scale_codes, second, third), pick(offsets, second, third)
     column = tl.arange(0, 64)[:, None]
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for block in range(first, tl.minimum(first + each, blocks)):
         at = first_scale + block
-        scale = tl.load(scales + at)
+        scale = tl.load(own_scales + at)
         if NESTED:
-            nested = tl.load(scale_codes + scale.to(tl.int32)) * tl.load(scale_scales + at // 256)
+            nested = tl.load(own_scale_codes + scale.to(tl.int32)) * tl.load(own_scale_scales + at // 256)
             scale = nested + tl.load(offset)
         weights = dequantized(tl.load(first_word + block * 16), scale, codes, PERMUTATIONS, kind, OUTPUTS)
         x = tl.load(states + m[None, :] * inputs + (block * 64 + column), mask=there, other=0.0)
         total = tl.dot(weights, x, total)
-    tl.store(parts + (split * rows + m[None, :]).to(tl.int64) * outputs + n[:, None], total, mask=there)
+    size, bias = pick(sizes, second, third), pick(biases, second, third)
+    store(total, results, bias, bias, parts, counters, rows, m, n, begin, size, False, BIASED)
 
 
 @triton.jit
@@ -160,10 +198,9 @@ def _codes(word, codes, PERMUTATIONS: tl.constexpr):
     )  # fmt: skip
 
 
-def permutations_of(codes: Tensor) -> str | None:
-    """Write PTX that looks these codes up, [16] float32; None where kernels are interpreted."""
-    interprets = type(_product_kernel).__name__ == "InterpretedFunction"
-    return None if interprets else permutations(tuple(codes.tolist()))
+def permutations_where_compiled(codes: Sequence[float]) -> str | None:
+    """Write `permutations`; None where kernels are interpreted, which look codes up in a table."""
+    return None if type(_products_kernel).__name__ == "InterpretedFunction" else permutations(codes)
 
 
 @functools.cache
