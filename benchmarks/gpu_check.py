@@ -792,18 +792,8 @@ def stage_oom(check: Check) -> dict[str, Any]:
 def stage_jobs(check: Check) -> dict[str, Any]:
     """Whole jobs, each in a process of its own, as a user runs them."""
     work = Path("/dev/shm" if check.cuda else check.arguments.out) / "gpu_check"
-    folder, prompts = work / "llama", work / "prompts.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    check.model().save_pretrained(folder, max_shard_size="4GB")
-    for file in check.arguments.tokenizer.iterdir():
-        if "token" in file.name or file.name.startswith("chat_template"):
-            shutil.copy(file, folder)
+    folder, prompts = prepare_jobs(check, check.model(), work)
     check.drop_model()
-    draw, words = random.Random(5), ("tell", "a", "joke", "about", "rivers", "and", "old", "newspapers")
-    with prompts.open("w", encoding="utf-8") as lines:
-        for i in range(128 if check.cuda else 6):
-            text = " ".join(draw.choices(words, k=draw.randint(20, 300 if check.cuda else 30)))
-            print(json.dumps({"id": f"p{i}", "prompt": text}), file=lines)
     found: dict[str, Any] = {}
     for i, quant in enumerate(check.arguments.quants):
         if check.seconds > check.arguments.budget:
@@ -813,6 +803,22 @@ def stage_jobs(check: Check) -> dict[str, Any]:
         check.say(f"job {quant}: {json.dumps(found[quant])[:900]}")
     shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def prepare_jobs(check: Check, model: Any, work: Path) -> tuple[Path, Path]:
+    """Write a model's folder, and prompts of many lengths."""
+    folder, prompts = work / "model", work / "prompts.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    for file in check.arguments.tokenizer.iterdir():
+        if "token" in file.name or file.name.startswith("chat_template"):
+            shutil.copy(file, folder)
+    draw, words = random.Random(5), ("tell", "a", "joke", "about", "rivers", "and", "old", "newspapers")
+    with prompts.open("w", encoding="utf-8") as lines:
+        for i in range(128 if check.cuda else 6):
+            text = " ".join(draw.choices(words, k=draw.randint(20, 300 if check.cuda else 30)))
+            print(json.dumps({"id": f"p{i}", "prompt": text}), file=lines)
+    return folder, prompts
 
 
 def job(folder: Path, prompts: Path, out: Path, quant: str) -> dict[str, Any]:

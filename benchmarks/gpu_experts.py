@@ -7,12 +7,13 @@ Weights are random, made on the card; routers choose as they like, so that most 
 """
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from gpu_check import Check, off, requests, speed
+from gpu_check import Check, job, off, prepare_jobs, requests, speed
 
 from pipeline.config.quant import QUANTS
 from pipeline.engine.paged.gpu import replace_products
@@ -29,6 +30,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--quants", nargs="+", default=["nf4", "int8", "none"])
     parser.add_argument("--dequantized", action="store_true", help="also without our kernels")
+    parser.add_argument(
+        "--jobs", nargs="*", default=[], help="quantizations of whole jobs, predicted beside measured"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="of the jobs"
+    )
     check = Check(parser.parse_args())
     check.arguments.stages = []
     check.arguments.budget = 1e9
@@ -38,6 +45,21 @@ def main() -> None:
             check.stage(
                 f"{quant}{'' if own else ' dequantized'}", lambda q=quant, o=own: measure(check, q, o)
             )
+    if check.arguments.jobs:
+        check.stage("jobs", lambda: run_jobs(check))
+
+
+def run_jobs(check: Check) -> dict[str, Any]:
+    """Run whole jobs, each in a process of its own."""
+    work = Path("/dev/shm" if check.cuda else check.arguments.out) / "gpu_experts"
+    folder, prompts = prepare_jobs(check, make(check, "none"), work)
+    check.free()
+    found = {}
+    for quant in check.arguments.jobs:
+        found[quant] = job(folder, prompts, work / quant, quant)
+        check.say(f"job {quant}: {found[quant]}")
+    shutil.rmtree(work)
+    return found
 
 
 @torch.inference_mode()
@@ -73,7 +95,7 @@ def make(check: Check, quant: str) -> Any:
     config = transformers.Qwen3MoeConfig(
         hidden_size=2048 if large else 64, moe_intermediate_size=768 if large else 64,
         num_experts=128 if large else 8, num_experts_per_tok=8, num_attention_heads=32 if large else 2,
-        num_key_value_heads=4 if large else 2, head_dim=128 if large else 32, vocab_size=151936 if large else 300,
+        num_key_value_heads=4 if large else 2, head_dim=128 if large else 32, vocab_size=151936 if large else 49152,
         num_hidden_layers=check.arguments.layers if large else 2, max_position_embeddings=40960,
         decoder_sparse_step=1, norm_topk_prob=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
