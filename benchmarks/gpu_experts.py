@@ -16,7 +16,7 @@ import transformers
 from gpu_check import Check, job, off, prepare_jobs, requests, speed
 
 from pipeline.config.quant import QUANTS
-from pipeline.engine.paged.gpu import replace_products
+from pipeline.engine.paged.replaced import replace_products
 from pipeline.engine.probe import choose_forward
 from pipeline.models.formats import quantization
 from pipeline.models.quantized_experts import held_experts, prepare_experts

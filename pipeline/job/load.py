@@ -17,7 +17,7 @@ from pipeline.engine.host_memory import (
     return_large_blocks,
     trim,
 )
-from pipeline.engine.paged.gpu import replace_products
+from pipeline.engine.paged.replaced import replace_products
 from pipeline.job.paths import JobPaths
 from pipeline.job.ready import Ready
 from pipeline.job.vllm import load_vllm

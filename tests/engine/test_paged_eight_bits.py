@@ -14,6 +14,8 @@ from interpreted import interpreted, off, random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.engine.paged.replaced import replace_linears
+
 
 @pytest.fixture(scope="module")
 def eight_bits() -> ModuleType:
@@ -50,7 +52,7 @@ def test_a_product_is_that_of_the_dequantized_weight(eight_bits, rows, outputs, 
 
 def test_layers_are_replaced_once_and_only_those_that_fill_blocks(eight_bits):
     model = nn.Sequential(layer(128, 64), layer(64, 96), nn.Linear(96, 64), layer(64, 64, bias=False))
-    assert [eight_bits.replace_linears(model) for _ in range(2)] == [2, 0]
+    assert [replace_linears(model, eight_bits.EightBitLinear, torch.float16) for _ in range(2)] == [2, 0]
     kinds = [type(child).__name__ for child in model]
     assert kinds == ["EightBitLinear", "Linear8bitLt", "Linear", "EightBitLinear"]
 
@@ -61,7 +63,7 @@ def test_a_layer_that_has_seen_a_pass_is_replaced(eight_bits):
     model = nn.Sequential(linear)
     model(input)
     assert linear.weight.SCB is None, "bitsandbytes has moved it to the layer's state"
-    assert eight_bits.replace_linears(model) == 1
+    assert replace_linears(model, eight_bits.EightBitLinear, torch.float16) == 1
     assert torch.equal(model(input), expected)
 
 
@@ -69,7 +71,7 @@ def test_a_layer_beside_an_adapter_stays(eight_bits):
     model = nn.Sequential(layer(64, 64), layer(64, 64))
     model.is_loaded_in_8bit = True  # as transformers says it to peft
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
-    assert eight_bits.replace_linears(adapted) == 1
+    assert replace_linears(adapted, eight_bits.EightBitLinear, torch.float16) == 1
     assert type(adapted.base_model.model[0]).__name__ == "Linear8bitLt"
 
 

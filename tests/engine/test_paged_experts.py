@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod
 from pipeline.config.schema import ModelConfig
+from pipeline.engine.paged.replaced import replace_experts
 from pipeline.models.loading import load_model
 from pipeline.models.quantized_experts import held_experts
 
@@ -54,6 +55,10 @@ def load(tmp_path: Path) -> Any:
     return make
 
 
+def replaced(kernels: ModuleType, experts: Any) -> int:
+    return replace_experts(experts, kernels.GroupedExperts, torch.float16)
+
+
 def sent(experts: Any, tokens: int) -> Any:
     """Send the first of 90 random tokens through two experts each; the router skips the second of some."""
     chosen = torch.rand(90, 5, generator=torch.Generator().manual_seed(1)).topk(2).indices
@@ -68,7 +73,7 @@ def sent(experts: Any, tokens: int) -> Any:
 def test_experts_give_what_their_dequantized_matrices_give(kernels, load, kind, quant):
     experts = load(kind, quant)
     found = {tokens: sent(experts, tokens) for tokens in (1, 7, 90)}
-    assert kernels.replace_experts(experts) == 1
+    assert replaced(kernels, experts) == 1
     for tokens, expected in found.items():
         made = sent(experts, tokens)
         assert made.dtype == torch.float16
@@ -77,24 +82,32 @@ def test_experts_give_what_their_dequantized_matrices_give(kernels, load, kind, 
 
 def test_a_token_does_not_depend_on_those_beside_it(kernels, load):
     experts = load("Qwen3MoeConfig", "double")
-    kernels.replace_experts(experts)
+    replaced(kernels, experts)
     assert torch.equal(sent(experts, 90)[:9], sent(experts, 9))
 
 
 def test_scales_are_views_of_what_the_kernel_reads(kernels, load):
     experts = load("Qwen3MoeConfig", "double")
     before = experts.quantized_experts["down_proj"].dequantize(experts.down_proj, 3)
-    kernels.replace_experts(experts)
+    replaced(kernels, experts)
     state = experts.quantized_experts["down_proj"].states[3]
     assert torch.equal(experts.quantized_experts["down_proj"].dequantize(experts.down_proj, 3), before)
-    read = experts.grouped_experts["down_proj"].scales
+    read = experts.grouped_experts.weights["down_proj"].scales
     assert state.absmax.untyped_storage().data_ptr() == read.untyped_storage().data_ptr()
 
 
 def test_experts_are_replaced_once_and_only_where_they_fill_blocks(kernels, load):
     experts = load("Qwen3MoeConfig", "double")
-    assert [kernels.replace_experts(experts) for _ in range(2)] == [1, 0]
-    assert kernels.replace_experts(load("Qwen3MoeConfig", "double", moe_intermediate_size=96)) == 0
+    assert [replaced(kernels, experts) for _ in range(2)] == [1, 0]
+    assert replaced(kernels, load("Qwen3MoeConfig", "double", moe_intermediate_size=96)) == 0
+
+
+def test_experts_stay_where_the_kernels_prove_wrong(kernels, load, monkeypatch):
+    experts = load("Qwen3MoeConfig", "int8")
+    expected = sent(experts, 9)
+    monkeypatch.setattr(kernels, "LARGEST_CODE", 120)
+    assert replaced(kernels, experts) == 0
+    assert torch.equal(sent(experts, 9), expected)
 
 
 @pytest.mark.parametrize("ids", [[], [0, 0, 0], [4] * 40, [0] * 16 + [1, 3, 5, 5], list(range(5)) * 30])

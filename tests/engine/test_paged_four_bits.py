@@ -17,6 +17,8 @@ from interpreted import interpreted, off, random
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.engine.paged.replaced import replace_linears
+
 
 @pytest.fixture(scope="module")
 def four_bits() -> ModuleType:
@@ -59,27 +61,45 @@ def test_layers_are_replaced_once_and_only_those_that_fill_blocks(four_bits):
         nn.Linear(96, 64),
         layer("fp4", 64, 64, bias=False),
     )
-    assert [four_bits.replace_linears(model) for _ in range(2)] == [2, 0]
+    assert [replace_linears(model, four_bits.FourBitLinear) for _ in range(2)] == [2, 0]
     kinds = [type(child).__name__ for child in model]
     assert kinds == ["FourBitLinear", "Linear4bit", "Linear", "FourBitLinear"]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["wrong", "fails"])
+def test_no_layer_is_replaced_where_the_first_proves_wrong(four_bits, monkeypatch, caplog, fails):
+    own = four_bits.products
+
+    def wrong(input: Any, weights: Any) -> Any:
+        if fails:
+            raise RuntimeError("no kernel image is available")
+        made = own(input, weights)
+        made[0].view(-1)[-1] += 100 * (len(input) == 17)  # of one number of rows, in one place
+        return made
+
+    monkeypatch.setattr(four_bits, "products", wrong)
+    model = nn.Sequential(layer("nf4", 64, 64), layer("nf4", 64, 64))
+    assert replace_linears(model, four_bits.FourBitLinear) == 0
+    assert {type(child).__name__ for child in model} == {"Linear4bit"}
+    assert "are not used on this GPU" in caplog.text
 
 
 def test_a_layer_beside_an_adapter_stays(four_bits):
     model = nn.Sequential(layer("nf4", 64, 64), layer("nf4", 64, 64))
     model.is_loaded_in_4bit = True  # as transformers says it to peft
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
-    assert four_bits.replace_linears(adapted) == 1
+    assert replace_linears(adapted, four_bits.FourBitLinear) == 1
     assert type(adapted.base_model.model[0]).__name__ == "Linear4bit"
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 128, 129])
 def test_a_replaced_layer_leaves_few_and_many_rows_to_bitsandbytes(four_bits, monkeypatch, rows):
     own, calls = four_bits.products, []
-    monkeypatch.setattr(four_bits, "products", lambda *args: calls.append(1) or own(*args))
     model = nn.Sequential(layer("nf4", 64, 64))
     input = random(1, rows, 64, seed=4)
     expected = model(input)
-    four_bits.replace_linears(model)
+    replace_linears(model, four_bits.FourBitLinear)
+    monkeypatch.setattr(four_bits, "products", lambda *args: calls.append(1) or own(*args))
     made = model(input)
     assert made.shape == expected.shape
     assert off(made, expected) < 2e-3

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.model_facts import is_adapted, outside_adapters
 from pipeline.engine.paged.triton_products import (
     MOST_ROWS,
     OUTPUTS,
@@ -53,6 +52,13 @@ class EightBitLinear(nn.Module):
         assert largest is not None
         self._scales = largest / LARGEST_CODE
 
+    @staticmethod
+    def can_replace(module: Any) -> bool:
+        """Say whether a layer of bitsandbytes' fills whole blocks."""
+        if type(module).__name__ != "Linear8bitLt" or _largest(module) is None:
+            return False
+        return bool(module.out_features % OUTPUTS == 0 and module.in_features % INPUTS == 0)
+
     def forward(self, input: Tensor) -> Tensor:
         own = codes, scales, bias = self._read()
         if input.numel() // input.shape[-1] <= MOST_ROWS:
@@ -70,24 +76,6 @@ class EightBitLinear(nn.Module):
 
     def _read(self) -> EightBitWeight:
         return EightBitWeight(self.weight.data, self._scales, self.bias)
-
-
-def replace_linears(model: nn.Module) -> int:
-    """Replace the layers of a model in half precision that the kernel can stand in for; return how many."""
-    count = 0
-    for module in outside_adapters(model):
-        for name, child in module.named_children():
-            if not is_adapted(child) and _can_replace(child):
-                setattr(module, name, EightBitLinear(child))
-                count += 1
-    return count
-
-
-def _can_replace(module: Any) -> bool:
-    """Say whether a layer of bitsandbytes' fills whole blocks."""
-    if type(module).__name__ != "Linear8bitLt" or _largest(module) is None:
-        return False
-    return bool(module.out_features % OUTPUTS == 0 and module.in_features % INPUTS == 0)
 
 
 def _largest(linear: Any) -> Tensor | None:

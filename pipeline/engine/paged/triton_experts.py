@@ -8,38 +8,58 @@ the dequantized matrix would be.
 TRITON_INTERPRET=1 runs the kernels on a CPU. Importing this module raises ImportError without Triton.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.engine.experts import gather, weigh
 from pipeline.engine.paged.triton_four_bits import BLOCK, dequantized, permutations_where_compiled
 from pipeline.engine.paged.triton_products import MOST_ROWS
 
-_HELD = "grouped_experts"  # a module's own: its weights, by their names
 OUTPUTS, INPUTS = 64, 64  # of a program, and of one of its products
 LARGEST_CODE = 127  # of 8 bits: stands for an output's largest weight, which is its scale here
 
 
-def replace_experts(model: nn.Module) -> int:
-    """Have the experts that the kernels can multiply by go through them; return how many modules' they are."""
-    replaced = 0
-    for module in model.modules():
-        held = getattr(module, "quantized_experts", None)
-        if held and not hasattr(module, _HELD) and all(_can_replace(module, name) for name in held):
-            setattr(module, _HELD, {name: _weight(getattr(module, name), held[name]) for name in held})
-            module.forward = MethodType(_forward, module)
-            replaced += 1
-    return replaced
+class GroupedExperts:
+    """Send tokens through a module's experts, all by one launch a weight; to be the module's `forward`."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        held = module.quantized_experts
+        self.weights = {name: _weight(getattr(module, name), held[name]) for name in held}
+
+    @staticmethod
+    def can_replace(module: Any) -> bool:
+        """Say whether a module has experts that the kernels can multiply by."""
+        held = getattr(module, "quantized_experts", {})
+        fresh = bool(held) and not hasattr(module, "grouped_experts")
+        return fresh and all(map(_can_multiply, held.values()))
+
+    def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Multiply. hidden [T, D], chosen and weights [T, K] → [T, D]."""
+        module = self._module
+        rows, ids, order = gather(hidden, chosen)
+        tiles = Tiles(ids, self.weights["down_proj"].shape[0])
+
+        def multiply(name: str, rows: Tensor) -> Tensor:
+            bias = getattr(module, f"{name}_bias") if module.has_bias else None
+            return self.weights[name].multiply(rows.contiguous(), tiles, bias)
+
+        if module.has_gate:
+            inner = module._apply_gate(multiply("gate_up_proj", rows))
+        else:
+            inner = module.act_fn(multiply("up_proj", rows))
+        made = multiply("down_proj", inner)
+        if getattr(module, "has_post_expert_norm", False):
+            made = module.post_expert_norm(made)
+        return weigh(made, weights, order, hidden.dtype)
 
 
-def _can_replace(module: Any, name: str) -> bool:
+def _can_multiply(held: Any) -> bool:
     """Say whether a weight of all experts fills whole blocks, and multiplies in the dtype it would dequantize to."""
-    held = module.quantized_experts[name]
     _, outputs, inputs = held.shape
     if outputs % OUTPUTS or inputs % INPUTS:
         return False
@@ -133,27 +153,6 @@ class Tiles:
         each = (self.bounds[1:] - self.bounds[:-1] + (self.rows - 1)) // self.rows
         self.ends = each.cumsum(0)  # [E], the first tile that is no longer an expert's
         self.experts = torch.searchsorted(self.ends, every[: self.most], right=True)  # [most]; E is none
-
-
-def _forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Send tokens through the experts that they chose. hidden [T, D], chosen and weights [T, K] → [T, D]."""
-    held = getattr(module, _HELD)
-    rows, ids, order = gather(hidden, chosen)
-    tiles = Tiles(ids, held["down_proj"].shape[0])
-
-    def multiply(name: str, rows: Tensor) -> Tensor:
-        bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        made: Tensor = held[name].multiply(rows.contiguous(), tiles, bias)
-        return made
-
-    if module.has_gate:
-        inner = module._apply_gate(multiply("gate_up_proj", rows))
-    else:
-        inner = module.act_fn(multiply("up_proj", rows))
-    made = multiply("down_proj", inner)
-    if getattr(module, "has_post_expert_norm", False):
-        made = module.post_expert_norm(made)
-    return weigh(made, weights, order, hidden.dtype)
 
 
 @triton.jit

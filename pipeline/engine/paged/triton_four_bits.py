@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from pipeline.engine.model_facts import is_adapted, outside_adapters
 from pipeline.engine.paged.triton_products import (
     MOST_ROWS,
     OUTPUTS,
@@ -46,6 +45,23 @@ class FourBitLinear(nn.Module):
         state = linear.weight.quant_state
         self._weight = FourBitWeight(linear.weight.data, state, linear.out_features, linear.bias)
         self._dtype = linear.compute_dtype
+
+    @staticmethod
+    def can_replace(module: Any) -> bool:
+        """Say whether a layer of bitsandbytes' fills whole blocks and multiplies in half precision."""
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if type(module).__name__ != "Linear4bit" or state is None:
+            return False
+        whole = (
+            module.out_features % OUTPUTS == 0
+            and module.in_features % BLOCK == 0
+            and state.blocksize == BLOCK
+        )
+        nested = not state.nested or state.state2.blocksize == 256
+        half = module.compute_dtype in (torch.bfloat16, torch.float16)
+        return (
+            whole and nested and half and (module.bias is None or module.bias.dtype == module.compute_dtype)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if self._takes(input):
@@ -87,30 +103,6 @@ class FourBitWeight:
         table = tuple(self.codes.tolist())
         self.permutations = permutations_where_compiled(table)
         self.kind = table, self.nested, bias is None  # those of one kind can be joined
-
-
-def replace_linears(model: nn.Module) -> int:
-    """Replace the layers that the kernel can stand in for; return how many."""
-    count = 0
-    for module in outside_adapters(model):
-        for name, child in module.named_children():
-            if not (isinstance(module, FourBitLinear) or is_adapted(child)) and _can_replace(child):
-                setattr(module, name, FourBitLinear(child))
-                count += 1
-    return count
-
-
-def _can_replace(module: Any) -> bool:
-    """Say whether a layer of bitsandbytes' fills whole blocks and multiplies in half precision."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    if type(module).__name__ != "Linear4bit" or state is None:
-        return False
-    whole = (
-        module.out_features % OUTPUTS == 0 and module.in_features % BLOCK == 0 and state.blocksize == BLOCK
-    )
-    nested = not state.nested or state.state2.blocksize == 256
-    half = module.compute_dtype in (torch.bfloat16, torch.float16)
-    return whole and nested and half and (module.bias is None or module.bias.dtype == module.compute_dtype)
 
 
 def products(input: Tensor, weights: Sequence[FourBitWeight]) -> list[Tensor]:
