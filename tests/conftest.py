@@ -77,6 +77,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Have each test draw the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The folder of the real SmolLM2-135M-Instruct. Never skips: without it the main promise is untested."""
