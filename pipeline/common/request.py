@@ -81,6 +81,12 @@ class GenerationParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def copies_logits(self) -> bool:
+        """Say whether a token is chosen, or reported, from copies of the logits: not just the most probable one."""
+        reported = self.logprobs is not None
+        return not self.greedy or self.repetition_penalty != 1 or reported or bool(self.constraints)
+
 
 def _is_texts(value: Any) -> bool:
     """Say whether it is a list of different texts; a bare yes or no is true or false in YAML."""

@@ -58,7 +58,7 @@ def make_engine(
         limits=forward.limits,
         fraction=settings.memory_fraction,
         prefill_tokens=settings.prefill_tokens,
-        sampled=not config.generation.greedy or bool(config.generation.constraints),
+        copies_logits=config.generation.copies_logits,
         max_rows=settings.max_rows,
         max_tokens=settings.max_tokens_in_flight,
         context=config.model.context,

@@ -22,7 +22,7 @@ def _setup(config: Config, ready: Ready, limits: Limits) -> Setup:
         ready.gpus,
         packed=ready.packed,
         prefill_tokens=config.engine.prefill_tokens,
-        sampled=not config.generation.greedy,
+        copies_logits=config.generation.copies_logits,
         limits=limits,
     )
 

@@ -83,7 +83,7 @@ def capacity(
     limits: Limits,
     fraction: float,
     prefill_tokens: int,
-    sampled: bool,
+    copies_logits: bool,
     max_rows: int | None,
     max_tokens: int | None,
     context: int | None = None,
@@ -102,7 +102,8 @@ def capacity(
         return Capacity(rows, max_tokens or UNKNOWN_TOKENS, None, quant, (), prefill_tokens)
     found = places(model)
     budgets = [
-        int(place.free_bytes * fraction) - work_bytes(arch, quant, place.gpus, prefill_tokens, rows, sampled)
+        int(place.free_bytes * fraction)
+        - work_bytes(arch, quant, place.gpus, prefill_tokens, rows, copies_logits)
         for place in found
     ]
     rows = rows_for_states(arch, quant, found, budgets, rows)

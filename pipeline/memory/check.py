@@ -17,7 +17,7 @@ from pipeline.prompts.lengths import PromptLengths
 
 log = logging.getLogger(__name__)
 
-ONE_TOKEN = PromptLengths("a row of one token", 1, 0, 0, ((1, 1),), sampled=False)
+ONE_TOKEN = PromptLengths("a row of one token", 1, 0, 0, ((1, 1),), copies_logits=False)
 
 
 def check_memory(config: Config) -> None:

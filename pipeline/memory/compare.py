@@ -29,7 +29,7 @@ class Setup:
     gpus: tuple[Gpu, ...]  # those that it lies on; () is a run on the CPU
     packed: bool  # linear layers are held in a better order (engine/cpu/packing.py)
     prefill_tokens: int
-    sampled: bool
+    copies_logits: bool
     limits: Limits  # of the way that keys and values are held
 
 
@@ -52,7 +52,7 @@ def predicted(setup: Setup, engine: EngineStats) -> dict[str, int | None]:
         rows=engine.peak_rows,
         prefill_tokens=min(setup.prefill_tokens, engine.largest_prefill_columns),
         columns=engine.longest_prompt_columns,
-        sampled=setup.sampled,
+        copies_logits=setup.copies_logits,
         gpus=setup.gpus,
         packed=setup.packed,
     )

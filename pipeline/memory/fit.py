@@ -196,7 +196,7 @@ def need(workload: Workload, quant: QuantConfig, rows: int) -> Need:
         rows=rows,
         prefill_tokens=min(settings.prefill_tokens, sum(tokens for tokens, _ in samples)),
         columns=prompt,
-        sampled=workload.lengths.sampled,
+        copies_logits=workload.lengths.copies_logits,
         gpus=workload.device.gpus,
         packed=settings.pack_weights,
     )

@@ -35,10 +35,10 @@ SAMPLING_BYTES, GPU_SAMPLING_BYTES = 12, 17
 
 
 def logits_bytes(
-    arch: Architecture, quant: QuantConfig, rows: int, *, sampled: bool = False, gpus: Gpus = ()
+    arch: Architecture, quant: QuantConfig, rows: int, *, copies_logits: bool = False, gpus: Gpus = ()
 ) -> int:
     """Predict one row of logits for each row of the batch; sampling works on float32 copies of them."""
-    copies = (GPU_SAMPLING_BYTES if gpus else SAMPLING_BYTES) if sampled else 0
+    copies = (GPU_SAMPLING_BYTES if gpus else SAMPLING_BYTES) if copies_logits else 0
     return rows * arch.vocab_size * (ELEMENT_BYTES[plain_dtype(arch, quant)] + copies)
 
 
@@ -202,7 +202,7 @@ def run_peak(
     rows: int,
     prefill_tokens: int,
     columns: int,
-    sampled: bool,
+    copies_logits: bool,
     gpus: Gpus,
     packed: bool = False,
 ) -> RunPeak:
@@ -223,7 +223,7 @@ def run_peak(
         packed=packed_bytes(arch, quant) if packed else 0,
         kv_cache=kv_cache,
         activations=activation_bytes(arch, quant, prefill_tokens, columns, gpus, packed),
-        logits=logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus),
+        logits=logits_bytes(arch, quant, rows, copies_logits=copies_logits, gpus=gpus),
         scratch=scratch_bytes(arch, quant, gpus),
         context=len(gpus) * CUDA_CONTEXT_BYTES if gpus else _host_bytes(quant, packed),
     )
@@ -340,11 +340,11 @@ def work_bytes(
     gpus: tuple[Gpu, ...],
     prefill_tokens: int,
     rows: int,
-    sampled: bool,
+    copies_logits: bool,
 ) -> int:
     """Predict what a device needs beside keys and values, wherever in the model its layers are."""
     return (
         activation_bytes(arch, quant, prefill_tokens, prefill_tokens, gpus)
         + scratch_bytes(arch, quant, gpus)
-        + logits_bytes(arch, quant, rows, sampled=sampled, gpus=gpus)
+        + logits_bytes(arch, quant, rows, copies_logits=copies_logits, gpus=gpus)
     )

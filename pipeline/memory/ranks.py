@@ -60,7 +60,9 @@ def plan_ranks(
     context = CUDA_CONTEXT_BYTES if device.gpus else 0
     most_rows = rows_in_flight(settings.max_rows, on_cpu=not device.gpus)
     rows = min(most_rows, len(lengths.samples)) or 1
-    work = context + work_bytes(arch, config, device.gpus, settings.prefill_tokens, rows, lengths.sampled)
+    work = context + work_bytes(
+        arch, config, device.gpus, settings.prefill_tokens, rows, lengths.copies_logits
+    )
     left = int(device.free_bytes * settings.memory_fraction) - held - work
     per_token = kv_rank_bytes(arch, config, tensor, stages)
     tokens = max(0, left) // per_token

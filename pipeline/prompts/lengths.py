@@ -32,18 +32,18 @@ class PromptLengths:
     bad_rows: int
     too_long_rows: int  # longer than the model's context
     samples: tuple[tuple[int, int], ...]
-    sampled: bool  # some row's temperature is above 0
+    copies_logits: bool  # some row's params do
 
 
 Counter = Callable[[Sequence[Messages]], list[int]]
 
 
-def assumed_lengths(max_new_tokens: int, context: int, sampled: bool) -> PromptLengths:
+def assumed_lengths(max_new_tokens: int, context: int, copies_logits: bool) -> PromptLengths:
     """Assume many prompts of one length, where there is no prompt file."""
     prompt = min(ASSUMED_PROMPT_TOKENS, context)
     samples = ((prompt, min(max_new_tokens, context - prompt)),) * ASSUMED_ROWS
     text = f"no prompt file: prompts of {prompt} tokens are assumed"
-    return PromptLengths(text, 0, 0, 0, samples, sampled)
+    return PromptLengths(text, 0, 0, 0, samples, copies_logits)
 
 
 def expect_lengths(config: Config, tokenizer: Path | None, context: int, *, given: bool) -> PromptLengths:
@@ -57,7 +57,7 @@ def expect_lengths(config: Config, tokenizer: Path | None, context: int, *, give
     except PromptError:
         if given:
             raise
-        return assumed_lengths(config.generation.max_new_tokens, context, not config.generation.greedy)
+        return assumed_lengths(config.generation.max_new_tokens, context, config.generation.copies_logits)
 
 
 def measure_prompts(config: Config, tokenizer: Path | None, context: int) -> PromptLengths:
@@ -91,8 +91,10 @@ def prompt_lengths(
             continue
         samples += [(prompt, min(row.params.max_new_tokens, context - prompt))] * row.params.n
     samples.sort(key=lambda sample: (sum(sample), sample), reverse=True)
-    sampled = any(not row.params.greedy or row.params.constraints for row in good)
-    return PromptLengths(counted_by, len(read), len(read) - len(good), too_long, tuple(samples), sampled)
+    copies_logits = any(row.params.copies_logits for row in good)
+    return PromptLengths(
+        counted_by, len(read), len(read) - len(good), too_long, tuple(samples), copies_logits
+    )
 
 
 def by_characters(conversations: Sequence[Messages]) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.cpu import load_kernels
+from pipeline.engine.cpu import load_kernels, onednn_has_bf16
 from pipeline.engine.cpu.packed_experts import pack_experts
 from pipeline.engine.cpu.packed_weight import (
     PackedWeight,
@@ -248,8 +248,7 @@ def _state_of(linear: Any) -> Any:
 
 def onednn_packs() -> bool:
     """Say whether oneDNN has packed weights in bf16 here. On Arm their products differ in bits now and then."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return x86 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return platform.machine() in ("x86_64", "AMD64") and onednn_has_bf16()
 
 
 def _pack_onednn(linears: Sequence[nn.Linear]) -> PackedWeight | None:

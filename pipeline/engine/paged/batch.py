@@ -62,7 +62,7 @@ class PagedBatch:
         self._slots: list[int] = []  # free
         # Whole pages, which rows can share.
         self._prefixes = Prefixes(self._compute_prefix, self._release, PAGE, self._switch)
-        self._seen: Tensor | None = None  # [slots + 1, V] bool, once a row has a repetition penalty
+        self._seen: Tensor | None = None  # [slots met, V] bool, once a row has a repetition penalty
 
     @property
     def live(self) -> list[Sample]:
@@ -266,8 +266,10 @@ class PagedBatch:
         samples = [row.sample for row in rows]
         if not penalises(samples):
             return None
-        if self._seen is None:
-            self._seen = logits.new_zeros(self._max_rows + 1, logits.shape[1], dtype=torch.bool)
+        had = 0 if self._seen is None else len(self._seen)
+        if more := max(0, max(row.slot for row in rows) + 1 - had):
+            empty = logits.new_zeros(more, logits.shape[1], dtype=torch.bool)
+            self._seen = empty if self._seen is None else torch.cat([self._seen, empty])
         slots = upload([row.slot for row in rows], self._forward.device)
         fresh = [i for i, row in enumerate(rows) if row.made == len(row.sample.token_ids)]
         if fresh:  # their tokens are all on the host

@@ -29,6 +29,7 @@ from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
+from pipeline.engine.rectangles import passes
 from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.rectangles.passes import RectangleDecode
 from pipeline.engine.rectangles.rectangle import allocate, regroup, write
@@ -318,13 +319,17 @@ def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
     assert torch.equal(block["up_proj"](states), F.linear(states, up))
 
 
-@pytest.mark.parametrize("products", [None, *PRODUCTS])
+@pytest.mark.parametrize(
+    ("products", "batches"), [(None, True), *((name, True) for name in PRODUCTS), ("linear_vectors", False)]
+)
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
-    name: str, products: str | None, monkeypatch: pytest.MonkeyPatch
+    name: str, products: str | None, batches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = PRODUCTS[products]() if products else None
     monkeypatch.setattr(kernels, "products", module)
+    if not batches:  # as without AVX-512
+        monkeypatch.setattr(passes, "onednn_has_bf16", lambda: False)
     model = build_tiny(name).to(torch.bfloat16)
     model.resize_token_embeddings(320, mean_resizing=False)  # whole blocks
     ids = torch.arange(5, 45)[None]
