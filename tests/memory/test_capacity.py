@@ -135,7 +135,7 @@ def test_an_unknown_model_has_a_llamas_keys_and_values_and_no_prediction(tiny_di
     config = {**json.loads((tiny_dir / "config.json").read_text()), "model_type": "olmo"}
     assert known_architecture(config) is None
     assert kv_architecture(config).num_key_value_heads == 2
-    setup = Setup(None, FP32, gpus=(), packed=False, prefill_tokens=256, sampled=False, limits=CPU)
+    setup = Setup(None, FP32, gpus=(), packed=False, prefill_tokens=256, copies_logits=False, limits=CPU)
     assert predicted(setup, EngineStats()) == dict.fromkeys(PARTS)
     assert error_percent(None, 5) is None
     assert error_percent(110, 100) == pytest.approx(10)

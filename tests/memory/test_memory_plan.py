@@ -280,7 +280,7 @@ def test_a_gpus_activations_are_those_of_a_pass_that_repeats_no_key(
 
 def test_what_a_run_takes_beside_weights_and_keys_follows_the_card() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
-    sizes = {"kv_cache": 0, "rows": 64, "prefill_tokens": 2048, "columns": 16384, "sampled": True}
+    sizes = {"kv_cache": 0, "rows": 64, "prefill_tokens": 2048, "columns": 16384, "copies_logits": True}
     cpu, t4, h100, mi300, two = (
         run_peak(arch, quant, gpus=gpus, **sizes) for gpus in ((), (T4,), (H100,), (MI300,), (H100, H100))
     )
@@ -311,7 +311,7 @@ def test_each_kind_of_window_has_a_mask_of_its_own_on_a_gpu() -> None:
 def test_a_peak_is_the_sum_of_its_parts() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
     peak = run_peak(
-        arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, sampled=True, gpus=(H100,)
+        arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, copies_logits=True, gpus=(H100,)
     )
     assert peak.total == sum(asdict(peak).values())
     assert {name for name, part in asdict(peak).items() if part <= 0} == {"packed"}  # only on a CPU

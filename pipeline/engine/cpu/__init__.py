@@ -20,7 +20,7 @@ def load_kernels() -> ModuleType | None:
 
 @functools.cache
 def onednn_has_bf16() -> bool:
-    """Say whether oneDNN multiplies in bf16 on this CPU. Else torch's own loops do: without AVX-512, 20 times slower."""
+    """Say whether oneDNN multiplies in bf16 on this CPU, else torch's own loops do: with AVX2, 20 times slower."""
     import torch
 
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

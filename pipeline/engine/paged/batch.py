@@ -266,16 +266,15 @@ class PagedBatch:
         samples = [row.sample for row in rows]
         if not penalises(samples):
             return None
-        had = 0 if self._seen is None else len(self._seen)
-        if more := max(0, max(row.slot for row in rows) + 1 - had):
-            empty = logits.new_zeros(more, logits.shape[1], dtype=torch.bool)
-            self._seen = empty if self._seen is None else torch.cat([self._seen, empty])
+        seen = logits.new_zeros(0, logits.shape[1], dtype=torch.bool) if self._seen is None else self._seen
+        if more := max(0, max(row.slot for row in rows) + 1 - len(seen)):
+            self._seen = seen = torch.cat([seen, seen.new_zeros(more, seen.shape[1])])
         slots = upload([row.slot for row in rows], self._forward.device)
         fresh = [i for i, row in enumerate(rows) if row.made == len(row.sample.token_ids)]
         if fresh:  # their tokens are all on the host
             index = upload(fresh, self._forward.device)
-            self._seen[slots[index]] = seen_tokens([samples[i] for i in fresh], logits[: len(fresh)])
-        return self._seen[slots]
+            seen[slots[index]] = seen_tokens([samples[i] for i in fresh], logits[: len(fresh)])
+        return seen[slots]
 
     def _read(self, ahead: int) -> None:
         """Read launched tokens, all but those of the newest `ahead` launches; retire the rows that are done."""
