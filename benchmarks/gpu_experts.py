@@ -100,7 +100,7 @@ def make(check: Check, quant: str) -> Any:
         decoder_sparse_step=1, norm_topk_prob=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = check.random_model(config, torch.bfloat16)
-    for module in model.modules() if quant != "none" else ():
+    for module in [] if quant == "none" else model.modules():
         prepare_experts(module, quantization(QUANTS[quant]))
         for name, held in held_experts(module).items():
             setattr(module, name, held.pack(getattr(module, name).data))

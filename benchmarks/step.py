@@ -8,6 +8,7 @@
 In brackets: what reading the weights takes at that speed, and the products at that of torch in float32.
 """
 
+import argparse
 from typing import Any
 
 from products import arguments, fastest, prepare, quantized
@@ -24,12 +25,13 @@ def main() -> None:
     parser = arguments(__doc__, [1, 4, 32, 128])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--vocabulary", type=int, help="likewise")
     parser.add_argument("--quant", nargs="+", default=["bf16", "int8", "nf4", "fp32"])
     args = parser.parse_args()
     clock, bandwidth, peak = prepare(args)
     import torch
 
-    models = {name: make(args.shape, args.layers, name) for name in args.quant}
+    models = {name: make(args, name) for name in args.quant}
     print(f"{'rows':>9}" + "".join(f"{name:>52}" for name in models))
     with torch.inference_mode():
         for rows in args.rows:
@@ -43,7 +45,7 @@ def main() -> None:
             print()
 
 
-def make(shape: str, layers: int | None, quant: str) -> Any:
+def make(args: argparse.Namespace, quant: str) -> Any:
     """Make a random model, packed as a job would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,12 +56,12 @@ def make(shape: str, layers: int | None, quant: str) -> Any:
     if load_kernels() is None:
         raise SystemExit("this needs numba, and a torch that is linked with libgomp")
     dtype = torch.float32 if quant == "fp32" else torch.bfloat16
-    hidden, inner, own_layers, heads, vocabulary, tied = SHAPES[shape]
+    hidden, inner, layers, heads, vocabulary, tied = SHAPES[args.shape]
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=args.vocabulary or vocabulary,
         hidden_size=hidden,
         intermediate_size=inner,
-        num_hidden_layers=layers or own_layers,
+        num_hidden_layers=args.layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=8,
         head_dim=hidden // heads,

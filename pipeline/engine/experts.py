@@ -29,7 +29,7 @@ def send_through(
         if met:
             results[begin : begin + met] = one(expert, rows[begin : begin + met])
         begin += met
-    return weigh(results, weights, order, hidden.dtype)
+    return weigh(results, weights, order, hidden)
 
 
 def gather(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,9 +42,10 @@ def gather(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return hidden[order // chosen.shape[1]], ids, order
 
 
-def weigh(results: Tensor, weights: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put what the experts made of `gather`'s rows back, and add up each token's by weight. → [T, D]."""
+def weigh(results: Tensor, weights: Tensor, order: Tensor, hidden: Tensor) -> Tensor:
+    """Put what the experts made of `gather`'s rows back, and add up each token's by weight. → as `hidden`, [T, D]."""
     weighted = results * weights.reshape(-1)[order, None]
     back = torch.empty_like(weighted)
     back[order] = weighted
-    return back.view(*weights.shape, back.shape[-1]).sum(dim=1).to(dtype)
+    each = len(order) // max(1, len(hidden))
+    return back.view(len(hidden), each, back.shape[-1]).sum(dim=1).to(hidden.dtype)

@@ -61,7 +61,7 @@ def _load_here(config: Config) -> Ready:
         weights = _measure(loaded)
         packed = pack_weights(loaded.model) if config.engine.pack_weights else 0
         replaced = replace_products(loaded.model) if config.engine.pack_weights else 0
-        log.info("%d linear layers replaced by those of the kernels", packed + replaced)
+        log.info("%d layers replaced by those of the kernels", packed + replaced)
         release_files(loaded.model)  # type: ignore[arg-type]
         trim()
         if not multiplies_as_bitsandbytes_in_8_bits(loaded.model):  # type: ignore[arg-type]

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from engine.test_every_architecture import build
 from machines import APPLE, H100, MAX_1550, MI300, MIG_SLICE, RTX_3060, T4, UNREADABLE
 
 from pipeline.common.gpu import Gpu, have_bf16
 from pipeline.config.quant import Dtype, QuantConfig, QuantMethod, settle_dtypes
 from pipeline.config.schema import root
 from pipeline.engine.accelerators import chosen
+from pipeline.engine.paged.forward import can_capture
 from pipeline.job.manifest import manifest
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import footprint_bytes, parts, plain_dtype
@@ -96,3 +98,26 @@ def test_the_manifest_names_the_gpus_that_were_used(tmp_path: Path) -> None:
         "name": "Tesla T4", "backend": "cuda", "total_bytes": 15_843_721_216, "capability": "7.5", "mig": False,
     }  # fmt: skip
     assert device["gpus"][1]["mig"]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "capability", "recorded"), [
+    ("llama", torch.float32, 7, True),
+    ("qwen3_moe", torch.bfloat16, 9, True),
+    ("qwen3_moe", torch.bfloat16, 8, False),
+    ("qwen3_moe", torch.bfloat16, 12, False),
+    ("qwen3_moe", torch.float16, 9, False),
+    ("jetmoe", torch.bfloat16, 9, False),
+])  # fmt: skip
+def test_a_step_is_recorded_where_no_router_waits(monkeypatch, kind, dtype, capability, recorded):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    model = build(kind).to(dtype)
+    assert can_capture(model) == recorded
+    for module in model.modules():
+        if hasattr(module, "is_transposed"):
+            module.quantized_experts = {}
+    if kind == "qwen3_moe":
+        assert not can_capture(model), "their routing is asked for"
+        for module in model.modules():
+            if hasattr(module, "is_transposed"):
+                module.grouped_experts = module.forward
+        assert can_capture(model)

@@ -1,5 +1,8 @@
 """Experts in bitsandbytes' 4 and 8 bits on a GPU, run by Triton's interpreter on a CPU."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,16 +114,54 @@ def test_experts_stay_where_the_kernels_prove_wrong(kernels, load, monkeypatch):
 
 
 @pytest.mark.parametrize("ids", [[], [0, 0, 0], [4] * 40, [0] * 16 + [1, 3, 5, 5], list(range(5)) * 30])
-def test_tiles_hold_each_row_of_an_expert_once(kernels, ids):
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiles_hold_each_row_of_an_expert_once(kernels, ids, rows):
     ids = torch.tensor(sorted(ids), dtype=torch.int64)
-    tiles = kernels.Tiles(ids, 5)
+    tiles = kernels.Tiles(ids, 5, rows)
     seen: list[int] = []
     for tile, expert in enumerate(tiles.experts.tolist()):
         if expert < 5:
             begin = int(tiles.ends[expert - 1]) if expert else 0
-            first = int(tiles.bounds[expert]) + (tile - begin) * tiles.rows
-            rows = range(first, min(first + tiles.rows, int(tiles.bounds[expert + 1])))
-            assert rows
-            assert (ids[rows.start : rows.stop] == expert).all()
-            seen += rows
+            first = int(tiles.bounds[expert]) + (tile - begin) * rows
+            own = range(first, min(first + rows, int(tiles.bounds[expert + 1])))
+            assert own
+            assert (ids[own.start : own.stop] == expert).all()
+            seen += own
     assert seen == [row for row, expert in enumerate(ids.tolist()) if expert < 5]
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from pipeline.engine.paged import triton_experts as experts
+from pipeline.engine.paged.triton_four_bits import permutations
+
+name, capability, rows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+kernel = getattr(experts, name)
+fixed = {"OUTPUTS": 64, "ROWS": rows, "BIASED": True}
+kinds = dict.fromkeys(("states", "bias", "output"), "*bf16") | dict.fromkeys(("experts", "ends", "bounds"), "*i64")
+kinds |= {"words": "*i16", "scales": "*u8", "codes": "*fp32", "largest": "*fp32"}
+kinds |= dict.fromkeys(("scale_codes", "scale_scales", "offsets"), "*fp32")
+if name == "_four_bits_kernel":
+    fixed |= {"NESTED": True, "PERMUTATIONS": permutations(tuple(i / 16 for i in range(16)))}
+else:
+    fixed |= {"INPUTS": 64, "LARGEST": 127}
+    kinds["codes"] = "*i8"
+kinds |= dict.fromkeys(fixed, "constexpr")
+names = kernel.arg_names
+aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if kinds.get(name, "")[:1] == "*"}
+source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
+made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3})
+print(made.metadata.shared)
+"""
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("name", ["_four_bits_kernel", "_eight_bits_kernel"])
+def test_it_compiles_and_fits_the_memory_of_a_block(kernels, name, capability, rows):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, name, str(capability), str(rows)]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert 0 < int(made.stdout) <= 99 * 1024, "what a block has with compute capability 8.9"

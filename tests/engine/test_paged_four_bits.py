@@ -81,7 +81,7 @@ def test_no_layer_is_replaced_where_the_first_proves_wrong(four_bits, monkeypatc
     model = nn.Sequential(layer("nf4", 64, 64), layer("nf4", 64, 64))
     assert replace_linears(model, four_bits.FourBitLinear) == 0
     assert {type(child).__name__ for child in model} == {"Linear4bit"}
-    assert "are not used on this GPU" in caplog.text
+    assert "FourBitLinear is not used on this GPU" in caplog.text
 
 
 def test_a_layer_beside_an_adapter_stays(four_bits):

@@ -311,7 +311,14 @@ def test_each_kind_of_window_has_a_mask_of_its_own_on_a_gpu() -> None:
 def test_a_peak_is_the_sum_of_its_parts() -> None:
     arch, quant = facts("llama"), QUANTS["nf4"]
     peak = run_peak(
-        arch, quant, kv_cache=10**9, rows=8, prefill_tokens=2048, columns=512, copies_logits=True, gpus=(H100,)
+        arch,
+        quant,
+        kv_cache=10**9,
+        rows=8,
+        prefill_tokens=2048,
+        columns=512,
+        copies_logits=True,
+        gpus=(H100,),
     )
     assert peak.total == sum(asdict(peak).values())
     assert {name for name, part in asdict(peak).items() if part <= 0} == {"packed"}  # only on a CPU

@@ -12,7 +12,7 @@ from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import PAGES
 from pipeline.engine.model_facts import input_device, layer_windows, rope_switch
 from pipeline.engine.out_of_memory import is_out_of_memory
-from pipeline.engine.paged.gpu import GROUPED_PRODUCTS, choose_kernels
+from pipeline.engine.paged.gpu import HOPPER, choose_kernels
 from pipeline.engine.paged.graph import StepGraph
 from pipeline.engine.paged.longrope import LongRope, check_rotary
 from pipeline.engine.paged.pages import Pages, pages_for
@@ -47,7 +47,7 @@ class PagedForward:
         self._model = model
         self._fused = FusedModel(model, kernels) if kernels and can_fuse(model, "cuda") else None
         self._rope = LongRope(model)
-        self._captures = self.device.type == "cuda" and torch.cuda.is_available() and _can_capture(model)
+        self._captures = self.device.type == "cuda" and torch.cuda.is_available() and can_capture(model)
         self._graphs: tuple[list[StepGraph], list[StepGraph]] = [], []  # of short rows, and of long ones
         self.open(0, 0)
         model.set_attn_implementation(ATTENTION)
@@ -203,23 +203,22 @@ def _only_device(model: Any) -> torch.device:
     return input_device(model)
 
 
-def _can_capture(model: Any) -> bool:
-    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, and experts may at their routing."""
+def can_capture(model: Any) -> bool:
+    """Say whether a step can be recorded: LLM.int8 looks at a product's outliers, and experts may at their routing.
+
+    A record that has to be given up leaves torch's allocator unable to free what it holds, so none is begun in hope.
+    """
     if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
         return False
-    config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    mixture = any(getattr(config, name, None) for name in names)
-    return not mixture or _waits_for_no_routing(model)
-
-
-def _waits_for_no_routing(model: Any) -> bool:
-    """Say whether all experts multiply grouped: those in 4 and 8 bits by our kernel, others by Hopper's of torch."""
     experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
-    plain = [module for module in experts if not hasattr(module, "grouped_experts")]
-    if any(hasattr(module, "quantized_experts") for module in plain):
-        return False
-    grouped = model.config.get_text_config()._experts_implementation == "grouped_mm"
-    half = model.get_input_embeddings().weight.dtype == torch.bfloat16
-    hopper = torch.cuda.get_device_capability(input_device(model)) >= GROUPED_PRODUCTS
-    return bool(experts) and (not plain or (grouped and half and hopper))
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
+    if not experts:
+        return not any(getattr(config, name, None) for name in names)
+    grouped = config._experts_implementation == "grouped_mm" and model.dtype == torch.bfloat16
+    grouped = grouped and torch.version.hip is None
+    grouped = grouped and torch.cuda.get_device_capability(input_device(model))[0] == HOPPER
+    return all(
+        hasattr(module, "grouped_experts") or (grouped and not hasattr(module, "quantized_experts"))
+        for module in experts
+    )

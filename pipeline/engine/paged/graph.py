@@ -29,11 +29,13 @@ class StepGraph:
         self._graph = torch.cuda.CUDAGraph()
         stream = _side_stream(control.device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # left again even where the record's own end fails
-            step(control)  # kernels are compiled and libraries set up outside of the record
-            with torch.cuda.graph(self._graph, pool=memory, stream=stream):  # type: ignore[arg-type]
-                self._output = step(control)
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):  # left again even where the record's own end fails
+                step(control)  # kernels are compiled and libraries set up outside of the record
+                with torch.cuda.graph(self._graph, pool=memory, stream=stream):  # type: ignore[arg-type]
+                    self._output = step(control)
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, control: Tensor) -> tuple[Tensor, Tensor]:
         """Run the step for these rows, [B, 2] int32. The outputs are overwritten by the next replay."""

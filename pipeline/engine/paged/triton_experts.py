@@ -16,18 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.engine.experts import gather, weigh
+from pipeline.engine.paged.triton_eight_bits import LARGEST_CODE
 from pipeline.engine.paged.triton_four_bits import BLOCK, dequantized, permutations_where_compiled
-from pipeline.engine.paged.triton_products import MOST_ROWS
+from pipeline.engine.paged.triton_products import OUTPUTS
 
-OUTPUTS, INPUTS = 64, 64  # of a program, and of one of its products
-LARGEST_CODE = 127  # of 8 bits: stands for an output's largest weight, which is its scale here
+INPUTS = 64  # of one product of a program
 
 
 class GroupedExperts:
-    """Send tokens through a module's experts, all by one launch a weight; to be the module's `forward`."""
+    """Send tokens through a module's experts, all by one launch a weight; to be the module's `forward`.
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    Args:
+        dtype: of the products, float16 or bfloat16.
+    """
+
+    TILES = (16, 32, 64, 128)  # rows of one expert that a program multiplies
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._module, self._dtype = module, dtype
         held = module.quantized_experts
         self.weights = {name: _weight(getattr(module, name), held[name]) for name in held}
 
@@ -38,24 +44,29 @@ class GroupedExperts:
         fresh = bool(held) and not hasattr(module, "grouped_experts")
         return fresh and all(map(_can_multiply, held.values()))
 
-    def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Multiply. hidden [T, D], chosen and weights [T, K] → [T, D]."""
-        module = self._module
-        rows, ids, order = gather(hidden, chosen)
-        tiles = Tiles(ids, self.weights["down_proj"].shape[0])
+    def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor, tile: int | None = None) -> Tensor:
+        """Multiply. hidden [T, D], chosen and weights [T, K] → [T, D].
+
+        Args:
+            tile: which of TILES; None is the least that holds what an expert has on average.
+        """
+        module, (experts, *_) = self._module, self.weights["down_proj"].shape
+        rows, ids, order = gather(hidden.to(self._dtype), chosen)
+        average = triton.cdiv(len(ids), experts)
+        tiles = Tiles(ids, experts, tile or next((t for t in self.TILES if t >= average), self.TILES[-1]))
 
         def multiply(name: str, rows: Tensor) -> Tensor:
             bias = getattr(module, f"{name}_bias") if module.has_bias else None
             return self.weights[name].multiply(rows.contiguous(), tiles, bias)
 
         if module.has_gate:
-            inner = module._apply_gate(multiply("gate_up_proj", rows))
+            rows = module._apply_gate(multiply("gate_up_proj", rows))
         else:
-            inner = module.act_fn(multiply("up_proj", rows))
-        made = multiply("down_proj", inner)
+            rows = module.act_fn(multiply("up_proj", rows))
+        rows = multiply("down_proj", rows)
         if getattr(module, "has_post_expert_norm", False):
-            made = module.post_expert_norm(made)
-        return weigh(made, weights, order, hidden.dtype)
+            rows = module.post_expert_norm(rows)
+        return weigh(rows, weights, order, hidden)
 
 
 def _can_multiply(held: Any) -> bool:
@@ -115,16 +126,18 @@ class EightBitExperts:
     def __init__(self, packed: Tensor, held: Any) -> None:
         self.shape = held.shape
         self.codes = packed.data  # [E, N, K] int8
-        self.scales = torch.stack(held.states) / LARGEST_CODE  # [E, N] float32
+        self.largest = torch.stack(held.states)  # [E, N] float32, each output's largest weight
+        held.states = list(self.largest)
 
     def multiply(self, rows: Tensor, tiles: "Tiles", bias: Tensor | None) -> Tensor:
         """Multiply each row, sorted by expert, by its expert's matrix. [S, K], bias [E, N] → [S, N]; zeros for none."""
         experts, outputs, inputs = self.shape
         output = rows.new_zeros(len(rows), outputs)
         _eight_bits_kernel[(outputs // OUTPUTS, tiles.most)](
-            rows, self.codes, self.scales, rows if bias is None else bias, output,
+            rows, self.codes, self.largest, rows if bias is None else bias, output,
             tiles.experts, tiles.ends, tiles.bounds, experts, outputs, inputs,
-            BIASED=bias is not None, OUTPUTS=OUTPUTS, INPUTS=INPUTS, ROWS=tiles.rows, num_warps=4, num_stages=3,
+            BIASED=bias is not None, LARGEST=LARGEST_CODE, OUTPUTS=OUTPUTS, INPUTS=INPUTS, ROWS=tiles.rows,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
         return output
 
@@ -142,13 +155,13 @@ class Tiles:
 
     Args:
         ids: of each row's expert, [S] sorted; those beyond the experts are in no tile.
+        rows: of a tile.
     """
 
-    def __init__(self, ids: Tensor, experts: int) -> None:
-        count = len(ids)
-        self.rows = min(MOST_ROWS, max(16, triton.next_power_of_2(triton.cdiv(count, experts))))
-        self.most = min(experts, count) + count // self.rows
-        every = torch.arange(max(experts + 1, self.most), device=ids.device)
+    def __init__(self, ids: Tensor, experts: int, rows: int) -> None:
+        self.rows = rows
+        self.most = min(experts, len(ids)) + len(ids) // rows
+        every = torch.arange(max(experts + 1, self.most), device=ids.device, dtype=ids.dtype)
         self.bounds = torch.searchsorted(ids, every[: experts + 1])  # [E + 1], each expert's first row
         each = (self.bounds[1:] - self.bounds[:-1] + (self.rows - 1)) // self.rows
         self.ends = each.cumsum(0)  # [E], the first tile that is no longer an expert's
@@ -201,8 +214,8 @@ def _four_bits_kernel(
 
 @triton.jit
 def _eight_bits_kernel(
-    states, codes, scales, bias, output, experts, ends, bounds, count, outputs, inputs,
-    BIASED: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
+    states, codes, largest, bias, output, experts, ends, bounds, count, outputs, inputs,
+    BIASED: tl.constexpr, LARGEST: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Multiply a tile's rows by some outputs' codes of its expert."""
     expert, m, there = _tile(experts, ends, bounds, count, ROWS)
@@ -217,7 +230,7 @@ def _eight_bits_kernel(
             weights = tl.load(first_code + at).to(kind)
             x = tl.load(states + m * inputs + (at + k[:, None]), mask=there, other=0.0)
             total = tl.dot(weights, x, total)
-        total *= tl.load(scales + row)[:, None]
+        total *= tl.load(largest + row)[:, None] / LARGEST
         if BIASED:
             total += tl.load(bias + row).to(tl.float32)[:, None]
         tl.store(output + m * outputs + n[:, None], total.to(kind), mask=there)
