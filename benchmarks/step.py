@@ -49,6 +49,7 @@ def make(args: argparse.Namespace, quant: str) -> Any:
     """Make a random model, packed as a job would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
 
     from pipeline.engine.cpu import load_kernels
     from pipeline.engine.cpu.packing import pack_weights
@@ -68,7 +69,15 @@ def make(args: argparse.Namespace, quant: str) -> Any:
         tie_word_embeddings=tied,
         dtype=dtype,
     )
-    model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    with no_init_weights():
+        model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype) / 50
+    for weight in model.parameters():  # drawing each number of 8 billion takes minutes
+        if weight.dim() == 1:
+            weight.data.fill_(1)
+            continue
+        for part in weight.data.view(-1).split(len(numbers)):
+            part.copy_(numbers[: len(part)])
     linears = [
         (m, n, c) for m in model.model.modules() for n, c in m.named_children() if hasattr(c, "in_features")
     ]
