@@ -85,7 +85,7 @@ def job(model: str, gpu_bytes: int, host_bytes: int = 64 * 10**9) -> Workload:
     facts = find_facts(config.model, config.models_dir)
     settings = Settings(0.85, 2048, max_rows=None, max_tokens_in_flight=None)
     device = Device("a GPU", (H100,), gpu_bytes, host_bytes)
-    return Workload(model, facts, assumed_lengths(256, 131_072, sampled=False), device, settings)
+    return Workload(model, facts, assumed_lengths(256, 131_072, copies_logits=False), device, settings)
 
 
 @pytest.mark.parametrize(
