@@ -13,6 +13,7 @@ from pipeline.config.quant import Dtype, QuantConfig, QuantMethod, settle_dtypes
 from pipeline.config.schema import root
 from pipeline.engine.accelerators import chosen
 from pipeline.engine.paged.forward import can_capture
+from pipeline.engine.paged.replaced import NEAR, _apart
 from pipeline.job.manifest import manifest
 from pipeline.memory.architecture import Architecture
 from pipeline.memory.plan import footprint_bytes, parts, plain_dtype
@@ -121,3 +122,13 @@ def test_a_step_is_recorded_where_no_router_waits(monkeypatch, kind, dtype, capa
             if hasattr(module, "is_transposed"):
                 module.grouped_experts = module.forward
         assert can_capture(model)
+
+
+def test_what_a_large_output_rounds_by_proves_nothing_wrong_and_hides_nothing():
+    wanted = torch.randn(5, 4096)
+    wanted[:, 3] = 4000.0  # as a bias of Qwen 2's keys
+    made = wanted.bfloat16().float()
+    made[:, 3] += 16  # a rounding further
+    assert _apart(made, wanted) < NEAR
+    made[2, 7] += 1
+    assert _apart(made, wanted) > NEAR

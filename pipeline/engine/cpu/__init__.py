@@ -23,4 +23,5 @@ def onednn_has_bf16() -> bool:
     """Say whether oneDNN multiplies in bf16 on this CPU, else torch's own loops do: with AVX2, 20 times slower."""
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

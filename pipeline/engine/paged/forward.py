@@ -215,10 +215,13 @@ def can_capture(model: Any) -> bool:
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
     if not experts:
         return not any(getattr(config, name, None) for name in names)
-    grouped = config._experts_implementation == "grouped_mm" and model.dtype == torch.bfloat16
-    grouped = grouped and torch.version.hip is None
-    grouped = grouped and torch.cuda.get_device_capability(input_device(model))[0] == HOPPER
-    return all(
-        hasattr(module, "grouped_experts") or (grouped and not hasattr(module, "quantized_experts"))
-        for module in experts
+    others = [module for module in experts if not hasattr(module, "grouped_experts")]
+    if not others:
+        return True
+    return (
+        not any(hasattr(module, "quantized_experts") for module in others)
+        and config._experts_implementation == "grouped_mm"
+        and model.dtype == torch.bfloat16
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(input_device(model))[0] == HOPPER
     )

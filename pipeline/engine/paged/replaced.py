@@ -13,9 +13,9 @@ from pipeline.engine.paged.gpu import HOPPER, choose_kernels
 log = logging.getLogger(__name__)
 
 TRIED_ROWS = (1, 5, 17, 64, 128)  # of each height of a program's tile, filled and not
-# How far a number may be off, as a share of all numbers' standard deviation: roundings to bfloat16 make 0.05 of
-# the largest ones.
-NEAR = 0.2
+# How far a number may be off beside a 50th of itself, as a share of its row's median. What experts in 8 bits round
+# to bfloat16 on the way makes 0.03.
+NEAR = 0.15
 
 
 def replace_products(model: Any) -> int:
@@ -103,7 +103,7 @@ def _numbers(module: nn.Module, rows: int, columns: int) -> Tensor:
 def _prove_right(kind: type, tries: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> bool:
     """Say whether all that a kernel makes is what is wanted, and warn if not."""
     try:
-        apart = [float((made - wanted).abs().max() / wanted.float().std()) for made, wanted in tries()]
+        apart = [_apart(made.float(), wanted.float()) for made, wanted in tries()]
     except Exception as error:  # Triton's own are of no common kind; of memory the first pass will speak
         log.info("It fails", exc_info=True)
         said = f"it fails: {error}".splitlines()[0]
@@ -111,6 +111,12 @@ def _prove_right(kind: type, tries: Callable[[], Iterator[tuple[Tensor, Tensor]]
         wrong = [share for share in apart if not share <= NEAR]  # as NaN
         if not wrong:
             return True
-        said = f"its numbers are off by {wrong[0]:.2g} standard deviations"
+        said = f"a number is off by {wrong[0]:.2g} times the median"
     log.warning("%s is not used on this GPU, and bitsandbytes' products are: %s", kind.__name__, said)
     return False
+
+
+def _apart(made: Tensor, wanted: Tensor) -> float:
+    """Measure how far the worst number is off. Outputs with a large bias round by more, and hide no others."""
+    beyond = (made - wanted).abs() - wanted.abs() / 50
+    return float((beyond.amax(-1) / wanted.abs().median(-1).values).max())
