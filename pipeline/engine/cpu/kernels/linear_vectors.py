@@ -1,8 +1,8 @@
 """Multiply by packed weights on a CPU's vectors, where it has no matrix tiles.
 
 A row's 32 outputs of a strip are two vectors of sums, so that a dozen rows fill AVX-512's registers: for every
-two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. AVX2 has a
-quarter of that room.
+two inputs, two vectors of weights are loaded, and each row's pair of inputs is spread over a third. On CPUs without
+instructions for bf16, widened.py takes the place of that.
 """
 
 from typing import Any
@@ -28,17 +28,13 @@ from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
     LANES,
+    ROWS,
     VECTOR,
-    broadcast_pair,
-    compiles_for,
-    dot_pairs,
     for_each_count,
-    load_pairs,
     prefetch_line,
 )
 
 FEWEST_ROWS = 1  # that a product takes
-ROWS = 12 if compiles_for("avx512f") else 2  # whose sums are in registers at once
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = LANES // PAIRS_TOGETHER  # of a block
 LINES = BLOCK_BYTES // TILE_BYTES // PARTS  # of the cache: weights of a part
@@ -100,8 +96,7 @@ def _multiply(builder: Any, rows: int, arguments: list[Any]) -> None:
         for line in range(LINES):
             prefetch_line(builder, builder.add(ahead, builder.mul(step, _NUMBER(line))), cache=2)
         addresses = [here, stride, *(builder.add(place, along) for place in places)]
-        part_of_block = _part if HAS_BF16 else _part_in_float32
-        for total, new in zip(totals, part_of_block(builder, totals, addresses), strict=True):
+        for total, new in zip(totals, _part(builder, totals, addresses), strict=True):
             builder.store(new, total)
     for total, end in zip(totals, ends, strict=True):
         builder.store(builder.load(total), end, align=4)
@@ -127,21 +122,6 @@ def _part(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
     kind = ir.FunctionType(ir.LiteralStructType(kinds), [i.type for i in inputs])
     result = builder.asm(kind, "\n".join(lines), ",".join(form), inputs, side_effect=False)
     return [builder.extract_value(result, i) for i in range(count)]
-
-
-def _part_in_float32(builder: Any, totals: list[Any], addresses: list[Any]) -> list[Any]:
-    """Add one more part on a CPU without instructions for bf16."""
-    weights, stride, *places = addresses
-    sums = [builder.load(total) for total in totals]
-    for pair in range(PAIRS_TOGETHER):
-        here = [pair * TILE_BYTES + tile * BLOCK_BYTES // 2 for tile in (0, 1)]
-        both = [load_pairs(builder, builder.add(weights, _NUMBER(place)), _NUMBER(0)) for place in here]
-        for row in range(len(sums) // 2):
-            place = builder.add(places[row // 3], builder.mul(stride, _NUMBER(row % 3)))
-            own = broadcast_pair(builder, place, 2 * pair)
-            for tile, weight in enumerate(both):
-                sums[2 * row + tile] = dot_pairs(builder, sums[2 * row + tile], own, weight)
-    return sums
 
 
 @inner
@@ -182,6 +162,8 @@ def _part_of_strip(
     p: Any, start: int, end: int, first: int, count: int, weights: int, soon: int, size: int, sums: Any
 ) -> None:
     """Add the products of some blocks of inputs, for all rows."""
+    if not HAS_BF16:  # for then all rows are few
+        return
     # A small last group would load all weights anew for a few rows.
     groups = (end - start + ROWS - 1) // ROWS
     step = (

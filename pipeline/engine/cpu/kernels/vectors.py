@@ -30,6 +30,7 @@ def compiles_for(feature: str) -> bool:
 
 
 HAS_AVX512, HAS_BF16 = compiles_for("avx512bw"), compiles_for("avx512bf16")
+ROWS = 12 if HAS_AVX512 else 6  # of a product, whose sums leave room for the rest in the registers
 
 
 def _cast(function: Any, source: Any, target: Any) -> Any:

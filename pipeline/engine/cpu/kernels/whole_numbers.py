@@ -25,6 +25,7 @@ from pipeline.engine.cpu.kernels.vectors import (
     HAS_AVX512,
     LANES,
     PAIRS,
+    ROWS,
     VECTOR,
     as_float,
     compiles_for,
@@ -41,7 +42,6 @@ from pipeline.engine.cpu.kernels.vectors import (
 )
 
 HAS_VNNI = compiles_for("avx512vnni" if HAS_AVX512 else "avxvnni")
-ROWS = 12 if HAS_AVX512 else 6  # whose sums leave room for the rest in the registers
 LARGEST = 1920  # 32 · 1920 · 2^15 is less than 2^31, as with 128; fp4's values are whole multiples of 1/192
 AHEAD_BYTES = 16 * CODED_BYTES  # so far ahead weights are asked for
 LINE_BYTES = 32  # of two inputs: in 4 bits all outputs, in 8 bits a tile's
