@@ -46,13 +46,16 @@ class FusedModel:
         cos, sin = self._body.rotary_emb(states, position_ids)
         rotation = cos[0], sin[0]
         addition: Tensor | None = None
+        last = len(self._body.layers) - 1
         for index, layer in enumerate(self._body.layers):
             normed = self._norm(layer.input_layernorm, states, addition)
-            addition = self._attention(layer.self_attn, index, normed, rotation, batch)
+            attended = self._attention(layer.self_attn, index, normed, rotation, batch)
+            if index == last:  # from here on nobody reads the others
+                states, attended = states[keep], attended[keep]
+            addition = layer.self_attn.o_proj(attended)
             normed = self._norm(layer.post_attention_layernorm, states, addition)
             addition = self._mlp(layer.mlp, normed)
-        kept = None if addition is None else addition[keep]
-        logits: Tensor = self._head(self._norm(self._body.norm, states[keep], kept))
+        logits: Tensor = self._head(self._norm(self._body.norm, states, addition))
         return logits
 
     def _attention(self, attention: Any, layer: int, normed: Tensor, rotation: Any, batch: Any) -> Tensor:
@@ -62,9 +65,8 @@ class FusedModel:
         )
         if hasattr(attention, "q_norm"):
             query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
-        attended = batch.attend(layer, query, key, value, attention.scaling, rotation)
-        output: Tensor = attention.o_proj(attended.flatten(1))
-        return output
+        attended: Tensor = batch.attend(layer, query, key, value, attention.scaling, rotation)
+        return attended.flatten(1)
 
     def _mlp(self, mlp: Any, normed: Tensor) -> Tensor:
         packed = getattr(mlp.gate_proj, "packed", None)

@@ -92,8 +92,12 @@ class RectanglePrefill:
         if self.kernels is not None and key.shape == value.shape:
             spans, span = self._spans, (self.first, self.last)
             padded = self.kernels.place(query, key, value, rotation, spans, span, keys, values)
-            keys, values = keys[:, :, : self.last], values[:, :, : self.last]
-            out = self._attend_block(padded, keys, values, window, scaling)
+            if self.kernels.attends_causally(query.shape[2]):
+                seen = rectangle.starts, self.first, window
+                out = self.kernels.causal_attend(padded, keys, values, *seen, scaling)
+            else:
+                keys, values = keys[:, :, : self.last], values[:, :, : self.last]
+                out = self._attend_block(padded, keys, values, window, scaling)
             collected: Tensor = self.kernels.collect(out, spans, span, len(query))
             return collected
         assert rotation is None, "only the kernels rotate"

@@ -25,7 +25,7 @@ if kernels is None:
 from cpu_products import PRODUCTS, linear_tiles
 
 from pipeline.common.request import GenerationParams, Request
-from pipeline.engine.cpu.kernels import linear_vectors
+from pipeline.engine.cpu.kernels import attention_operators, linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import compiles_for
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
@@ -161,6 +161,48 @@ def test_causal_softmax_is_a_masked_softmax(first: int, window: int | None) -> N
     expected = (scores.float() * 0.3).masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
     kernels.causal_softmax(scores, starts, first, window, 0.3)
     assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("first", "heads"), [(0, (4, 2)), (35, (3, 3)), (7, (6, 1))])
+def test_causal_attention_is_a_masked_attention(
+    first: int, heads: tuple[int, int], window: int | None, size: int
+) -> None:
+    """Rows of all columns and of a few, some of them computed before; more queries than a task has."""
+    if not kernels.attends_causally(size):
+        pytest.skip("this CPU attends by matrix tiles, or multiplies by none of our kernels")
+    columns, starts = 150, [0, 61, first + 149]
+    width = first + columns
+    query = random(3, heads[0], columns, size)
+    keys, values = random(3, heads[1], width + 5, size, seed=1), random(3, heads[1], width + 5, size, seed=2)
+    for states in (keys, values):
+        states[:, :, width:] = torch.nan  # not written yet
+        states[2, :, : starts[2]] = torch.nan  # padding
+    queries, places = torch.arange(first, width)[:, None], torch.arange(width)
+    seen = (places <= queries) & (places >= torch.tensor(starts)[:, None, None])
+    if window:
+        seen &= places > queries - window
+    found = kernels.causal_attend(query, keys, values, starts, first, window, 0.2)
+    states = (t[:, :, :width].nan_to_num(0).float() for t in (keys, values))
+    expected = F.scaled_dot_product_attention(
+        query.float(), *states, attn_mask=seen[:, None], scale=0.2, enable_gqa=True
+    )
+    for row, start in enumerate(starts):
+        own = max(0, start - first)
+        # with instructions for bf16, weights are rounded to it
+        torch.testing.assert_close(
+            found[row, :, own:].float(), expected[row, :, own:], rtol=ULP, atol=ULP / 2
+        )
+
+
+def test_causal_attention_does_not_depend_on_the_rows_beside() -> None:
+    if not kernels.attends_causally(64):
+        pytest.skip("this CPU attends by matrix tiles, or multiplies by none of our kernels")
+    states = [random(2, 4, 90, 64, seed=seed) for seed in range(3)]
+    both = kernels.causal_attend(*states, [0, 30], 0, None, 0.2)
+    alone = kernels.causal_attend(*(t[1:, :, 30:].contiguous() for t in states), [0], 0, None, 0.2)
+    assert torch.equal(both[1:, :, 30:], alone)
 
 
 def test_a_single_row_may_have_any_stride() -> None:
@@ -320,7 +362,7 @@ def test_gates_are_silu_times_up_for_small_and_large_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("products", "batches"), [(None, True), *((name, True) for name in PRODUCTS), ("linear_vectors", False)]
+    ("products", "batches"), [(None, True), (None, False), *((name, True) for name in PRODUCTS)]
 )
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
@@ -328,7 +370,11 @@ def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
 ) -> None:
     module = PRODUCTS[products]() if products else None
     monkeypatch.setattr(kernels, "products", module)
-    if not batches:  # as without AVX-512
+    if products != "linear_vectors":
+        monkeypatch.setattr(attention_operators, "causal", None)
+    elif "head_dim" in ARCHITECTURES[name][1]:
+        monkeypatch.setitem(ARCHITECTURES[name][1], "head_dim", 32)  # which causal_attend takes
+    if not batches:  # as without oneDNN's products in bf16
         monkeypatch.setattr(passes, "onednn_has_bf16", lambda: False)
     model = build_tiny(name).to(torch.bfloat16)
     model.resize_token_embeddings(320, mean_resizing=False)  # whole blocks

@@ -72,19 +72,34 @@ def exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: An
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scores, most, scaling, weights, count = arguments
-        most, scaling = spread(builder, most), spread(builder, scaling)
-        total = cgutils.alloca_once_value(builder, constant(0.0))
-        with stepwise(builder, count, LANES) as i:
-            x = builder.fsub(load_floats(builder, scores, i), most, flags=["fast"])
-            weight = exp_vector(builder, times(builder, x, scaling))
-            builder.store(add(builder, builder.load(total), weight), total)
-            store_halves(builder, weight, weights, i)
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
-        return builder.call(function, [ir.FloatType()(0.0), builder.load(total)], fastmath=["fast"])
+        return _exponentials(builder, store_halves, *arguments)
 
     return types.float32(scores, types.float32, types.float32, weights, count), codegen
+
+
+@intrinsic
+def float_exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any) -> Any:
+    """Write the weights of `exponentials` in float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _exponentials(builder, store, *arguments)
+
+    return types.float32(scores, types.float32, types.float32, weights, count), codegen
+
+
+def _exponentials(
+    builder: Any, store_weight: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any
+) -> Any:
+    most, scaling = spread(builder, most), spread(builder, scaling)
+    total = cgutils.alloca_once_value(builder, constant(0.0))
+    with stepwise(builder, count, LANES) as i:
+        x = builder.fsub(load_floats(builder, scores, i), most, flags=["fast"])
+        weight = exp_vector(builder, times(builder, x, scaling))
+        builder.store(add(builder, builder.load(total), weight), total)
+        store_weight(builder, weight, weights, i)
+    kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(function, [ir.FloatType()(0.0), builder.load(total)], fastmath=["fast"])
 
 
 @intrinsic

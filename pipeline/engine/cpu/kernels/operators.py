@@ -7,16 +7,22 @@ Importing this module compiles them, or takes them from numba's cache. It raises
 and OSError where torch is not linked with libgomp.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.engine.cpu.kernels import attention as attention
 from pipeline.engine.cpu.kernels import loops as loops
+from pipeline.engine.cpu.kernels.attention_operators import attend as attend
+from pipeline.engine.cpu.kernels.attention_operators import attend_call as attend_call
+from pipeline.engine.cpu.kernels.attention_operators import attends_causally as attends_causally
+from pipeline.engine.cpu.kernels.attention_operators import causal_attend as causal_attend
+from pipeline.engine.cpu.kernels.attention_operators import causal_softmax as causal_softmax
+from pipeline.engine.cpu.kernels.attention_operators import collect as collect
+from pipeline.engine.cpu.kernels.attention_operators import copy_prefix as copy_prefix
+from pipeline.engine.cpu.kernels.attention_operators import place as place
 from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, Linear, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
@@ -25,7 +31,7 @@ from pipeline.engine.cpu.kernels.linear_floats import FEW_ROWS as FEW_ROWS
 from pipeline.engine.cpu.kernels.linear_floats import linear_in_float32 as linear_in_float32
 from pipeline.engine.cpu.kernels.slots import NEXT_TASK as NEXT_TASK
 from pipeline.engine.cpu.kernels.slots import TASKS as TASKS
-from pipeline.engine.cpu.kernels.slots import Call, bits, prepare
+from pipeline.engine.cpu.kernels.slots import Call, bits, prepare, row_stride
 from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
 from pipeline.engine.cpu.kernels.threads import run
@@ -48,8 +54,6 @@ MULTIPLIES_ON = (
     else "vectors of AVX2"
 )
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
-
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Norm by the root mean square (Zhang and Sennrich 2019), rounded as transformers does. [.., D] → [.., D]."""
@@ -71,7 +75,7 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) · up, each rounded as torch does. Two of [N, M], each row contiguous → [N, M]."""
     output = gate.new_empty(gate.shape)
     rows, width = gate.shape
-    numbers = {"rows": rows, "width": width, "gate_stride": _stride(gate), "up_stride": _stride(up)}
+    numbers = {"rows": rows, "width": width, "gate_stride": row_stride(gate), "up_stride": row_stride(up)}
     tasks = -(-rows // loops.ROWS)
     run(prepare(loops.silu_multiply, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
     return output
@@ -116,155 +120,6 @@ def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
     run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
 
 
-def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: int) -> None:
-    """Write the first columns of one row into every row of a store, from its own start on.
-
-    Args:
-        store: [R, H, width, D].
-        prefix: [1, H, any, D].
-        starts: R.
-    """
-    rows, heads, width, size = store.shape
-    places = np.array(starts, np.int64) * size
-    run(
-        prepare(
-            attention.copy_prefix,
-            attention.CopyPrefix,
-            rows * heads,
-            store=store,
-            prefix=prefix,
-            starts=places.ctypes.data,
-            rows=rows,
-            heads=heads,
-            width=width * size,
-            count=columns * size,
-            prefix_width=prefix.shape[2] * size,
-        )
-    )
-
-
-def place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotation: Rotation | None,
-    starts: np.ndarray,
-    columns: tuple[int, int],
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """Bring a prefill's tokens to their places: queries to a padded block, keys and values to their stores.
-
-    Args:
-        query: [N, H, D]; key, value: [N, H_kv, D]: the tokens of every row in these columns, row by row.
-        rotation: rotary position embedding (Su et al. 2021) of queries and keys; None where that is done.
-        starts: [R, 2] int64, each row's first token among the N, and its first column.
-        columns: first, and one beyond the last.
-        keys, values: [R, H_kv, width, D].
-
-    Returns:
-        [R, H, T, D], zeros before a row's first column.
-    """
-    query, key, value = (_rows_contiguous(t) for t in (query, key, value))
-    first, last = columns
-    padded = query.new_empty(len(starts), query.shape[1], last - first, query.shape[2])
-    call = prepare(
-        attention.place,
-        attention.Place,
-        len(starts) * -(-(last - first) // attention.COLUMNS),
-        starts=starts.ctypes.data,
-        padded=padded,
-        kept_keys=keys,
-        kept_values=values,
-        rows=len(starts),
-        first=first,
-        last=last,
-        width=keys.shape[2],
-        **_states(query, key, value, rotation),
-    )
-    run(call)
-    return padded
-
-
-def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count: int) -> Tensor:
-    """Take the padding out of what `place` has padded. [R, H, T, D] → [N, H, D]."""
-    rows, heads, width, size = padded.shape
-    output = padded.new_empty(count, heads, size)
-    call = prepare(
-        attention.collect,
-        attention.Collect,
-        rows * -(-width // attention.COLUMNS),
-        padded=padded,
-        starts=starts.ctypes.data,
-        outputs=output,
-        rows=rows,
-        heads=heads,
-        first=columns[0],
-        last=columns[1],
-        size=size,
-        count=count,
-    )
-    run(call)
-    return output
-
-
-def causal_softmax(
-    scores: Tensor, starts: Sequence[int], first: int, window: int | None, scaling: float
-) -> None:
-    """Take the softmax of scores · scaling in place: 0 where a query does not see, and all that padding sees.
-
-    Args:
-        scores: [R, H, T, W] contiguous, the queries of columns [first, first + T).
-        starts: each row's first column.
-        window: tokens that a query sees, itself included; None is all before it.
-        scaling: above 0.
-    """
-    rows, heads, columns, width = scores.shape
-    places = np.array(starts, np.int64)
-    call = prepare(
-        attention.causal_softmax,
-        attention.CausalSoftmax,
-        rows * heads,
-        scores=scores,
-        starts=places.ctypes.data,
-        rows=rows,
-        heads=heads,
-        columns=columns,
-        width=width,
-        first=first,
-        window=window or width,
-        scaling=bits(scaling),
-    )
-    run(call)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotation: Rotation | None,
-    rows: np.ndarray,
-    blocks: np.ndarray,
-    scaling: float,
-) -> Tensor:
-    """Write each row's new key and value, and attend to all its columns.
-
-    Args:
-        query: [N, H, D]; key, value: [N, H_kv, D]; N ≥ B.
-        rotation: as for `place`.
-        rows: [B, 4] int64, each row's block, its row there, the first column it sees, and the new one.
-        blocks: [blocks, 3] int64, addresses of keys and values, [rows, H_kv, width, D] each, and width.
-        scaling: of the scores, above 0.
-
-    Returns:
-        [N, H, D], zeros beyond the B rows.
-    """
-    query, key, value = (_rows_contiguous(t) for t in (query, key, value))
-    output = query.new_zeros(query.shape)
-    run(attend_call(query, key, value, rotation, rows, blocks, scaling, output))
-    return output
-
-
 def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: float, output: Tensor) -> Call:
     """Prepare `add_rms_norm` into an output. Both [N, D], or [N, H, D], each token's heads contiguous."""
     width = len(weight)
@@ -280,7 +135,7 @@ def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: floa
         rows=rows,
         width=width,
         heads=heads,
-        stride=_stride(states),
+        stride=row_stride(states),
         eps=bits(eps),
     )
 
@@ -312,79 +167,6 @@ def linear_call(
         threads=torch.get_num_threads(),
         chunk=chunk,
     )
-
-
-def attend_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rotation: Rotation | None,
-    rows: np.ndarray,
-    blocks: np.ndarray,
-    scaling: float,
-    output: Tensor,
-) -> Call:
-    """Prepare `attend` into an output."""
-    return prepare(
-        attention.attend,
-        attention.Attend,
-        len(rows) * key.shape[1],
-        outputs=output,
-        row_table=rows.ctypes.data,
-        block_table=blocks.ctypes.data,
-        block_count=len(blocks),
-        scaling=bits(scaling),
-        threads=torch.get_num_threads(),
-        **_states(query, key, value, rotation),
-    )
-
-
-def _states(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None) -> dict[str, Tensor | int]:
-    """Gather what `place` and `attend` read of new tokens: where they are, their shapes, and their rotation."""
-    count, heads, size = query.shape
-    cos, sin, table_width = _tables(rotation, query)
-    return {
-        "queries": query,
-        "keys": key,
-        "values": value,
-        "cos": cos,
-        "sin": sin,
-        "count": count,
-        "heads": heads,
-        "kv_heads": key.shape[1],
-        "size": size,
-        "query_stride": _stride(query),
-        "key_stride": _stride(key),
-        "value_stride": _stride(value),
-        "table_width": table_width,
-    }
-
-
-def _tables(rotation: Rotation | None, states: Tensor) -> tuple[Tensor | int, Tensor | int, int]:
-    """Return cosines, sines and their width; 0 is none.
-
-    Raises:
-        ValueError: only a part of each head is rotated, or in another precision.
-    """
-    if rotation is None:
-        return 0, 0, 0
-    rows, _, size = states.shape
-    for table in rotation:
-        if table.shape != (rows, size) or table.dtype != states.dtype or not table.is_contiguous():
-            raise ValueError(
-                f"rotary embedding of {tuple(table.shape)} {table.dtype} on {tuple(states.shape)}"
-            )
-    return *rotation, size
-
-
-def _rows_contiguous(states: Tensor) -> Tensor:
-    """Have each token's heads contiguous. [N, H, D] → [N, H, D]."""
-    return states if states[0].is_contiguous() else states.contiguous()
-
-
-def _stride(rows: Tensor) -> int:
-    """Count the numbers from one row to the next. A single row's own stride may be anything."""
-    return rows.stride(0) if len(rows) > 1 else rows[0].numel()
 
 
 if not hasattr(loops.rms_norm, "address"):

@@ -1,31 +1,28 @@
-"""Choose how weights come into a product, by the CPU and by what its numbers name."""
+"""Choose how inputs, and weights in 4 and in 8 bits, come into a product, by what its numbers name."""
 
 from typing import Any
 
-from pipeline.engine.cpu.kernels import eight_bits, four_bits, whole_numbers, widened
+from pipeline.engine.cpu.kernels import eight_bits, four_bits, whole_numbers
 from pipeline.engine.cpu.kernels.blocks import (
     BLOCK,
     BLOCK_BYTES,
     CODED_BYTES,
+    IN_WHOLE_NUMBERS,
     INT8_BLOCK_BYTES,
-    TILE_BYTES,
 )
 from pipeline.engine.cpu.kernels.loops import inner
+from pipeline.engine.cpu.kernels.row_products import INPUT_BYTES, widen
 from pipeline.engine.cpu.kernels.vectors import HAS_BF16
-from pipeline.engine.cpu.kernels.vectors import ROWS as WIDE_ROWS
+from pipeline.engine.cpu.kernels.vectors import ROWS as MOST_ROWS
 
-CONVERTS = (
-    not HAS_BF16
-)  # the inputs, to whole numbers or to float32: then all rows are multiplied in the registers
-# Rows that are, and how many of them at once.
-FEW_ROWS = 1 << 30 if CONVERTS else min(four_bits.FEW_ROWS, eight_bits.FEW_ROWS)
-ROWS = WIDE_ROWS if CONVERTS else FEW_ROWS
+# Rows that are multiplied in the registers, and how many of them at once.
+FEW_ROWS = 1 << 30 if IN_WHOLE_NUMBERS else min(four_bits.FEW_ROWS, eight_bits.FEW_ROWS)
+ROWS = MOST_ROWS if IN_WHOLE_NUMBERS else FEW_ROWS
 # As numba takes them: by their own names.
 multiply_four, unpack_four = four_bits.multiply_few, four_bits.unpack
 multiply_eight, unpack_eight = eight_bits.multiply_few, eight_bits.unpack
 whole_four, whole_eight = whole_numbers.multiply_four, whole_numbers.multiply_eight
 whole_row_bytes, make_whole = whole_numbers.row_bytes, whole_numbers.make_whole
-wide_row_bytes, widen, multiply_widened = widened.row_bytes, widened.widen, widened.multiply
 
 
 @inner
@@ -36,22 +33,22 @@ def block_bytes(p: Any) -> int:
 
 @inner
 def few_rows(p: Any) -> int:
-    """Return how many rows are multiplied in the registers; 0 for weights in bf16 where inputs stay as they are."""
-    return FEW_ROWS if CONVERTS or p.values or p.scales else 0
+    """Return how many rows are multiplied in the registers; 0 for weights in bf16."""
+    return FEW_ROWS if p.values or p.scales else 0
 
 
 @inner
 def converted_bytes(p: Any) -> int:
-    """Return the bytes of a row of inputs as few rows take it; 0 where they take it as it is."""
-    if not CONVERTS:
+    """Return the bytes of a row of inputs as a product takes it; 0 where it takes it as it is."""
+    if HAS_BF16:
         return 0
-    found: int = whole_row_bytes(p.width_in) if p.values or p.scales else wide_row_bytes(p.width_in)
+    found: int = whole_row_bytes(p.width_in) if p.values or p.scales else p.width_in * INPUT_BYTES
     return found
 
 
 @inner
 def convert(p: Any, start: int, end: int, output: int) -> None:
-    """Write some rows of the inputs as few rows take them."""
+    """Write some rows of the inputs as a product takes them."""
     for row in range(start, end):
         input, own = p.inputs + row * p.stride * 2, output + (row - start) * converted_bytes(p)
         if p.values or p.scales:
@@ -63,7 +60,7 @@ def convert(p: Any, start: int, end: int, output: int) -> None:
 @inner
 def unpack(p: Any, packed: int, blocks: int, output: int) -> None:
     """Write blocks in bf16, 2 KiB each."""
-    if not CONVERTS:  # for then all rows are few
+    if not IN_WHOLE_NUMBERS:  # for which all rows are few
         if p.values:
             unpack_four(packed, p.values, blocks, output)
         else:
@@ -78,16 +75,11 @@ def multiply_few(p: Any, rows: int, input: int, stride: int, packed: int, sums: 
     for group in range(groups):
         row, after = rows * group // groups, rows * (group + 1) // groups
         count, first, own = after - row, input + row * stride, sums + row * BLOCK * 4
-        if CONVERTS:
+        if IN_WHOLE_NUMBERS:
             if p.values:
                 whole_four(count, first, stride, blocks, own, packed, p.values)
-            elif p.scales:
-                whole_eight(count, first, stride, blocks, own, packed)
             else:
-                # Together the groups ask for all of what this thread will most likely read next.
-                strip = blocks * BLOCK_BYTES
-                soon = packed + strip * p.threads * (1 + p.gated) + group * (strip // groups)
-                multiply_widened(count, first, stride, blocks, own, packed, soon, -(-TILE_BYTES // groups))
+                whole_eight(count, first, stride, blocks, own, packed)
         elif p.values:
             multiply_four(count, first, stride, packed, p.values, blocks, own)
         else:

@@ -54,3 +54,8 @@ def prepare(kernel: Any, kind: Any, tasks: int, /, **arguments: Tensor | int) ->
 def bits(number: float) -> int:
     """Return a float64's bits as a whole number."""
     return int(np.float64(number).view(np.int64))
+
+
+def row_stride(rows: Tensor) -> int:
+    """Count the numbers from one row to the next. A single row's own stride may be anything."""
+    return rows.stride(0) if len(rows) > 1 else rows[0].numel()
