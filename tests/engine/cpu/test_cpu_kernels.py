@@ -215,9 +215,9 @@ def test_a_single_row_may_have_any_stride() -> None:
 
 @pytest.mark.parametrize("size", [16, 64, 40, 128])
 @pytest.mark.parametrize("window", [None, 8])
-@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 6), (2, 1), (3, 3)])
 def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
-    size: int, window: int | None, kv_heads: int
+    size: int, window: int | None, kv_heads: int, group: int
 ) -> None:
     """Rows of 1 to 70 columns: below, at and above a block; rectangles with a first column of their own."""
     rectangles = []
@@ -233,7 +233,7 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
     for store in (rectangles[2].keys, rectangles[2].values):
         store[0] = store[0][:, :, 3 if window else 0 :].contiguous()
     count = sum(len(r.rows) for r in rectangles)
-    query, key, value = (random(count, h, size, seed=20 + h) for h in (3 * kv_heads, kv_heads, kv_heads))
+    query, key, value = (random(count, h, size, seed=20 + h) for h in (group * kv_heads, kv_heads, kv_heads))
     plain = RectangleDecode([_in_float32(r) for r in rectangles])
     expected = plain.attend(0, query.float(), key.float(), value.float(), 0.3)
     found = RectangleDecode(rectangles, kernels).attend(0, query, key, value, 0.3)

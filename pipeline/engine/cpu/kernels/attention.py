@@ -5,9 +5,16 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pipeline.engine.cpu.kernels.attention_vectors import (
+from pipeline.engine.cpu.kernels.attention_floats import (
     HEADS,
+    RUN,
+    runs_in_order,
+    score_heads,
+    weigh_heads,
+)
+from pipeline.engine.cpu.kernels.attention_vectors import (
     exponentials,
+    float_exponentials,
     in_order,
     largest,
     rotate,
@@ -17,11 +24,14 @@ from pipeline.engine.cpu.kernels.attention_vectors import (
 from pipeline.engine.cpu.kernels.loops import f32, inner, rounded, threaded, wide
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
-from pipeline.engine.cpu.kernels.vectors import LANES, PAIRS, as_double, halves, longs
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16, LANES, PAIRS, as_double, halves, longs
 
 AHEAD = 32  # columns between what is read and what is asked for
 NONE = np.float32(-1e30)  # the score of a column that is not there; fast math knows no −inf
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
+WEIGHT = np.uint16 if HAS_BF16 else np.float32  # what values are weighed by in a decode step
+write_exponentials = exponentials if HAS_BF16 else float_exponentials
+weigh, put_in_order = (weigh_block, in_order) if HAS_BF16 else (weigh_heads, runs_in_order)
 
 
 @inner
@@ -129,15 +139,11 @@ def collect(pointer: Any) -> None:
 
 
 @inner
-def _softmax(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
-    """Write e^(scaling · (score − the largest)) in bf16 for `count` scores; return their sum, to divide by.
-
-    Both arrays have room for whole vectors.
-    """
+def _filled(scores: Any, count: int) -> Any:
+    """Fill up `count` scores to whole vectors, for which there is room; return the largest, and how many they are."""
     whole = (count + LANES - 1) // LANES * LANES
     scores[count:whole] = NONE
-    most = largest(scores.ctypes.data, whole)
-    return exponentials(scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
+    return largest(scores.ctypes.data, whole), whole
 
 
 CausalSoftmax = slots("scores starts rows heads columns width first window scaling")
@@ -151,7 +157,7 @@ def causal_softmax(pointer: Any) -> None:
     scaling = f32(as_double(p.scaling))
     scores = carray(halves(p.scores), (rows * heads, columns, width))
     starts = carray(longs(p.starts), rows)
-    own, weights = np.empty(width + LANES, np.float32), np.empty(width + LANES, np.uint16)
+    own = np.empty(width + LANES, np.float32)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
@@ -168,9 +174,10 @@ def causal_softmax(pointer: Any) -> None:
             seen = line[start:end]
             for i in range(len(seen)):
                 own[i] = wide(seen[i])
-            factor = f32(1) / _softmax(own, len(seen), scaling, weights)
+            most, whole = _filled(own, len(seen))
+            factor = f32(1) / float_exponentials(own.ctypes.data, most, scaling, own.ctypes.data, whole)
             for i in range(len(seen)):
-                seen[i] = rounded(wide(weights[i]) * factor)
+                seen[i] = rounded(own[i] * factor)
 
 
 @inner
@@ -182,8 +189,21 @@ def _soon(states: Any, column: int, end: int, then: int) -> Any:
 
 
 @inner
-def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
-    """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads."""
+def _in_runs(query: Any, widened: Any) -> None:
+    """Widen one head's query, and order it as `score_heads` takes it."""
+    for start in range(0, len(query), RUN):
+        for i in range(RUN // 2):
+            widened[start + i] = wide(query[start + 2 * i])
+            widened[start + RUN // 2 + i] = wide(query[start + 2 * i + 1])
+
+
+@inner
+def _score(queries: Any, widened: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
+    """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads.
+
+    Args:
+        widened: room for the queries in order of runs, where the vectors have no bf16.
+    """
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
         for column in range(first, end):
@@ -193,19 +213,40 @@ def _score(queries: Any, keys: Any, first: int, end: int, then: int, scores: Any
                     total += wide(queries[head, d]) * wide(keys[column, d])
                 scores[head, column] = total
         return
+    if not HAS_BF16:
+        for head in range(heads):
+            _in_runs(queries[head], widened[head])
     column = first
     while column < end:
         column = min(column, end - LANES)  # the last block ends at `end`, and may repeat some columns
-        soon, step = _soon(keys, column, end, then), 64 // heads
-        for head in range(heads):
-            score_block(
-                queries[head].ctypes.data,
-                keys[column].ctypes.data,
-                scores[head, column:].ctypes.data,
-                size,
-                soon + head * step * size // 2,
-                step,
-            )
+        soon = _soon(keys, column, end, then)
+        if HAS_BF16:
+            step = 64 // heads
+            for head in range(heads):
+                score_block(
+                    queries[head].ctypes.data,
+                    keys[column].ctypes.data,
+                    scores[head, column:].ctypes.data,
+                    size,
+                    soon + head * step * size // 2,
+                    step,
+                )
+        else:
+            together = (heads + HEADS - 1) // HEADS
+            step = 64 // together
+            for number in range(together):
+                head = number * HEADS
+                score_heads(
+                    min(HEADS, heads - head),
+                    widened[head].ctypes.data,
+                    size * 4,
+                    keys[column].ctypes.data,
+                    scores[head, column:].ctypes.data,
+                    scores.shape[1] * 4,
+                    size,
+                    soon + number * step * size // 2,
+                    step,
+                )
         column += LANES
 
 
@@ -221,8 +262,9 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
     if end < LANES or size % PAIRS:
         for column in range(first, end):
             for head in range(heads):
+                weight = wide(weights[head, column]) if HAS_BF16 else weights[head, column]
                 for d in range(size):
-                    out[head, d] += wide(weights[head, column]) * wide(values[column, d])
+                    out[head, d] += weight * wide(values[column, d])
         return
     together = (heads + HEADS - 1) // HEADS
     step = 64 // together
@@ -233,10 +275,10 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         weights[:, start:column] = 0
         for number in range(together):
             head = number * HEADS
-            weigh_block(
+            weigh(
                 min(HEADS, heads - head),
                 weights[head, start:].ctypes.data,
-                weights.shape[1] * 2,
+                weights.shape[1] * weights.itemsize,
                 values[start].ctypes.data,
                 out[head].ctypes.data,
                 size,
@@ -245,7 +287,7 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
             )
         column += LANES
     for head in range(heads):
-        in_order(out[head].ctypes.data, size)
+        put_in_order(out[head].ctypes.data, size)
 
 
 Attend = slots(
@@ -274,7 +316,8 @@ def attend(pointer: Any) -> None:
     blocks = carray(longs(p.block_table), (p.block_count, 3))
     widest = blocks[:, 2].max() + LANES  # room for whole vectors
     query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
-    scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), np.uint16)
+    widened = np.empty((group, size), np.float32)
+    scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), WEIGHT)
     totals = np.empty(group, np.float32)
     while True:
         task = next_task(pointer)
@@ -293,9 +336,11 @@ def attend(pointer: Any) -> None:
         for head in range(group):
             start = (kv_head * group + head) * size
             _rotate(queries[row, start : start + size], cos, sin, query[head])
-        _score(query, keys, first, last + 1, values[first].ctypes.data, scores)
+        _score(query, widened, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
-            totals[head] = _softmax(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
+            own, into = scores[head, first:], weights[head, first:]
+            most, whole = _filled(own, last + 1 - first)
+            totals[head] = write_exponentials(own.ctypes.data, most, scaling, into.ctypes.data, whole)
         # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
         _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):

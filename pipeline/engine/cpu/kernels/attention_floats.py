@@ -1,0 +1,235 @@
+"""Write a decode step's inner loops of attention for vectors without instructions for bf16: in float32.
+
+A run of numbers, two to each lane of a register, is widened once for all heads: to those in even places and to those
+in odd ones. So queries, and what values are added up to, have each run in that order.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from pipeline.engine.cpu.kernels.vectors import (
+    HAS_AVX512,
+    LANES,
+    PAIRS,
+    for_each_count,
+    load,
+    prefetch_line,
+    shuffle,
+    stepwise,
+)
+
+HEADS = 4  # that are computed together at most
+REGISTER_LANES = LANES if HAS_AVX512 else LANES // 2
+RUN = 2 * REGISTER_LANES
+COLUMNS = {1: 8, 2: 4, 3: 4, 4: 2}  # whose sums are in registers at once, for so many heads
+
+_WORDS = ir.VectorType(ir.IntType(32), REGISTER_LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), REGISTER_LANES)
+
+
+@intrinsic
+def score_heads(
+    context: Any,
+    heads: Any,
+    queries: Any,
+    query_bytes: Any,
+    keys: Any,
+    scores: Any,
+    score_bytes: Any,
+    size: Any,
+    soon: Any,
+    step: Any,
+) -> Any:
+    """Write scores[h, c] = queries[h] · keys[c] for LANES columns, for 1 to HEADS heads.
+
+    With each PAIRS numbers of a key, the cache line at `soon` is asked for, `step` bytes further each time.
+
+    Args:
+        queries: address of float32 numbers in order of runs.
+        query_bytes, score_bytes: from one head to the next.
+        size: a multiple of PAIRS.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        heads, *rest = arguments
+        for_each_count(builder, heads, HEADS, lambda count: _score(builder, count, *rest))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9), codegen
+
+
+def _score(
+    builder: Any,
+    heads: int,
+    queries: Any,
+    query_bytes: Any,
+    keys: Any,
+    scores: Any,
+    score_bytes: Any,
+    size: Any,
+    soon: Any,
+    step: Any,
+) -> None:
+    """Write `score_heads` for one number of heads, some columns at a time."""
+    number, together = size.type, COLUMNS[heads]
+    own = [builder.add(queries, builder.mul(query_bytes, number(head))) for head in range(heads)]
+    with stepwise(builder, number(LANES), together) as column:
+        sums = [
+            [_sum(builder, ir.Constant(_FLOATS, [0.0] * REGISTER_LANES)) for _ in range(together)]
+            for _ in own
+        ]
+        lines = [builder.mul(builder.add(column, number(c)), size) for c in range(together)]
+        with stepwise(builder, size, RUN) as d:
+            for c, line in enumerate(lines):
+                _ask(builder, soon, step, builder.add(line, d))
+                key = _widened(builder, keys, builder.add(line, d))
+                for query, totals in zip(own, sums, strict=True):
+                    for half in range(2):
+                        place = builder.add(d, number(half * REGISTER_LANES))
+                        q = load(builder, query, place, ir.FloatType(), REGISTER_LANES, 4)
+                        _add_product(builder, totals[c], q, key[half])
+        for head, totals in enumerate(sums):
+            line = builder.add(scores, builder.mul(score_bytes, number(head)))
+            place = builder.add(line, builder.mul(column, number(4)))
+            vector = _sum_lanes(builder, [builder.load(total) for total in totals])
+            builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=4)
+
+
+@intrinsic
+def weigh_heads(
+    context: Any,
+    heads: Any,
+    weights: Any,
+    weight_bytes: Any,
+    values: Any,
+    out: Any,
+    size: Any,
+    soon: Any,
+    step: Any,
+) -> Any:
+    """Add the sum of weights[h, c] · values[c] over LANES columns to out[h], in order of runs, for 1 to HEADS heads.
+
+    Prefetches as in score_heads.
+
+    Args:
+        weights: address of float32 numbers, `weight_bytes` from one head to the next.
+        size: a multiple of PAIRS.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        heads, *rest = arguments
+        for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, count, *rest))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+def _weigh(
+    builder: Any,
+    heads: int,
+    weights: Any,
+    weight_bytes: Any,
+    values: Any,
+    out: Any,
+    size: Any,
+    soon: Any,
+    step: Any,
+) -> None:
+    """Write `weigh_heads` for one number of heads, a run of all columns at a time."""
+    number = size.type
+    own = [builder.add(weights, builder.mul(weight_bytes, number(head))) for head in range(heads)]
+    with stepwise(builder, size, RUN) as d:
+        ends = [
+            builder.add(out, builder.mul(builder.add(builder.mul(size, number(head)), d), number(4)))
+            for head in range(heads)
+        ]
+        places = [[builder.add(end, number(half * REGISTER_LANES * 4)) for half in range(2)] for end in ends]
+        pointers = [[builder.inttoptr(p, _FLOATS.as_pointer()) for p in both] for both in places]
+        sums = [[_sum(builder, builder.load(pointer, align=4)) for pointer in both] for both in pointers]
+        with stepwise(builder, number(LANES), 1) as column:
+            place = builder.add(builder.mul(column, size), d)
+            _ask(builder, soon, step, place)
+            value = _widened(builder, values, place)
+            for head, both in zip(own, sums, strict=True):
+                weight = load(builder, head, column, ir.FloatType(), 1, 4)
+                spread = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), weight, ir.IntType(32)(0))
+                spread = shuffle(builder, spread, spread, [0] * REGISTER_LANES)
+                for total, half in zip(both, value, strict=True):
+                    _add_product(builder, total, spread, half)
+        for totals, both in zip(sums, pointers, strict=True):
+            for total, pointer in zip(totals, both, strict=True):
+                builder.store(builder.load(total), pointer, align=4)
+
+
+@intrinsic
+def runs_in_order(context: Any, out: Any, size: Any) -> Any:
+    """Put what `weigh_heads` has left in `out`, `size` float32 numbers, in their order."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, size = arguments
+        with stepwise(builder, size, RUN) as d:
+            middle = builder.add(d, d.type(REGISTER_LANES))
+            even, odd = (
+                load(builder, out, place, ir.FloatType(), REGISTER_LANES, 4) for place in (d, middle)
+            )
+            turns = [n + half * REGISTER_LANES for n in range(REGISTER_LANES) for half in range(2)]
+            vector = shuffle(builder, even, odd, turns)
+            place = builder.add(out, builder.mul(d, d.type(4)))
+            builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, size), codegen
+
+
+def _ask(builder: Any, soon: Any, step: Any, place: Any) -> None:
+    """Ask for the next line: `step` bytes for each PAIRS numbers."""
+    number = builder.lshr(place, place.type(PAIRS.bit_length() - 1))
+    prefetch_line(builder, builder.add(soon, builder.mul(number, step)), cache=1)
+
+
+def _widened(builder: Any, states: Any, place: Any) -> list[Any]:
+    """Load a run of bf16 numbers as float32: those in even places, and those in odd ones."""
+    words = builder.bitcast(load(builder, states, place, ir.IntType(16), RUN, 2), _WORDS)
+    even = builder.shl(words, ir.Constant(_WORDS, [16] * REGISTER_LANES))
+    odd = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * REGISTER_LANES))
+    return [builder.bitcast(half, _FLOATS) for half in (even, odd)]
+
+
+def _sum(builder: Any, first: Any) -> Any:
+    """Begin a sum at this place."""
+    total = cgutils.alloca_once(builder, first.type)
+    builder.store(first, total)
+    return total
+
+
+def _add_product(builder: Any, total: Any, a: Any, b: Any) -> None:
+    product = builder.fmul(a, b, flags=["fast"])
+    builder.store(builder.fadd(builder.load(total), product, flags=["fast"]), total)
+
+
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Sum some vectors to one of as many lanes, whose lane i is the sum of vector i's lanes.
+
+    Two become one, which holds the first's sums over two lanes in its even places and the second's in its odd ones;
+    then over four lanes, and so on; at last the vector is folded.
+    """
+    count, stride = len(vectors), 1
+    while len(vectors) > 1:
+        left = [i + (REGISTER_LANES if i & stride else 0) for i in range(REGISTER_LANES)]
+        right = [(i ^ stride) + (REGISTER_LANES if i & stride else 0) for i in range(REGISTER_LANES)]
+        vectors = [
+            builder.fadd(shuffle(builder, a, b, left), shuffle(builder, a, b, right), flags=["fast"])
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        stride *= 2
+    (vector,) = vectors
+    lanes = REGISTER_LANES
+    while lanes > count:
+        lanes //= 2
+        lower, upper = (shuffle(builder, vector, vector, [n + i for i in range(lanes)]) for n in (0, lanes))
+        vector = builder.fadd(lower, upper, flags=["fast"])
+    return vector
