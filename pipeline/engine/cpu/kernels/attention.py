@@ -29,8 +29,8 @@ from pipeline.engine.cpu.kernels.vectors import HAS_BF16, LANES, PAIRS, as_doubl
 AHEAD = 32  # columns between what is read and what is asked for
 NONE = np.float32(-1e30)  # the score of a column that is not there; fast math knows no −inf
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
-WEIGHT = np.uint16 if HAS_BF16 else np.float32  # what values are weighed by in a decode step
-write_exponentials = exponentials if HAS_BF16 else float_exponentials
+# What values are weighed by: in bf16, where vectors multiply that.
+WEIGHT, write_weights = (np.uint16, exponentials) if HAS_BF16 else (np.float32, float_exponentials)
 weigh, put_in_order = (weigh_block, in_order) if HAS_BF16 else (weigh_heads, runs_in_order)
 
 
@@ -340,7 +340,7 @@ def attend(pointer: Any) -> None:
         for head in range(group):
             own, into = scores[head, first:], weights[head, first:]
             most, whole = _filled(own, last + 1 - first)
-            totals[head] = write_exponentials(own.ctypes.data, most, scaling, into.ctypes.data, whole)
+            totals[head] = write_weights(own.ctypes.data, most, scaling, into.ctypes.data, whole)
         # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
         _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
         for head in range(group):

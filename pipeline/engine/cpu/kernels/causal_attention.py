@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from pipeline.engine.cpu.kernels.attention_vectors import exponentials, float_exponentials, largest
+from pipeline.engine.cpu.kernels.attention import NONE, WEIGHT, write_weights
+from pipeline.engine.cpu.kernels.attention_vectors import largest
 from pipeline.engine.cpu.kernels.blocks import BLOCK, TILE_ROWS
 from pipeline.engine.cpu.kernels.loops import aligned, f32, inner, rounded, threaded, u32
 from pipeline.engine.cpu.kernels.row_products import INPUT_BYTES, multiply, widen
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
-from pipeline.engine.cpu.kernels.vectors import HAS_BF16, ROWS, as_double, halves, longs, words
+from pipeline.engine.cpu.kernels.vectors import ROWS, as_double, halves, longs, words
 
 SPAN = 256  # queries of a task, those of all its heads together: keys and values are ordered once for them
 PAIRS = BLOCK // 2  # of inputs in a block
-NONE = f32(-1e30)  # the score of a column that is not seen; fast math knows no −inf
-WEIGHT = np.uint16 if HAS_BF16 else np.float32  # as a product takes its inputs
-write_exponentials = exponentials if HAS_BF16 else float_exponentials
 
 # What a thread works in: ROWS queries as a product takes them, a query's scores, weights of ROWS queries as a product
 # takes them, and their totals; what products write, [strips, ROWS, 32] each.
@@ -70,7 +68,7 @@ def _weigh(scores: Any, row: int, first: int, end: int, scaling: Any, own: Any, 
     own[:first] = NONE
     own[end:count] = NONE
     most = largest(own.ctypes.data, count)
-    total = write_exponentials(own.ctypes.data, most, scaling, weights.ctypes.data, count)
+    total = write_weights(own.ctypes.data, most, scaling, weights.ctypes.data, count)
     weights[:first] = 0
     weights[end:count] = 0
     return total
