@@ -27,7 +27,7 @@ from cpu_products import PRODUCTS, linear_tiles
 from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.cpu.kernels import attention_operators, linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
-from pipeline.engine.cpu.kernels.vectors import compiles_for
+from pipeline.engine.cpu.kernels.vectors import HAS_AVX2
 from pipeline.engine.cpu.packing import onednn_packs, pack_weights
 from pipeline.engine.rectangles import passes
 from pipeline.engine.rectangles.forward import FlatForward
@@ -282,7 +282,7 @@ def test_the_newest_instructions_compile_on_any_x86_cpu(tmp_path: Path) -> None:
 
 
 def test_this_cpu_multiplies_the_fastest_way_that_it_can() -> None:
-    fastest = linear_tiles() if has_tiles() else linear_vectors if compiles_for("avx2") else None
+    fastest = linear_tiles() if has_tiles() else linear_vectors if HAS_AVX2 else None
     assert kernels.products is fastest
 
 

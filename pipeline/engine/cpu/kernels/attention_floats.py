@@ -12,18 +12,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.vectors import (
-    HAS_AVX512,
     LANES,
     PAIRS,
+    REGISTER_LANES,
+    add,
     for_each_count,
+    halves_of_pairs,
     load,
     prefetch_line,
     shuffle,
+    spread,
     stepwise,
+    sum_lanes,
+    times,
 )
 
 HEADS = 4  # that are computed together at most
-REGISTER_LANES = LANES if HAS_AVX512 else LANES // 2
 RUN = 2 * REGISTER_LANES
 COLUMNS = {1: 8, 2: 4, 3: 4, 4: 2}  # whose sums are in registers at once, for so many heads
 
@@ -95,7 +99,7 @@ def _score(
         for head, totals in enumerate(sums):
             line = builder.add(scores, builder.mul(score_bytes, number(head)))
             place = builder.add(line, builder.mul(column, number(4)))
-            vector = _sum_lanes(builder, [builder.load(total) for total in totals])
+            vector = sum_lanes(builder, [builder.load(total) for total in totals])
             builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=4)
 
 
@@ -156,10 +160,9 @@ def _weigh(
             value = _widened(builder, values, place)
             for head, both in zip(own, sums, strict=True):
                 weight = load(builder, head, column, ir.FloatType(), 1, 4)
-                spread = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), weight, ir.IntType(32)(0))
-                spread = shuffle(builder, spread, spread, [0] * REGISTER_LANES)
+                everywhere = spread(builder, weight, REGISTER_LANES)
                 for total, half in zip(both, value, strict=True):
-                    _add_product(builder, total, spread, half)
+                    _add_product(builder, total, everywhere, half)
         for totals, both in zip(sums, pointers, strict=True):
             for total, pointer in zip(totals, both, strict=True):
                 builder.store(builder.load(total), pointer, align=4)
@@ -194,9 +197,7 @@ def _ask(builder: Any, soon: Any, step: Any, place: Any) -> None:
 def _widened(builder: Any, states: Any, place: Any) -> list[Any]:
     """Load a run of bf16 numbers as float32: those in even places, and those in odd ones."""
     words = builder.bitcast(load(builder, states, place, ir.IntType(16), RUN, 2), _WORDS)
-    even = builder.shl(words, ir.Constant(_WORDS, [16] * REGISTER_LANES))
-    odd = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * REGISTER_LANES))
-    return [builder.bitcast(half, _FLOATS) for half in (even, odd)]
+    return halves_of_pairs(builder, words)
 
 
 def _sum(builder: Any, first: Any) -> Any:
@@ -207,29 +208,4 @@ def _sum(builder: Any, first: Any) -> Any:
 
 
 def _add_product(builder: Any, total: Any, a: Any, b: Any) -> None:
-    product = builder.fmul(a, b, flags=["fast"])
-    builder.store(builder.fadd(builder.load(total), product, flags=["fast"]), total)
-
-
-def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """Sum some vectors to one of as many lanes, whose lane i is the sum of vector i's lanes.
-
-    Two become one, which holds the first's sums over two lanes in its even places and the second's in its odd ones;
-    then over four lanes, and so on; at last the vector is folded.
-    """
-    count, stride = len(vectors), 1
-    while len(vectors) > 1:
-        left = [i + (REGISTER_LANES if i & stride else 0) for i in range(REGISTER_LANES)]
-        right = [(i ^ stride) + (REGISTER_LANES if i & stride else 0) for i in range(REGISTER_LANES)]
-        vectors = [
-            builder.fadd(shuffle(builder, a, b, left), shuffle(builder, a, b, right), flags=["fast"])
-            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-        stride *= 2
-    (vector,) = vectors
-    lanes = REGISTER_LANES
-    while lanes > count:
-        lanes //= 2
-        lower, upper = (shuffle(builder, vector, vector, [n + i for i in range(lanes)]) for n in (0, lanes))
-        vector = builder.fadd(lower, upper, flags=["fast"])
-    return vector
+    builder.store(add(builder, builder.load(total), times(builder, a, b)), total)

@@ -12,10 +12,10 @@ from pipeline.engine.cpu.kernels.blocks import BLOCK
 from pipeline.engine.cpu.kernels.slots import Call, bits, prepare, row_stride
 from pipeline.engine.cpu.kernels.threads import run
 from pipeline.engine.cpu.kernels.tiles import has_tiles
-from pipeline.engine.cpu.kernels.vectors import compiles_for
+from pipeline.engine.cpu.kernels.vectors import HAS_AVX2
 
 causal: Any = None  # what attends in a prefill by products on vectors
-if compiles_for("avx2") and not has_tiles():
+if HAS_AVX2 and not has_tiles():
     from pipeline.engine.cpu.kernels import causal_attention as causal
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal

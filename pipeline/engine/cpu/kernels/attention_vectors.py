@@ -32,6 +32,7 @@ from pipeline.engine.cpu.kernels.vectors import (
     stepwise,
     store,
     store_halves,
+    sum_lanes,
     times,
 )
 
@@ -90,6 +91,7 @@ def float_exponentials(context: Any, scores: Any, most: Any, scaling: Any, weigh
 def _exponentials(
     builder: Any, store_weight: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any
 ) -> Any:
+    """Write either's instructions."""
     most, scaling = spread(builder, most), spread(builder, scaling)
     total = cgutils.alloca_once_value(builder, constant(0.0))
     with stepwise(builder, count, LANES) as i:
@@ -139,7 +141,7 @@ def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any, soo
                 k = load_pairs(builder, keys, place)
                 _prefetch_after(builder, soon, step, d, column)
                 builder.store(dot_pairs(builder, builder.load(total), q, k), total)
-        store(builder, _sum_lanes(builder, [builder.load(total) for total in sums]), scores, size.type(0))
+        store(builder, sum_lanes(builder, [builder.load(total) for total in sums]), scores, size.type(0))
         return context.get_dummy_value()
 
     return types.void(query, keys, scores, size, soon, step), codegen
@@ -223,21 +225,3 @@ def _prefetch_after(builder: Any, soon: Any, step: Any, d: Any, column: int) -> 
     """Ask for the next line: one for each column of each PAIRS numbers."""
     number = builder.add(builder.lshr(d, d.type(1)), d.type(column))  # PAIRS numbers come with LANES columns
     prefetch_line(builder, builder.add(soon, builder.mul(number, step)), cache=1)
-
-
-def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """Sum LANES vectors to one, whose lane i is the sum of vector i's lanes.
-
-    Pairs become one, which holds the first's sums over two lanes in its even places and the second's in its
-    odd ones; then over four lanes, and so on.
-    """
-    stride = 1
-    while len(vectors) > 1:
-        left = [i + (LANES if i & stride else 0) for i in range(LANES)]  # in their own places
-        right = [(i ^ stride) + (LANES if i & stride else 0) for i in range(LANES)]
-        vectors = [
-            add(builder, shuffle(builder, a, b, left), shuffle(builder, a, b, right))
-            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-        stride *= 2
-    return vectors[0]

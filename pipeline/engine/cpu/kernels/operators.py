@@ -36,12 +36,12 @@ from pipeline.engine.cpu.kernels.threads import openmp as openmp
 from pipeline.engine.cpu.kernels.threads import parallel as parallel
 from pipeline.engine.cpu.kernels.threads import run
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
-from pipeline.engine.cpu.kernels.vectors import HAS_BF16, compiles_for
+from pipeline.engine.cpu.kernels.vectors import HAS_AVX2, HAS_AVX512, HAS_BF16
 
 products: Any = None  # what multiplies here; each compiles only where it can run
 if has_tiles():
     from pipeline.engine.cpu.kernels import linear_tiles as products
-elif compiles_for("avx2"):
+elif HAS_AVX2:
     from pipeline.engine.cpu.kernels import linear_vectors as products
 
 MULTIPLIES_ON = (
@@ -50,7 +50,7 @@ MULTIPLIES_ON = (
     else "vectors with bf16 (AVX-512)"
     if HAS_BF16
     else "vectors of AVX-512 without bf16"
-    if compiles_for("avx512f")
+    if HAS_AVX512
     else "vectors of AVX2"
 )
 

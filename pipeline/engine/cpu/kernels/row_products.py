@@ -17,6 +17,8 @@ from pipeline.engine.cpu.kernels.vectors import (
     HAS_AVX512,
     HAS_BF16,
     LANES,
+    REGISTER_LANES,
+    REGISTERS,
     ROWS,
     floats,
     for_each_count,
@@ -25,15 +27,14 @@ from pipeline.engine.cpu.kernels.vectors import (
 )
 
 INPUT_BYTES = 2 if HAS_BF16 else 4
-REGISTERS = 1 if HAS_AVX512 else 2  # of a tile's outputs
 FEW_ROWS = 2  # whose sums leave room for both tiles with AVX2, too
 PAIRS_TOGETHER = 2  # of inputs: with more, the instructions outgrow the cache that holds them decoded
 PARTS = BLOCK // 2 // PAIRS_TOGETHER  # of a block
 PART_BYTES = PAIRS_TOGETHER * TILE_BYTES  # of a tile's weights
 
 _NUMBER = ir.IntType(64)
-_REGISTER = ir.VectorType(ir.FloatType(), LANES // REGISTERS)
-_UPPER_HALVES = ir.Constant(ir.VectorType(ir.IntType(32), _REGISTER.count), [0xFFFF0000] * _REGISTER.count)
+_REGISTER = ir.VectorType(ir.FloatType(), REGISTER_LANES)
+_UPPER_HALVES = ir.Constant(ir.VectorType(ir.IntType(32), REGISTER_LANES), [0xFFFF0000] * REGISTER_LANES)
 
 Register = tuple[int, int]  # of which tile, and which of its REGISTERS
 
@@ -91,7 +92,7 @@ def _multiply_tiles(builder: Any, rows: int, tiles: tuple[int, ...], arguments: 
     ends = []
     for row in range(rows):
         for tile, n in registers:
-            place = _NUMBER(4 * (row * BLOCK + tile * LANES + n * _REGISTER.count))
+            place = _NUMBER(4 * (row * BLOCK + tile * LANES + n * REGISTER_LANES))
             ends.append(builder.inttoptr(builder.add(sums, place), _REGISTER.as_pointer()))
     totals = [cgutils.alloca_once_value(builder, builder.load(end, align=4)) for end in ends]
     places = [builder.add(input, builder.mul(stride, _NUMBER(row))) for row in range(0, rows, 3)]

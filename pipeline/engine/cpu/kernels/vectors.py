@@ -29,7 +29,10 @@ def compiles_for(feature: str) -> bool:
     return f"+{feature}" in features.split(",")
 
 
+HAS_AVX2 = compiles_for("avx2") and compiles_for("fma")  # some virtual machines hide the latter
 HAS_AVX512, HAS_BF16 = compiles_for("avx512bw"), compiles_for("avx512bf16")
+REGISTERS = 1 if HAS_AVX512 else 2  # that a vector takes
+REGISTER_LANES = LANES // REGISTERS
 ROWS = 12 if HAS_AVX512 else 6  # of a product, whose sums leave room for the rest in the registers
 
 
@@ -74,11 +77,11 @@ def stepwise(builder: Any, end: Any, width: int) -> Iterator[Any]:
         yield index
 
 
-def spread(builder: Any, number: Any) -> Any:
+def spread(builder: Any, number: Any, lanes: int = LANES) -> Any:
     """Put a number of 32 bits in every lane."""
-    lanes = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-    vector = builder.insert_element(lanes, number, ir.IntType(32)(0))
-    return shuffle(builder, vector, vector, [0] * LANES)
+    undefined = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    vector = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    return shuffle(builder, vector, vector, [0] * lanes)
 
 
 def for_each_count(builder: Any, number: Any, most: int, write: Any) -> None:
@@ -95,20 +98,17 @@ def for_each_count(builder: Any, number: Any, most: int, write: Any) -> None:
 
 
 def dot_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Add a[2i] · b[2i] + a[2i + 1] · b[2i + 1] to sums[i], in bf16: by one instruction, or by some more."""
-    if HAS_BF16:
-        kind = ir.FunctionType(VECTOR, [VECTOR, LANE_NUMBERS, LANE_NUMBERS])
-        return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
-    for left, right in zip(halves_of_pairs(builder, a), halves_of_pairs(builder, b), strict=True):
-        sums = add(builder, times(builder, left, right), sums)
-    return sums
+    """Add a[2i] · b[2i] + a[2i + 1] · b[2i + 1] to sums[i], in bf16, where vectors have it."""
+    kind = ir.FunctionType(VECTOR, [VECTOR, LANE_NUMBERS, LANE_NUMBERS])
+    return builder.asm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", [sums, a, b], side_effect=False)
 
 
 def halves_of_pairs(builder: Any, pairs: Any) -> list[Any]:
     """Widen bf16 pairs to float32: each lane's first number, and its second."""
-    first = builder.shl(pairs, ir.Constant(LANE_NUMBERS, [16] * LANES))
-    second = builder.and_(pairs, ir.Constant(LANE_NUMBERS, [0xFFFF0000] * LANES))
-    return [builder.bitcast(x, VECTOR) for x in (first, second)]
+    kind = pairs.type
+    first = builder.shl(pairs, ir.Constant(kind, [16] * kind.count))
+    second = builder.and_(pairs, ir.Constant(kind, [0xFFFF0000] * kind.count))
+    return [builder.bitcast(x, ir.VectorType(ir.FloatType(), kind.count)) for x in (first, second)]
 
 
 def call(builder: Any, name: str, result: Any, *vectors: Any) -> Any:
@@ -155,6 +155,29 @@ def times(builder: Any, a: Any, b: Any) -> Any:
 def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     """Pick lanes: those of a are numbered first, then those of b."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Sum vectors to one of as many lanes, at most their own, whose lane i is the sum of vector i's lanes.
+
+    Two become one, which holds the first's sums over two lanes in its even places and the second's in its odd ones;
+    then over four lanes, and so on; at last the vector is folded.
+    """
+    count, stride, lanes = len(vectors), 1, vectors[0].type.count
+    while len(vectors) > 1:
+        left = [i + (lanes if i & stride else 0) for i in range(lanes)]  # in their own places
+        right = [(i ^ stride) + (lanes if i & stride else 0) for i in range(lanes)]
+        vectors = [
+            add(builder, shuffle(builder, a, b, left), shuffle(builder, a, b, right))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        stride *= 2
+    (vector,) = vectors
+    while lanes > count:
+        lanes //= 2
+        halves = (shuffle(builder, vector, vector, [n + i for i in range(lanes)]) for n in (0, lanes))
+        vector = add(builder, *halves)
+    return vector
 
 
 def load(builder: Any, address: Any, index: Any, element: Any, lanes: int, size: int) -> Any:

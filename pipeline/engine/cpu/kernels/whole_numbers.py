@@ -25,6 +25,8 @@ from pipeline.engine.cpu.kernels.vectors import (
     HAS_AVX512,
     LANES,
     PAIRS,
+    REGISTER_LANES,
+    REGISTERS,
     ROWS,
     VECTOR,
     as_float,
@@ -55,8 +57,7 @@ SMALLEST = 60
 u16 = types.uint16
 _NUMBER, _BYTE, _WORD = ir.IntType(64), ir.IntType(8), ir.IntType(16)
 _BYTES, _WORDS = ir.VectorType(_BYTE, LINE_BYTES), ir.VectorType(_WORD, PAIRS)
-REGISTERS = 1 if HAS_AVX512 else 2  # of a tile's outputs
-_REGISTER = ir.VectorType(ir.IntType(32), LANES // REGISTERS)
+_REGISTER = ir.VectorType(ir.IntType(32), REGISTER_LANES)
 
 
 @inner
