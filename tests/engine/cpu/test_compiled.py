@@ -53,6 +53,6 @@ def test_a_users_own_cache_is_taken(tmp_path):
 
 def test_a_first_start_says_that_it_compiles(tmp_path):
     first = looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first.stderr == "Compiling for this CPU: some 10 seconds, once\n"
+    assert first.stderr == "Compiling for this CPU: some 15 seconds, once\n"
     Path(first.stdout.strip()).mkdir()
     assert looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path)).stderr == ""

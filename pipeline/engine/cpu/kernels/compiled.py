@@ -26,5 +26,5 @@ def keep_apart() -> None:
         found.update(source.read_bytes())
     folder = Path(config.CACHE_DIR or cache_folder()) / f"kernels-{found.hexdigest()[:16]}"
     if not folder.exists():
-        terminal.say("Compiling for this CPU: some 10 seconds, once", style="dim")
+        terminal.say("Compiling for this CPU: some 15 seconds, once", style="dim")
     config.CACHE_DIR = str(folder)
