@@ -1,4 +1,4 @@
-"""Run models of the Llama kind in half precision by a dozen calls a layer instead of seventy.
+"""Run models of the Llama kind by a dozen calls a layer instead of seventy.
 
 The products stay the model's own modules, those of one input called together where their class can. What lies
 between them goes through kernels, those of a CPU or of a GPU: cpu/kernels/operators.py and
@@ -18,15 +18,15 @@ MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 
 
 def can_fuse(model: Any, device_type: str = "cpu") -> bool:
-    """Say whether a model is one of MODELS in half precision there, as usual, without a hook that has to run."""
+    """Say whether a model is one of MODELS, in a precision of the kernels there, without a hook that has to run."""
     if type(model).__name__ not in MODELS:
         return False
     there = all(p.device.type == device_type for p in model.parameters())
     # On one GPU a hook only brings inputs to it, where they are already.
     hooked = device_type == "cpu" and any(hasattr(m, "_hf_hook") for m in model.modules())
     silu = all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in model.model.layers)
-    halves = (torch.bfloat16,) if device_type == "cpu" else (torch.bfloat16, torch.float16)
-    return there and silu and not hooked and model.model.norm.weight.dtype in halves
+    other = torch.float32 if device_type == "cpu" else torch.float16
+    return there and silu and not hooked and model.model.norm.weight.dtype in (torch.bfloat16, other)
 
 
 class FusedModel:

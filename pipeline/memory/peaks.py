@@ -156,14 +156,24 @@ def packed_bytes(arch: Architecture, quant: QuantConfig) -> int:
 
     The others' unpacked weights are freed as they are packed; scales that were quantized too are float32 then.
     """
-    if plain_dtype(arch, quant) != BF16:
+    if not _can_pack(arch, quant):
         return 0
-    head = ELEMENT_BYTES[BF16] * arch.vocab_size * arch.hidden_size if arch.tie_word_embeddings else 0
+    head = (
+        ELEMENT_BYTES[plain_dtype(arch, quant)] * arch.vocab_size * arch.hidden_size
+        if arch.tie_word_embeddings
+        else 0
+    )
     if not quant.four_bit:
         return head
     layers = [w for w in weights(arch) if w.quantizable]
     scales = sum(4 * math.ceil(w.count / BLOCK) for w in layers)
     return head + max(0, scales - sum(state_bytes(w, quant) for w in layers))
+
+
+def _can_pack(arch: Architecture, quant: QuantConfig) -> bool:
+    """Say whether a CPU's kernels multiply in this precision."""
+    dtype = plain_dtype(arch, quant)
+    return dtype == BF16 or (dtype == Dtype.float32.value and not quant.quantized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +224,9 @@ def run_peak(
         prefill_tokens: tokens in one pass of the prefill.
         columns: the longest prompt.
         gpus: those that the model lies on, () for a run on the CPU. Each of them has a pass in turn.
-        packed: linear layers in bf16 and quantized ones are packed, on a CPU.
+        packed: linear layers are packed, on a CPU.
     """
-    packed = packed and not gpus and plain_dtype(arch, quant) == BF16
+    packed = packed and not gpus and _can_pack(arch, quant)
     return RunPeak(
         footprint=footprint_bytes(arch, quant),
         quant_state=quant_state_bytes(arch, quant),
@@ -289,7 +299,7 @@ def _view_bytes(arch: Architecture, quant: QuantConfig, packed: bool) -> int:
     dtype = plain_dtype(arch, quant)
     if dtype != arch.dtype:
         return 0
-    moved = packed and dtype == BF16
+    moved = packed and _can_pack(arch, quant)
     return ELEMENT_BYTES[dtype] * sum(
         w.count
         for w in weights(arch)
@@ -308,9 +318,9 @@ def assembling_bytes(arch: Architecture, quant: QuantConfig) -> int:
 
 def repacking_bytes(arch: Architecture, quant: QuantConfig) -> int:
     """Predict what the largest weight of plain experts takes a second time while a CPU's kernels have it packed."""
-    if quant.quantized or plain_dtype(arch, quant) != BF16:
+    if quant.quantized or not _can_pack(arch, quant):
         return 0
-    return ELEMENT_BYTES[BF16] * max(
+    return ELEMENT_BYTES[plain_dtype(arch, quant)] * max(
         (w.count for w in weights(arch) if w.quantizable and w.experts), default=0
     )
 

@@ -1,4 +1,4 @@
-"""Have the CPU's kernels multiply by the experts of mixtures: in bf16, and in bitsandbytes' 4 and 8 bits.
+"""Have the CPU's kernels multiply by the experts of mixtures: in bf16, in float32, in bitsandbytes' 4 and 8 bits.
 
 Experts are weights of three dimensions. Each one's matrix is packed apart, and a pass meets only those that its
 tokens chose.
@@ -17,8 +17,10 @@ from pipeline.engine.experts import send_through
 _HELD = "packed_experts"  # a module's own: what is packed of each weight, expert by expert
 
 
-def pack_experts(module: Any) -> bool:
+def pack_experts(module: Any, dtype: torch.dtype) -> bool:
     """Pack a mixture's experts, and free their unpacked weights, if it says how they lie; say whether it did.
+
+    dtype: of what they are given.
 
     transformers has marked those whose passes are alike, up to their biases, gates and norms. What fills no whole
     blocks stays as it is.
@@ -27,7 +29,7 @@ def pack_experts(module: Any) -> bool:
     if not own or not multiplies():
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    if not all(_can_pack(module, name) for name in (first, "down_proj")):
+    if not all(_can_pack(module, name, dtype) for name in (first, "down_proj")):
         return False
     packed = {
         first: _pack(module, first, interleaved=_is_gated_by_silu(module)),
@@ -44,18 +46,18 @@ def _is_gated_by_silu(module: Any) -> bool:
     return bool(module.has_gate and silu and type(module)._apply_gate.__name__ == "_default_apply_gate")
 
 
-def _can_pack(module: Any, name: str) -> bool:
-    """Say whether a weight of all experts fills whole blocks, multiplies in bf16, and is still as it was loaded."""
+def _can_pack(module: Any, name: str, dtype: torch.dtype) -> bool:
+    """Say whether a weight of all experts fills whole blocks, multiplies in a dtype, and is still as it was loaded."""
     weight = getattr(module, name, None)
     if not isinstance(weight, nn.Parameter) or weight.device.type != "cpu":
         return False
-    if module.has_bias and getattr(module, f"{name}_bias").dtype != torch.bfloat16:
+    if module.has_bias and getattr(module, f"{name}_bias").dtype != dtype:
         return False
     if held := _quantized(module, name):
         outputs, inputs = held.shape[1:]
         in_bf16 = held.settings.load_in_8bit or held.settings.bnb_4bit_compute_dtype == torch.bfloat16
-        return in_bf16 and fills_blocks(outputs, inputs, held.states[0])
-    if weight.dtype != torch.bfloat16 or weight.dim() != 3 or "forward" in vars(module):
+        return dtype == torch.bfloat16 and in_bf16 and fills_blocks(outputs, inputs, held.states[0])
+    if weight.dtype != dtype or weight.dim() != 3 or "forward" in vars(module):
         return False
     outputs, inputs = _matrix(module, name, 0).shape
     return fills_blocks(outputs, inputs, None)
@@ -100,7 +102,7 @@ def _forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> T
 def _one(experts: Any, expert: int, rows: Tensor) -> Tensor:
     """Send rows through one expert. [N, D] → [N, D]."""
     first, last = (weights[expert] for weights in getattr(experts, _HELD).values())
-    rows = rows.to(torch.bfloat16)
+    rows = rows.to(first.weight.dtype)
     if first.interleaved:
         inner = first.gated(rows)
     else:

@@ -71,8 +71,8 @@ def pack_matrices(
     """Pack weights for the kernels, one below the other.
 
     Args:
-        matrices: [M, K] each, in bf16, or bitsandbytes' codes.
-        states: bitsandbytes' scales of each, in 8 bits a tensor, in 4 bits a QuantState; None in bf16.
+        matrices: [M, K] each, in bf16 or float32, or bitsandbytes' codes.
+        states: bitsandbytes' scales of each, in 8 bits a tensor, in 4 bits a QuantState; None of plain ones.
         biases: [M] each, or None for all.
         interleaved: their first and second half, gate and up, take turns, to lie side by side.
     """

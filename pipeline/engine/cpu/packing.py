@@ -1,7 +1,7 @@
-"""Reorder the weights of linear layers on a CPU in bf16 once, instead of at every call.
+"""Reorder the weights of linear layers on a CPU once, instead of at every call.
 
-A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py), in bf16 and in
-bitsandbytes' 4 and 8 bits, but for layers that do not fill whole blocks. Those that are quantized stay
+A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py, linear_floats.py), in
+bf16, in float32 and in bitsandbytes' 4 and 8 bits, but for layers that do not fill whole blocks. Those that are quantized stay
 bitsandbytes' own. For those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
 weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a
 weight once are those which torch's inductor uses when it freezes a model; they are private, so they are used
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.cpu import load_kernels, onednn_has_bf16
+from pipeline.engine.cpu import onednn_has_bf16
 from pipeline.engine.cpu.packed_experts import pack_experts
 from pipeline.engine.cpu.packed_weight import (
     PackedWeight,
@@ -84,41 +84,22 @@ class PackedSibling(nn.Module):
         return self._siblings.output(self._index, input)
 
 
-class FloatLinear(nn.Module):
-    """Stand for a linear layer in float32, whose weight stays as it lies: few rows go through the kernels."""
-
-    def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        # A module would keep the model from being copied.
-        self._few_rows, self._of_few_rows = kernels.FEW_ROWS, kernels.linear_in_float32
-
-    def forward(self, input: Tensor) -> Tensor:
-        few = input.numel() // self.in_features <= self._few_rows
-        multiply = self._of_few_rows if few and input.dtype == torch.float32 else F.linear
-        output: Tensor = multiply(input, self.weight, self.bias)
-        return output
-
-
 def pack_weights(model: Any) -> int:
     """Replace the model's linear layers on the CPU by those of the kernels.
 
-    Plain ones in bf16 and bitsandbytes' in 4 and 8 bits are packed, as are the experts of mixtures; the unpacked
-    weights are freed as it goes, but not one that the embedding shares. Those in float32 keep their weight.
+    Plain ones in bf16 or float32 and bitsandbytes' in 4 and 8 bits are packed, as are the experts of mixtures; the
+    unpacked weights are freed as it goes, but not one that the embedding shares.
 
     Returns:
         How many layers were replaced, a layer's experts as one: 0 where this torch or this CPU cannot.
     """
     shared = model.get_input_embeddings().weight
     count = 0
-    if shared.dtype == torch.float32:
-        return _keep_weights(model)
-    if shared.dtype != torch.bfloat16:  # what a quantized layer is given
+    if shared.dtype not in (torch.bfloat16, torch.float32):  # what a layer is given
         return count
     for module in outside_adapters(model):
-        count += pack_experts(module)
-        for names in _families(module):
+        count += pack_experts(module, shared.dtype)
+        for names in _families(module, shared.dtype):
             linears = [getattr(module, name) for name in names]
             packed = _pack(linears)
             if packed is None:
@@ -134,26 +115,6 @@ def pack_weights(model: Any) -> int:
     return count
 
 
-def _keep_weights(model: nn.Module) -> int:
-    """Replace linear layers in float32; return how many."""
-    kernels, count = load_kernels(), 0
-    for module in outside_adapters(model) if multiplies() else []:
-        for name, linear in list(module.named_children()):
-            if _fits_in_float32(linear):
-                setattr(module, name, FloatLinear(linear, kernels))  # type: ignore[arg-type]
-                count += 1
-    return count
-
-
-def _fits_in_float32(module: Any) -> bool:
-    """Say whether a layer is plain, in float32, and fills whole registers."""
-    if not _is_plain(module):
-        return False
-    weight = module.weight
-    here = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    return bool(here and module.in_features % 16 == 0 and module.out_features % 4 == 0)
-
-
 def multiplies_as_bitsandbytes_in_8_bits(model: nn.Module) -> bool:
     """Say whether a product of LLM.int8 is left in the model."""
     return any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
@@ -163,9 +124,9 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear | PackedSibling) for module in model.modules())
 
 
-def _families(module: nn.Module) -> list[list[str]]:
-    """Name a module's own linear layers that can be packed; those of one input together."""
-    names = [name for name, child in module.named_children() if _can_pack(child)]
+def _families(module: nn.Module, dtype: torch.dtype) -> list[list[str]]:
+    """Name a module's own linear layers that can be packed for inputs in this dtype; those of one input together."""
+    names = [name for name, child in module.named_children() if _can_pack(child, dtype)]
     families = [list(family) for family in FAMILIES if set(family) <= set(names) and _alike(module, family)]
     return families + [[name] for name in names if not any(name in family for family in families)]
 
@@ -176,7 +137,7 @@ def _alike(module: nn.Module, names: Sequence[str]) -> bool:
     return len({(linear.bias is None, _codes_of(linear)) for linear in linears}) == 1
 
 
-def _can_pack(module: nn.Module) -> bool:
+def _can_pack(module: nn.Module, dtype: torch.dtype) -> bool:
     if is_adapted(module):
         return False
     kind = type(module).__name__
@@ -184,8 +145,8 @@ def _can_pack(module: nn.Module) -> bool:
     if not here or module.weight.device.type != "cpu":
         return False
     if kind in ("Linear4bit", "Linear8bitLt"):
-        return multiplies() and _can_pack_quantized(module)
-    return _is_plain(module) and bool(module.weight.dtype == torch.bfloat16)
+        return multiplies() and dtype == torch.bfloat16 and _can_pack_quantized(module)
+    return _is_plain(module) and bool(module.weight.dtype == dtype)
 
 
 def _is_plain(module: Any) -> bool:
@@ -227,7 +188,9 @@ def _pack(linears: Sequence[nn.Linear]) -> PackedWeight | None:
     """Pack their weights together; None where packing is not to be had."""
     sizes = linears[0].in_features, sum(linear.out_features for linear in linears)
     whole = all(size % 32 == 0 for size in sizes)
-    return _pack_blocks(linears) if multiplies() and whole else _pack_onednn(linears)
+    if multiplies() and whole:
+        return _pack_blocks(linears)
+    return _pack_onednn(linears) if linears[0].weight.dtype == torch.bfloat16 else None
 
 
 def _pack_blocks(linears: Sequence[Any]) -> PackedWeight:

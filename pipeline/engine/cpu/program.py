@@ -75,7 +75,7 @@ class DecodeProgram:
             MemoryError: a kernel found none.
         """
         count = len(tokens)
-        fewest = self._kernels.products.FEWEST_ROWS
+        fewest = self._kernels.products_of(self._head.weight.dtype).FEWEST_ROWS
         step = 1 if count <= FEW_ROWS else max(ROWS, fewest)
         table = self._table(max(fewest, -(-count // step) * step))
         states = self._body.embed_tokens(torch.tensor([tokens]))

@@ -60,7 +60,7 @@ class FlatForward:
         self._model = model
         self._device = input_device(model)
         self.limits = limits(self._device.type)
-        self._kernels = load_kernels() if _is_bf16_on_cpu(model) else None
+        self._kernels = load_kernels() if _has_kernels(model) else None
         self._packed = self._kernels is not None and is_packed(model)
         self._fused = FusedModel(model, self._kernels) if self._kernels and can_fuse(model) else None
         self._program = (
@@ -204,5 +204,8 @@ def _round_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _is_bf16_on_cpu(model: Any) -> bool:
-    return model.dtype == torch.bfloat16 and all(p.device.type in ("cpu", "meta") for p in model.parameters())
+def _has_kernels(model: Any) -> bool:
+    """Say whether a CPU's kernels are for its precision, and it lies there."""
+    return model.dtype in (torch.bfloat16, torch.float32) and all(
+        p.device.type in ("cpu", "meta") for p in model.parameters()
+    )

@@ -41,7 +41,7 @@ class RectanglePrefill:
     last: int
     rows: np.ndarray  # [N] int64, each token's row
     columns: np.ndarray  # [N] int64, and its column in the rectangle
-    kernels: ModuleType | None = None  # cpu.kernels.operators, for models in bf16 on a CPU
+    kernels: ModuleType | None = None  # cpu.kernels.operators, for models on a CPU
     _places: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, torch.device], Tensor] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ class RectanglePrefill:
         if self.kernels is not None and key.shape == value.shape:
             spans, span = self._spans, (self.first, self.last)
             padded = self.kernels.place(query, key, value, rotation, spans, span, keys, values)
-            if self.kernels.attends_causally(query.shape[2]):
+            if self.kernels.attends_causally(query.shape[2], query.dtype):
                 seen = rectangle.starts, self.first, window
                 out = self.kernels.causal_attend(padded, keys, values, *seen, scaling)
             else:
@@ -121,7 +121,8 @@ class RectanglePrefill:
         rows, heads, columns, size = query.shape
         kv_heads, width = keys.shape[1:3]
         on_cpu = query.device.type == "cpu"
-        products = by_products(query) if self.kernels is None else onednn_has_bf16()
+        by_kernels = self.kernels is not None and query.dtype == torch.bfloat16
+        products = onednn_has_bf16() if by_kernels else by_products(query)
         if not on_cpu or width > 1024 or not products:
             mask = self._mask(window, query)
             if not on_cpu and heads > kv_heads:
@@ -132,11 +133,11 @@ class RectanglePrefill:
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
             )
-        packed = query if self.kernels is not None else query * scaling
+        packed = query if by_kernels else query * scaling
         packed = packed.reshape(rows * kv_heads, heads // kv_heads * columns, size)
         scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
         scores = scores.view(rows, heads, columns, width)
-        if self.kernels is not None:
+        if self.kernels is not None and by_kernels:
             self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window, scaling)
         else:
             scores = scores.masked_fill_(~self._mask(window, query), -torch.inf).softmax(-1)
@@ -186,7 +187,7 @@ class RectangleDecode:
     """Decode one token of every row, in column `head` of its rectangle. N = B, or more with spare rows last."""
 
     rectangles: Sequence[Rectangle]
-    kernels: ModuleType | None = None  # cpu.kernels.operators, for models in bf16 on a CPU
+    kernels: ModuleType | None = None  # cpu.kernels.operators, for models on a CPU
     _biases: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict)
     _tables: dict[int | None, np.ndarray] = field(default_factory=dict)
 

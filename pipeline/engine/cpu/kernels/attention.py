@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numba import carray
 
 from pipeline.engine.cpu.kernels.attention_floats import (
@@ -14,24 +15,37 @@ from pipeline.engine.cpu.kernels.attention_floats import (
 )
 from pipeline.engine.cpu.kernels.attention_vectors import (
     exponentials,
-    float_exponentials,
     in_order,
     largest,
     rotate,
     score_block,
     weigh_block,
 )
-from pipeline.engine.cpu.kernels.loops import f32, inner, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.loops import f32
+from pipeline.engine.cpu.kernels.precision import either, held, inner, item_bytes, rounded, threaded, wide
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
-from pipeline.engine.cpu.kernels.vectors import HAS_BF16, LANES, PAIRS, as_double, halves, longs
+from pipeline.engine.cpu.kernels.vectors import HAS_BF16, LANES, PAIRS, as_double, longs
 
 AHEAD = 32  # columns between what is read and what is asked for
 NONE = np.float32(-1e30)  # the score of a column that is not there; fast math knows no −inf
 COLUMNS = 16  # of a row in one task, where a prefill is taken apart and put together
-# What values are weighed by: in bf16, where vectors multiply that.
-WEIGHT, write_weights = (np.uint16, exponentials) if HAS_BF16 else (np.float32, float_exponentials)
-weigh, put_in_order = (weigh_block, in_order) if HAS_BF16 else (weigh_heads, runs_in_order)
+
+
+@inner
+def _halves(kind: Any, rows: int, columns: int) -> Any:
+    return np.empty((rows, columns), np.uint16)
+
+
+@inner
+def _floats(kind: Any, rows: int, columns: int) -> Any:
+    return np.empty((rows, columns), np.float32)
+
+
+new_states = either(_halves, _floats)  # as a kernel's tensors hold them
+new_weights = either(_halves if HAS_BF16 else _floats, _floats)  # what values are weighed by
+weigh = either(weigh_block if HAS_BF16 else weigh_heads, weigh_heads)
+put_in_order = either(in_order if HAS_BF16 else runs_in_order, runs_in_order)
 
 
 @inner
@@ -43,13 +57,13 @@ def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
         return
     half = len(out) // 2
     if half % LANES == 0:
-        rotate(states.ctypes.data, cos.ctypes.data, sin.ctypes.data, out.ctypes.data, half)
+        rotate(out, states.ctypes.data, cos.ctypes.data, sin.ctypes.data, out.ctypes.data, half)
         return
     left, right, out_left, out_right = states[:half], states[half:], out[:half], out[half:]
     for d in range(half):
         a, b, c, s = wide(left[d]), wide(right[d]), wide(cos[d]), wide(sin[d])
-        out_left[d] = rounded(a * c - b * s)
-        out_right[d] = rounded(b * c + a * s)
+        out_left[d] = rounded(a * c - b * s, out)
+        out_right[d] = rounded(b * c + a * s, out)
 
 
 Place = slots(
@@ -58,21 +72,21 @@ Place = slots(
 )
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def place(pointer: Any) -> None:
     """Bring tokens to their places in the rectangle, COLUMNS columns of a row a task."""
     p = read(pointer, Place)
     count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
     rows, first, last, width = p.rows, p.first, p.last, p.width
-    queries = carray(halves(p.queries), (count, p.query_stride))
-    new_keys = carray(halves(p.keys), (count, p.key_stride))
-    new_values = carray(halves(p.values), (count, p.value_stride))
-    cosines = carray(halves(p.cos), (count, p.table_width))
-    sines = carray(halves(p.sin), (count, p.table_width))
+    queries = carray(held(pointer, p.queries), (count, p.query_stride))
+    new_keys = carray(held(pointer, p.keys), (count, p.key_stride))
+    new_values = carray(held(pointer, p.values), (count, p.value_stride))
+    cosines = carray(held(pointer, p.cos), (count, p.table_width))
+    sines = carray(held(pointer, p.sin), (count, p.table_width))
     starts = carray(longs(p.starts), (rows, 2))
-    padded = carray(halves(p.padded), (rows, heads, last - first, size))
-    keys = carray(halves(p.kept_keys), (rows, kv_heads, width, size))
-    values = carray(halves(p.kept_values), (rows, kv_heads, width, size))
+    padded = carray(held(pointer, p.padded), (rows, heads, last - first, size))
+    keys = carray(held(pointer, p.kept_keys), (rows, kv_heads, width, size))
+    values = carray(held(pointer, p.kept_values), (rows, kv_heads, width, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
@@ -98,13 +112,13 @@ def place(pointer: Any) -> None:
 CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def copy_prefix(pointer: Any) -> None:
     """Copy the prefix to one head of one row a task: what each row has of it is in one piece."""
     p = read(pointer, CopyPrefix)
     rows, heads, width, count, prefix_width = p.rows, p.heads, p.width, p.count, p.prefix_width
-    target = carray(halves(p.store), (rows, heads, width))
-    source = carray(halves(p.prefix), (heads, prefix_width))
+    target = carray(held(pointer, p.store), (rows, heads, width))
+    source = carray(held(pointer, p.prefix), (heads, prefix_width))
     starts = carray(longs(p.starts), rows)
     while True:
         task = next_task(pointer)
@@ -118,14 +132,14 @@ def copy_prefix(pointer: Any) -> None:
 Collect = slots("padded starts outputs rows heads first last size count")
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def collect(pointer: Any) -> None:
     """Undo what `place` did to queries, COLUMNS columns of a row a task."""
     p = read(pointer, Collect)
     rows, heads, first, last, size, count = p.rows, p.heads, p.first, p.last, p.size, p.count
-    padded = carray(halves(p.padded), (rows, heads, last - first, size))
+    padded = carray(held(pointer, p.padded), (rows, heads, last - first, size))
     starts = carray(longs(p.starts), (rows, 2))
-    outputs = carray(halves(p.outputs), (count, heads, size))
+    outputs = carray(held(pointer, p.outputs), (count, heads, size))
     blocks = (last - first + COLUMNS - 1) // COLUMNS
     while True:
         task = next_task(pointer)
@@ -149,13 +163,13 @@ def _filled(scores: Any, count: int) -> Any:
 CausalSoftmax = slots("scores starts rows heads columns width first window scaling")
 
 
-@threaded
+@threaded(torch.bfloat16)
 def causal_softmax(pointer: Any) -> None:
     """Take the softmax of one head of one row a task, query by query."""
     p = read(pointer, CausalSoftmax)
     rows, heads, columns, width, first, window = p.rows, p.heads, p.columns, p.width, p.first, p.window
     scaling = f32(as_double(p.scaling))
-    scores = carray(halves(p.scores), (rows * heads, columns, width))
+    scores = carray(held(pointer, p.scores), (rows * heads, columns, width))
     starts = carray(longs(p.starts), rows)
     own = np.empty(width + LANES, np.float32)
     while True:
@@ -175,21 +189,21 @@ def causal_softmax(pointer: Any) -> None:
             for i in range(len(seen)):
                 own[i] = wide(seen[i])
             most, whole = _filled(own, len(seen))
-            factor = f32(1) / float_exponentials(own.ctypes.data, most, scaling, own.ctypes.data, whole)
+            factor = f32(1) / exponentials(own, own.ctypes.data, most, scaling, own.ctypes.data, whole)
             for i in range(len(seen)):
-                seen[i] = rounded(own[i] * factor)
+                seen[i] = rounded(own[i] * factor, seen)
 
 
 @inner
 def _soon(states: Any, column: int, end: int, then: int) -> Any:
     """Return the address a little ahead of a column; beyond `end`, that much behind the address `then`."""
-    size = states.shape[1] * 2
+    size = states.shape[1] * states.itemsize
     ahead = column + AHEAD
     return states.ctypes.data + ahead * size if ahead < end else then + (ahead - end) * size
 
 
 @inner
-def _in_runs(query: Any, widened: Any) -> None:
+def _halves_in_runs(query: Any, widened: Any) -> None:
     """Widen one head's query, and order it as `score_heads` takes it."""
     for start in range(0, len(query), RUN):
         for i in range(RUN // 2):
@@ -198,11 +212,62 @@ def _in_runs(query: Any, widened: Any) -> None:
 
 
 @inner
+def _floats_in_runs(query: Any, widened: Any) -> None:
+    """Copy it: in float32 a run is in its own order."""
+    for d in range(len(query)):
+        widened[d] = query[d]
+
+
+_in_runs = either(_halves_in_runs, _floats_in_runs)
+
+
+@inner
+def _score_in_pairs(queries: Any, widened: Any, keys: Any, column: int, soon: int, scores: Any) -> None:
+    """Write the scores of LANES columns, a head at a time."""
+    heads, size = queries.shape
+    step = 64 // heads
+    for head in range(heads):
+        score_block(
+            queries[head].ctypes.data,
+            keys[column].ctypes.data,
+            scores[head, column:].ctypes.data,
+            size,
+            soon + head * step * size // 2,
+            step,
+        )
+
+
+@inner
+def _score_in_floats(queries: Any, widened: Any, keys: Any, column: int, soon: int, scores: Any) -> None:
+    """Write the scores of LANES columns, some heads at a time."""
+    heads, size = queries.shape
+    together = (heads + HEADS - 1) // HEADS
+    step = 64 // together
+    for number in range(together):
+        head = number * HEADS
+        score_heads(
+            keys,
+            min(HEADS, heads - head),
+            widened[head].ctypes.data,
+            size * 4,
+            keys[column].ctypes.data,
+            scores[head, column:].ctypes.data,
+            scores.shape[1] * 4,
+            size,
+            soon + number * step * size * keys.itemsize // 4,
+            step,
+        )
+
+
+_score_columns = either(_score_in_pairs if HAS_BF16 else _score_in_floats, _score_in_floats)
+
+
+@inner
 def _score(queries: Any, widened: Any, keys: Any, first: int, end: int, then: int, scores: Any) -> None:
     """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads.
 
     Args:
-        widened: room for the queries in order of runs, where the vectors have no bf16.
+        widened: room for the queries in order of runs.
     """
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
@@ -213,40 +278,12 @@ def _score(queries: Any, widened: Any, keys: Any, first: int, end: int, then: in
                     total += wide(queries[head, d]) * wide(keys[column, d])
                 scores[head, column] = total
         return
-    if not HAS_BF16:
-        for head in range(heads):
-            _in_runs(queries[head], widened[head])
+    for head in range(heads):
+        _in_runs(queries[head], widened[head])
     column = first
     while column < end:
         column = min(column, end - LANES)  # the last block ends at `end`, and may repeat some columns
-        soon = _soon(keys, column, end, then)
-        if HAS_BF16:
-            step = 64 // heads
-            for head in range(heads):
-                score_block(
-                    queries[head].ctypes.data,
-                    keys[column].ctypes.data,
-                    scores[head, column:].ctypes.data,
-                    size,
-                    soon + head * step * size // 2,
-                    step,
-                )
-        else:
-            together = (heads + HEADS - 1) // HEADS
-            step = 64 // together
-            for number in range(together):
-                head = number * HEADS
-                score_heads(
-                    min(HEADS, heads - head),
-                    widened[head].ctypes.data,
-                    size * 4,
-                    keys[column].ctypes.data,
-                    scores[head, column:].ctypes.data,
-                    scores.shape[1] * 4,
-                    size,
-                    soon + number * step * size // 2,
-                    step,
-                )
+        _score_columns(queries, widened, keys, column, _soon(keys, column, end, then), scores)
         column += LANES
 
 
@@ -262,7 +299,7 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
     if end < LANES or size % PAIRS:
         for column in range(first, end):
             for head in range(heads):
-                weight = wide(weights[head, column]) if HAS_BF16 else weights[head, column]
+                weight = wide(weights[head, column])
                 for d in range(size):
                     out[head, d] += weight * wide(values[column, d])
         return
@@ -276,18 +313,19 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         for number in range(together):
             head = number * HEADS
             weigh(
+                values,
                 min(HEADS, heads - head),
                 weights[head, start:].ctypes.data,
                 weights.shape[1] * weights.itemsize,
                 values[start].ctypes.data,
                 out[head].ctypes.data,
                 size,
-                soon + number * step * size // 2,
+                soon + number * step * size * values.itemsize // 4,
                 step,
             )
         column += LANES
     for head in range(heads):
-        put_in_order(out[head].ctypes.data, size)
+        put_in_order(values, out[head].ctypes.data, size)
 
 
 Attend = slots(
@@ -296,7 +334,7 @@ Attend = slots(
 )
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def attend(pointer: Any) -> None:
     """Attend from one row's newest token, a key head and the query heads that share it a task.
 
@@ -306,18 +344,18 @@ def attend(pointer: Any) -> None:
     count, heads, kv_heads, size = p.count, p.heads, p.kv_heads, p.size
     group, ahead = heads // kv_heads, p.threads
     scaling = f32(as_double(p.scaling))
-    queries = carray(halves(p.queries), (count, p.query_stride))
-    new_keys = carray(halves(p.keys), (count, p.key_stride))
-    new_values = carray(halves(p.values), (count, p.value_stride))
-    cosines = carray(halves(p.cos), (count, p.table_width))
-    sines = carray(halves(p.sin), (count, p.table_width))
-    outputs = carray(halves(p.outputs), (count, heads, size))
+    queries = carray(held(pointer, p.queries), (count, p.query_stride))
+    new_keys = carray(held(pointer, p.keys), (count, p.key_stride))
+    new_values = carray(held(pointer, p.values), (count, p.value_stride))
+    cosines = carray(held(pointer, p.cos), (count, p.table_width))
+    sines = carray(held(pointer, p.sin), (count, p.table_width))
+    outputs = carray(held(pointer, p.outputs), (count, heads, size))
     rows = carray(longs(p.row_table), (count, 4))
     blocks = carray(longs(p.block_table), (p.block_count, 3))
     widest = blocks[:, 2].max() + LANES  # room for whole vectors
-    query, out = np.empty((group, size), np.uint16), np.empty((group, size), np.float32)
+    query, out = new_states(pointer, group, size), np.empty((group, size), np.float32)
     widened = np.empty((group, size), np.float32)
-    scores, weights = np.empty((group, widest), np.float32), np.empty((group, widest), WEIGHT)
+    scores, weights = np.empty((group, widest), np.float32), new_weights(pointer, group, widest)
     totals = np.empty(group, np.float32)
     while True:
         task = next_task(pointer)
@@ -326,9 +364,9 @@ def attend(pointer: Any) -> None:
         row, kv_head = task // kv_heads, task % kv_heads
         block, place, first, last = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
         width = blocks[block, 2]
-        offset = (place * kv_heads + kv_head) * width * size * 2
-        keys = carray(halves(blocks[block, 0] + offset), (width, size))
-        values = carray(halves(blocks[block, 1] + offset), (width, size))
+        offset = (place * kv_heads + kv_head) * width * size * item_bytes(pointer)
+        keys = carray(held(pointer, blocks[block, 0] + offset), (width, size))
+        values = carray(held(pointer, blocks[block, 1] + offset), (width, size))
         cos, sin = cosines[row], sines[row]
         here = slice(kv_head * size, (kv_head + 1) * size)
         _rotate(new_keys[row, here], cos, sin, keys[last])
@@ -340,10 +378,12 @@ def attend(pointer: Any) -> None:
         for head in range(group):
             own, into = scores[head, first:], weights[head, first:]
             most, whole = _filled(own, last + 1 - first)
-            totals[head] = write_weights(own.ctypes.data, most, scaling, into.ctypes.data, whole)
+            totals[head] = exponentials(into, own.ctypes.data, most, scaling, into.ctypes.data, whole)
         # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
-        _weigh(weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * 2, out)
+        _weigh(
+            weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * keys.itemsize, out
+        )
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]
             for d in range(size):
-                output[d] = rounded(out[head, d] * factor)
+                output[d] = rounded(out[head, d] * factor, output)

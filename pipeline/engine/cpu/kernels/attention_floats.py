@@ -1,6 +1,6 @@
-"""Write a decode step's inner loops of attention for vectors without instructions for bf16: in float32.
+"""Write a decode step's inner loops of attention in float32, for what is in it and for vectors that have no bf16.
 
-A run of numbers, two to each lane of a register, is widened once for all heads: to those in even places and to those
+A run of numbers is two registers. In bf16 it is widened once for all heads: to the numbers in even places and to those
 in odd ones. So queries, and what values are added up to, have each run in that order.
 """
 
@@ -11,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipeline.engine.cpu.kernels.precision import in_floats
 from pipeline.engine.cpu.kernels.vectors import (
     LANES,
     PAIRS,
@@ -38,6 +39,7 @@ _FLOATS = ir.VectorType(ir.FloatType(), REGISTER_LANES)
 @intrinsic
 def score_heads(
     context: Any,
+    kind: Any,
     heads: Any,
     queries: Any,
     query_bytes: Any,
@@ -50,24 +52,26 @@ def score_heads(
 ) -> Any:
     """Write scores[h, c] = queries[h] · keys[c] for LANES columns, for 1 to HEADS heads.
 
-    With each PAIRS numbers of a key, the cache line at `soon` is asked for, `step` bytes further each time.
+    With each line of a key, the cache line at `soon` is asked for, `step` bytes further each time.
 
     Args:
+        kind: an array that holds what keys do.
         queries: address of float32 numbers in order of runs.
         query_bytes, score_bytes: from one head to the next.
         size: a multiple of PAIRS.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        heads, *rest = arguments
-        for_each_count(builder, heads, HEADS, lambda count: _score(builder, count, *rest))
+        _, heads, *rest = arguments
+        for_each_count(builder, heads, HEADS, lambda count: _score(builder, in_floats(kind), count, *rest))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9), codegen
+    return types.void(kind, *[types.int64] * 9), codegen
 
 
 def _score(
     builder: Any,
+    floats: bool,
     heads: int,
     queries: Any,
     query_bytes: Any,
@@ -89,8 +93,8 @@ def _score(
         lines = [builder.mul(builder.add(column, number(c)), size) for c in range(together)]
         with stepwise(builder, size, RUN) as d:
             for c, line in enumerate(lines):
-                _ask(builder, soon, step, builder.add(line, d))
-                key = _widened(builder, keys, builder.add(line, d))
+                _ask(builder, floats, soon, step, builder.add(line, d))
+                key = _run(builder, floats, keys, builder.add(line, d))
                 for query, totals in zip(own, sums, strict=True):
                     for half in range(2):
                         place = builder.add(d, number(half * REGISTER_LANES))
@@ -106,6 +110,7 @@ def _score(
 @intrinsic
 def weigh_heads(
     context: Any,
+    kind: Any,
     heads: Any,
     weights: Any,
     weight_bytes: Any,
@@ -120,20 +125,22 @@ def weigh_heads(
     Prefetches as in score_heads.
 
     Args:
+        kind: an array that holds what values do.
         weights: address of float32 numbers, `weight_bytes` from one head to the next.
         size: a multiple of PAIRS.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        heads, *rest = arguments
-        for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, count, *rest))
+        _, heads, *rest = arguments
+        for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, in_floats(kind), count, *rest))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    return types.void(kind, *[types.int64] * 8), codegen
 
 
 def _weigh(
     builder: Any,
+    floats: bool,
     heads: int,
     weights: Any,
     weight_bytes: Any,
@@ -156,8 +163,8 @@ def _weigh(
         sums = [[_sum(builder, builder.load(pointer, align=4)) for pointer in both] for both in pointers]
         with stepwise(builder, number(LANES), 1) as column:
             place = builder.add(builder.mul(column, size), d)
-            _ask(builder, soon, step, place)
-            value = _widened(builder, values, place)
+            _ask(builder, floats, soon, step, place)
+            value = _run(builder, floats, values, place)
             for head, both in zip(own, sums, strict=True):
                 weight = load(builder, head, column, ir.FloatType(), 1, 4)
                 everywhere = spread(builder, weight, REGISTER_LANES)
@@ -169,33 +176,40 @@ def _weigh(
 
 
 @intrinsic
-def runs_in_order(context: Any, out: Any, size: Any) -> Any:
+def runs_in_order(context: Any, kind: Any, out: Any, size: Any) -> Any:
     """Put what `weigh_heads` has left in `out`, `size` float32 numbers, in their order."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        out, size = arguments
-        with stepwise(builder, size, RUN) as d:
-            middle = builder.add(d, d.type(REGISTER_LANES))
-            even, odd = (
-                load(builder, out, place, ir.FloatType(), REGISTER_LANES, 4) for place in (d, middle)
-            )
-            turns = [n + half * REGISTER_LANES for n in range(REGISTER_LANES) for half in range(2)]
-            vector = shuffle(builder, even, odd, turns)
-            place = builder.add(out, builder.mul(d, d.type(4)))
-            builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=4)
+        _, out, size = arguments
+        if not in_floats(kind):
+            with stepwise(builder, size, RUN) as d:
+                _put_run_in_order(builder, out, d)
         return context.get_dummy_value()
 
-    return types.void(out, size), codegen
+    return types.void(kind, out, size), codegen
 
 
-def _ask(builder: Any, soon: Any, step: Any, place: Any) -> None:
-    """Ask for the next line: `step` bytes for each PAIRS numbers."""
-    number = builder.lshr(place, place.type(PAIRS.bit_length() - 1))
-    prefetch_line(builder, builder.add(soon, builder.mul(number, step)), cache=1)
+def _put_run_in_order(builder: Any, out: Any, d: Any) -> None:
+    middle = builder.add(d, d.type(REGISTER_LANES))
+    even, odd = (load(builder, out, place, ir.FloatType(), REGISTER_LANES, 4) for place in (d, middle))
+    turns = [n + half * REGISTER_LANES for n in range(REGISTER_LANES) for half in range(2)]
+    vector = shuffle(builder, even, odd, turns)
+    place = builder.add(out, builder.mul(d, d.type(4)))
+    builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=4)
 
 
-def _widened(builder: Any, states: Any, place: Any) -> list[Any]:
-    """Load a run of bf16 numbers as float32: those in even places, and those in odd ones."""
+def _ask(builder: Any, floats: bool, soon: Any, step: Any, place: Any) -> None:
+    """Ask for the next line: `step` bytes for each line's numbers."""
+    numbers = LANES if floats else PAIRS
+    line = builder.lshr(place, place.type(numbers.bit_length() - 1))
+    prefetch_line(builder, builder.add(soon, builder.mul(line, step)), cache=1)
+
+
+def _run(builder: Any, floats: bool, states: Any, place: Any) -> list[Any]:
+    """Load a run as two registers of float32: in bf16 those in even places, and those in odd ones."""
+    if floats:
+        middle = builder.add(place, place.type(REGISTER_LANES))
+        return [load(builder, states, d, ir.FloatType(), REGISTER_LANES, 4) for d in (place, middle)]
     words = builder.bitcast(load(builder, states, place, ir.IntType(16), RUN, 2), _WORDS)
     return halves_of_pairs(builder, words)
 

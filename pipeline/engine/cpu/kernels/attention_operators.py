@@ -11,11 +11,10 @@ from pipeline.engine.cpu.kernels import attention
 from pipeline.engine.cpu.kernels.blocks import BLOCK
 from pipeline.engine.cpu.kernels.slots import Call, bits, prepare, row_stride
 from pipeline.engine.cpu.kernels.threads import run
-from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import HAS_AVX2
 
 causal: Any = None  # what attends in a prefill by products on vectors
-if HAS_AVX2 and not has_tiles():
+if HAS_AVX2:
     from pipeline.engine.cpu.kernels import causal_attention as causal
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [N, D] each, their two halves equal
@@ -33,7 +32,7 @@ def copy_prefix(store: Tensor, prefix: Tensor, starts: Sequence[int], columns: i
     places = np.array(starts, np.int64) * size
     run(
         prepare(
-            attention.copy_prefix,
+            attention.copy_prefix.of(store.dtype),
             attention.CopyPrefix,
             rows * heads,
             store=store,
@@ -74,7 +73,7 @@ def place(
     first, last = columns
     padded = query.new_empty(len(starts), query.shape[1], last - first, query.shape[2])
     call = prepare(
-        attention.place,
+        attention.place.of(query.dtype),
         attention.Place,
         len(starts) * -(-(last - first) // attention.COLUMNS),
         starts=starts.ctypes.data,
@@ -96,7 +95,7 @@ def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count:
     rows, heads, width, size = padded.shape
     output = padded.new_empty(count, heads, size)
     call = prepare(
-        attention.collect,
+        attention.collect.of(padded.dtype),
         attention.Collect,
         rows * -(-width // attention.COLUMNS),
         padded=padded,
@@ -113,9 +112,9 @@ def collect(padded: Tensor, starts: np.ndarray, columns: tuple[int, int], count:
     return output
 
 
-def attends_causally(size: int) -> bool:
+def attends_causally(size: int, dtype: torch.dtype) -> bool:
     """Say whether `causal_attend` runs here, for heads of this size."""
-    return causal is not None and size % BLOCK == 0
+    return causal is not None and size % BLOCK == 0 and dtype in causal.causal_attend.dtypes
 
 
 def causal_attend(
@@ -144,7 +143,7 @@ def causal_attend(
     span = -(-causal.SPAN * kv_heads // heads)
     places, output = np.array(starts, np.int64), torch.empty_like(query)
     call = prepare(
-        causal.causal_attend,
+        causal.causal_attend.of(query.dtype),
         causal.CausalAttend,
         rows * kv_heads * -(-columns // span),
         queries=query,
@@ -181,7 +180,7 @@ def causal_softmax(
     rows, heads, columns, width = scores.shape
     places = np.array(starts, np.int64)
     call = prepare(
-        attention.causal_softmax,
+        attention.causal_softmax.of(torch.bfloat16),
         attention.CausalSoftmax,
         rows * heads,
         scores=scores,
@@ -236,7 +235,7 @@ def attend_call(
 ) -> Call:
     """Prepare `attend` into an output."""
     return prepare(
-        attention.attend,
+        attention.attend.of(query.dtype),
         attention.Attend,
         len(rows) * key.shape[1],
         outputs=output,

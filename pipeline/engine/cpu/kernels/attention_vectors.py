@@ -10,6 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipeline.engine.cpu.kernels.precision import in_floats
 from pipeline.engine.cpu.kernels.vectors import (
     LANE_NUMBERS,
     LANES,
@@ -64,34 +65,27 @@ def largest(context: Any, numbers: Any, count: Any) -> Any:
 
 
 @intrinsic
-def exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any) -> Any:
-    """Write weights = e^((scores − most) · scaling) in bf16; return their sum, unrounded.
+def exponentials(
+    context: Any, kind: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any
+) -> Any:
+    """Write weights = e^((scores − most) · scaling); return their sum, unrounded.
 
     Args:
-        scores, weights: addresses of `count` numbers, a multiple of LANES.
+        kind: an array that holds what weights do.
+        scores, weights: addresses of `count` numbers, a multiple of LANES; scores in float32.
         most: not below any score.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _exponentials(builder, store_halves, *arguments)
+        return _exponentials(builder, store if in_floats(kind) else store_halves, *arguments[1:])
 
-    return types.float32(scores, types.float32, types.float32, weights, count), codegen
-
-
-@intrinsic
-def float_exponentials(context: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any) -> Any:
-    """Write the weights of `exponentials` in float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _exponentials(builder, store, *arguments)
-
-    return types.float32(scores, types.float32, types.float32, weights, count), codegen
+    return types.float32(kind, scores, types.float32, types.float32, weights, count), codegen
 
 
 def _exponentials(
     builder: Any, store_weight: Any, scores: Any, most: Any, scaling: Any, weights: Any, count: Any
 ) -> Any:
-    """Write either's instructions."""
+    """Write its instructions."""
     most, scaling = spread(builder, most), spread(builder, scaling)
     total = cgutils.alloca_once_value(builder, constant(0.0))
     with stepwise(builder, count, LANES) as i:
@@ -105,22 +99,22 @@ def _exponentials(
 
 
 @intrinsic
-def rotate(context: Any, states: Any, cos: Any, sin: Any, out: Any, half: Any) -> Any:
-    """Rotate one head in bf16. All addresses; half: of its size, a multiple of LANES."""
+def rotate(context: Any, kind: Any, states: Any, cos: Any, sin: Any, out: Any, half: Any) -> Any:
+    """Rotate one head. kind: an array that holds what it does; half: of its size, a multiple of LANES."""
+    read, write = (load_floats, store) if in_floats(kind) else (load_halves, store_halves)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        *addresses, half = arguments
-        states, cos, sin, out = addresses
+        _, states, cos, sin, out, half = arguments
         with stepwise(builder, half, LANES) as d:
             right = builder.add(d, half)
-            a, b = load_halves(builder, states, d), load_halves(builder, states, right)
-            c, s = load_halves(builder, cos, d), load_halves(builder, sin, d)
+            a, b = read(builder, states, d), read(builder, states, right)
+            c, s = read(builder, cos, d), read(builder, sin, d)
             left = builder.fsub(times(builder, a, c), times(builder, b, s), flags=["fast"])
-            store_halves(builder, left, out, d)
-            store_halves(builder, add(builder, times(builder, b, c), times(builder, a, s)), out, right)
+            write(builder, left, out, d)
+            write(builder, add(builder, times(builder, b, c), times(builder, a, s)), out, right)
         return context.get_dummy_value()
 
-    return types.void(states, cos, sin, out, half), codegen
+    return types.void(kind, states, cos, sin, out, half), codegen
 
 
 @intrinsic
@@ -150,6 +144,7 @@ def score_block(context: Any, query: Any, keys: Any, scores: Any, size: Any, soo
 @intrinsic
 def weigh_block(
     context: Any,
+    kind: Any,
     heads: Any,
     weights: Any,
     width: Any,
@@ -171,11 +166,11 @@ def weigh_block(
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        heads, *rest = arguments
+        _, heads, *rest = arguments
         for_each_count(builder, heads, HEADS, lambda count: _weigh(builder, count, rest))
         return context.get_dummy_value()
 
-    return types.void(heads, weights, width, values, out, size, soon, step), codegen
+    return types.void(kind, heads, weights, width, values, out, size, soon, step), codegen
 
 
 def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
@@ -206,11 +201,11 @@ def _weigh(builder: Any, heads: int, arguments: list[Any]) -> None:
 
 
 @intrinsic
-def in_order(context: Any, out: Any, size: Any) -> Any:
+def in_order(context: Any, kind: Any, out: Any, size: Any) -> Any:
     """Put what `weigh_block` has left in `out`, `size` float32 numbers, in their order."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        out, size = arguments
+        _, out, size = arguments
         with stepwise(builder, size, PAIRS) as d:
             middle = builder.add(d, d.type(LANES))
             lower, upper = load_floats(builder, out, d), load_floats(builder, out, middle)
@@ -218,7 +213,7 @@ def in_order(context: Any, out: Any, size: Any) -> Any:
             store(builder, shuffle(builder, lower, upper, SECOND_HALF), out, middle)
         return context.get_dummy_value()
 
-    return types.void(out, size), codegen
+    return types.void(kind, out, size), codegen
 
 
 def _prefetch_after(builder: Any, soon: Any, step: Any, d: Any, column: int) -> None:

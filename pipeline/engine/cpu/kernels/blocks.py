@@ -9,8 +9,8 @@ from pipeline.engine.cpu.kernels.slots import slots
 from pipeline.engine.cpu.kernels.vectors import HAS_AVX512, HAS_BF16
 
 BLOCK = 32  # inputs and outputs of a block
-TILE_ROWS, TILE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector
-BLOCK_BYTES = 2 * TILE_ROWS * TILE_BYTES  # of weights
+TILE_ROWS, LINE_BYTES = 16, 64  # a matrix tile, and two inputs of 16 outputs in one vector, or one in float32
+BLOCK_BYTES = 2 * TILE_ROWS * LINE_BYTES  # of weights in bf16
 SCALED = 64  # inputs that share a scale, in 4 bits: two blocks
 CODE_BYTES, SCALE_BYTES = BLOCK * SCALED // 2, BLOCK * 4  # of the two blocks
 CODED_BYTES = (CODE_BYTES + SCALE_BYTES) // 2  # of one block
@@ -30,14 +30,14 @@ class Blocks:
     """Hold a weight [M, K] in the order in which `linear` reads it.
 
     One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
-    16 outputs. In bf16 a lane has two neighbouring inputs of an output. In 4 bits 16 bytes have a block's inputs
+    16 outputs. In bf16 a lane has two neighbouring inputs of an output, in float32 one. In 4 bits 16 bytes have a block's inputs
     of an output, the first 16 in their lower halves, and a line has every fourth output of a tile; or, for whole
     numbers, 32 bytes have two inputs of a strip's outputs, which take turns, the first tile in their lower halves.
     After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs;
     or, for whole numbers, 32 bytes have two, which take turns.
     """
 
-    # bf16 [M/32, K/32, 2, 16, 16, 2], int8 [M/32, K/32, 2, 16, 2, 16] or, for whole numbers, [..., 16, 2],
+    # bf16 [M/32, K/32, 2, 16, 16, 2], float32 [M/32, K/32, 2, 32, 16], int8 [M/32, K/32, 2, 16, 2, 16] or, for whole numbers, [..., 16, 2],
     # or int32 [M/32, K/64, 288]: 256 of codes, 32 scales
     numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
@@ -51,14 +51,22 @@ class Blocks:
     def inputs(self) -> int:
         return self.numbers.shape[1] * (BLOCK if self.values is None else SCALED)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What inputs and outputs are in."""
+        plain_floats = self.numbers.dtype == torch.float32
+        return torch.float32 if plain_floats else torch.bfloat16
 
-def chunk_rows(inputs: int, together: int) -> int:
+
+def chunk_rows(row_bytes: int, together: int) -> int:
     """Return the rows of a chunk: a multiple of those that are multiplied together."""
-    return max(together, CHUNK_BYTES // (inputs * 2) // together * together)
+    return max(together, CHUNK_BYTES // row_bytes // together * together)
 
 
 def pack_blocks(weight: Tensor) -> Blocks:
-    """Reorder a weight. [M, K] in bf16, multiples of 32."""
+    """Reorder a weight. [M, K] in bf16 or float32, multiples of 32."""
+    if weight.dtype == torch.float32:
+        return Blocks(_in_blocks(weight.contiguous(), BLOCK))
     pairs = weight.contiguous().view(int32)  # in one piece they move faster
     packed = _in_blocks(pairs, TILE_ROWS).view(weight.dtype)
     return Blocks(packed.view(*packed.shape[:-1], TILE_ROWS, 2))

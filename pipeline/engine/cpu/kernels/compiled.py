@@ -5,6 +5,8 @@ CPUs at once, as on nodes that share a home, give their files the same names: on
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from numba import config
@@ -17,14 +19,20 @@ from pipeline.common.cache import cache_folder
 def keep_apart() -> None:
     """Point numba to the folder of these sources and this CPU, in its own cache's folder where one is set.
 
-    Where it is not there yet, all of them will be compiled, which is said.
-
     Where that cannot be written, numba finds another as it always does.
     """
     found = hashlib.sha256(repr(cpu_target.target_context.codegen().magic_tuple()).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         found.update(source.read_bytes())
-    folder = Path(config.CACHE_DIR or cache_folder()) / f"kernels-{found.hexdigest()[:16]}"
-    if not folder.exists():
+    config.CACHE_DIR = str(Path(config.CACHE_DIR or cache_folder()) / f"kernels-{found.hexdigest()[:16]}")
+
+
+@contextmanager
+def compiling(name: str) -> Iterator[None]:
+    """Say that kernels compile meanwhile, if it is the first time by this name."""
+    done = Path(config.CACHE_DIR) / f"{name}.compiled"
+    if not done.exists():
         terminal.say("Compiling for this CPU: some 15 seconds, once", style="dim")
-    config.CACHE_DIR = str(folder)
+    yield
+    with suppress(OSError):
+        done.touch()

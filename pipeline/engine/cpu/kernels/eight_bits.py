@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import INT8_BLOCK_BYTES, TILE_BYTES
+from pipeline.engine.cpu.kernels.blocks import INT8_BLOCK_BYTES, LINE_BYTES
 from pipeline.engine.cpu.kernels.vectors import (
     LANE_NUMBERS,
     LANES,
@@ -26,7 +26,7 @@ from pipeline.engine.cpu.kernels.vectors import (
 
 FEW_ROWS = 4  # for which unpacking takes longer
 AHEAD = 8  # blocks: so far ahead weights are asked for
-LINES = INT8_BLOCK_BYTES // (TILE_BYTES // 2)  # of a block: two inputs of 16 outputs
+LINES = INT8_BLOCK_BYTES // (LINE_BYTES // 2)  # of a block: two inputs of 16 outputs
 PAIRS_TOGETHER = 4  # of inputs
 TILE_LINES = LINES // 2
 
@@ -41,9 +41,9 @@ def unpack(context: Any, packed: Any, blocks: Any, output: Any) -> Any:
         packed, blocks, output = arguments
         lines = builder.mul(blocks, _NUMBER(LINES))
         with cgutils.for_range(builder, lines, intp=_NUMBER) as line:
-            here = builder.add(packed, builder.mul(line.index, _NUMBER(TILE_BYTES // 2)))
+            here = builder.add(packed, builder.mul(line.index, _NUMBER(LINE_BYTES // 2)))
             prefetch_line(builder, builder.add(here, _NUMBER(INT8_BLOCK_BYTES * AHEAD)), cache=1)
-            there = builder.add(output, builder.mul(line.index, _NUMBER(TILE_BYTES)))
+            there = builder.add(output, builder.mul(line.index, _NUMBER(LINE_BYTES)))
             pairs = _as_pairs(builder, *_planes(builder, here))
             builder.store(pairs, builder.inttoptr(there, pairs.type.as_pointer()), align=4)
         return context.get_dummy_value()
@@ -76,7 +76,7 @@ def _multiply(builder: Any, rows: int, input: Any, stride: Any, packed: Any, blo
     ):
         along = builder.add(builder.mul(block.index, parts), part.index)
         here = builder.add(packed, builder.mul(block.index, _NUMBER(INT8_BLOCK_BYTES)))
-        here = builder.add(here, builder.mul(part.index, _NUMBER(PAIRS_TOGETHER * TILE_BYTES // 2)))
+        here = builder.add(here, builder.mul(part.index, _NUMBER(PAIRS_TOGETHER * LINE_BYTES // 2)))
         first = builder.add(input, builder.mul(along, _NUMBER(PAIRS_TOGETHER * 4)))
         places = [builder.add(first, builder.mul(stride, _NUMBER(row))) for row in range(rows)]
         _part(builder, here, places, totals)
@@ -89,7 +89,7 @@ def _part(builder: Any, here: Any, places: list[Any], totals: list[list[Any]]) -
     """Add some pairs of inputs to each row's sums."""
     for pair in range(PAIRS_TOGETHER):
         for tile in (0, 1):
-            line = builder.add(here, _NUMBER((tile * TILE_LINES + pair) * TILE_BYTES // 2))
+            line = builder.add(here, _NUMBER((tile * TILE_LINES + pair) * LINE_BYTES // 2))
             if pair % 2 == 0:
                 prefetch_line(builder, builder.add(line, _NUMBER(INT8_BLOCK_BYTES * AHEAD)), cache=1)
             weights = _as_pairs(builder, *_planes(builder, line))

@@ -1,4 +1,4 @@
-"""Finish a product: from sums in float32 over bias and silu(gate) · up to an output in bf16."""
+"""Finish a product: from sums in float32 over bias and silu(gate) · up to an output."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import BLOCK, TILE_ROWS
-from pipeline.engine.cpu.kernels.loops import inner, wide
+from pipeline.engine.cpu.kernels.precision import held, in_floats, inner, wide
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_BF16,
     LANES,
@@ -17,23 +17,26 @@ from pipeline.engine.cpu.kernels.vectors import (
     constant,
     exp_vector,
     floats,
-    halves,
     narrowed,
     store_halves,
     widened,
 )
+from pipeline.engine.cpu.kernels.vectors import store as store_floats
 
 _NUMBER = ir.IntType(64)
 
 
 @inner
-def store(sums: int, rows: int, scales: int, bias: int, output: int, stride: int, gated: int) -> None:
-    """Store the sums of a strip at their place in the output, in bf16.
+def store(
+    kind: Any, sums: int, rows: int, scales: int, bias: int, output: int, stride: int, gated: int
+) -> None:
+    """Store the sums of a strip at their place in the output.
 
     Args:
+        kind: a pointer to what bias and output hold.
         sums: address of [rows, 32] float32.
         scales: address of the strip's 32 numbers in float32, or 0.
-        bias: address of its 32 numbers in bf16, or 0.
+        bias: address of its 32 numbers, or 0.
         output: address of the first row, `stride` bytes before the second.
         gated: not 0: 16 gates and 16 ups are silu(gate) · up, 16 outputs.
     """
@@ -44,48 +47,58 @@ def store(sums: int, rows: int, scales: int, bias: int, output: int, stride: int
             for d in range(BLOCK):
                 numbers[row, d] *= factors[d]
     if bias:
-        offsets = carray(halves(bias), BLOCK)
+        offsets = carray(held(kind, bias), BLOCK)
         for row in range(rows):
             for d in range(BLOCK):
                 numbers[row, d] += wide(offsets[d])
     if gated:
-        _store_gated(sums, rows, output, stride)
+        _store_gated(kind, sums, rows, output, stride)
     else:
-        _store_plain(sums, rows, output, stride)
+        _store_plain(kind, sums, rows, output, stride)
 
 
 @intrinsic
-def _store_plain(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
-    """Round two vectors of sums to the 32 outputs of a row."""
+def _store_plain(context: Any, kind: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
+    """Store two vectors of sums as the 32 outputs of a row."""
+    is_floats = in_floats(kind)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(16), PAIRS)
-        kind = ir.FunctionType(line, [VECTOR, VECTOR])
-        for left, right, place in _each_row(builder, arguments):
-            if not HAS_BF16:
-                store_halves(builder, left, place, _NUMBER(0))
-                store_halves(builder, right, place, _NUMBER(LANES))
+        narrow = ir.FunctionType(line, [VECTOR, VECTOR])
+        for left, right, place in _each_row(builder, arguments[1:]):
+            if is_floats or not HAS_BF16:
+                for number, vector in enumerate((left, right)):
+                    (store_floats if is_floats else store_halves)(
+                        builder, vector, place, _NUMBER(number * LANES)
+                    )
                 continue
-            both = builder.asm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [right, left], side_effect=False)
+            both = builder.asm(
+                narrow, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [right, left], side_effect=False
+            )
             builder.store(both, builder.inttoptr(place, line.as_pointer()), align=2)
         return context.get_dummy_value()
 
-    return types.void(sums, rows, output, stride), codegen
+    return types.void(kind, sums, rows, output, stride), codegen
 
 
 @intrinsic
-def _store_gated(context: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
-    """Round gate, up and the silu to bf16, as they are between torch's operators, and store 16 outputs."""
+def _store_gated(context: Any, kind: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
+    """Store silu(gate) · up, 16 outputs; in bf16 all three rounded, as they are between torch's operators."""
+    is_floats = in_floats(kind)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        for gate, up, place in _each_row(builder, arguments):
-            gate, up = (_rounded(builder, x) for x in (gate, up))
+        for gate, up, place in _each_row(builder, arguments[1:]):
+            if not is_floats:
+                gate, up = (_rounded(builder, x) for x in (gate, up))
             exponential = exp_vector(builder, builder.fneg(gate))
             silu = builder.fdiv(gate, builder.fadd(exponential, constant(1.0)), flags=["fast"])
-            store_halves(builder, builder.fmul(_rounded(builder, silu), up), place, _NUMBER(0))
+            if is_floats:
+                store_floats(builder, builder.fmul(silu, up), place, _NUMBER(0))
+            else:
+                store_halves(builder, builder.fmul(_rounded(builder, silu), up), place, _NUMBER(0))
         return context.get_dummy_value()
 
-    return types.void(sums, rows, output, stride), codegen
+    return types.void(kind, sums, rows, output, stride), codegen
 
 
 def _each_row(builder: Any, arguments: Any) -> Any:

@@ -19,7 +19,7 @@ from pipeline.engine.cpu.kernels.blocks import (
     BLOCK_BYTES,
     CODE_BYTES,
     CODED_BYTES,
-    TILE_BYTES,
+    LINE_BYTES,
     TILE_ROWS,
 )
 from pipeline.engine.cpu.kernels.vectors import (
@@ -65,7 +65,7 @@ def unpack(context: Any, packed: Any, values: Any, blocks: Any, output: Any) -> 
 
                 def keep(line: Any, block: Any, pair: int, _: int) -> None:
                     place = builder.add(first_line, builder.mul(block, _NUMBER(BLOCK_BYTES)))
-                    place = builder.add(place, _NUMBER(pair * TILE_BYTES))
+                    place = builder.add(place, _NUMBER(pair * LINE_BYTES))
                     builder.store(line, builder.inttoptr(place, line.type.as_pointer()), align=4)
 
                 _each_line(builder, here, [first], table, keep)
@@ -101,11 +101,11 @@ def _multiply(
     totals = [[cgutils.alloca_once_value(builder, zero) for _ in (0, 1)] for _ in places]
     table = _spread_values(builder, values)
     with _each_group(builder, packed, blocks) as (group, here):
-        inputs = [builder.add(place, builder.mul(group, _NUMBER(2 * TILE_BYTES))) for place in places]
+        inputs = [builder.add(place, builder.mul(group, _NUMBER(2 * LINE_BYTES))) for place in places]
 
         def add(line: Any, block: Any, pair: int, tile: int) -> None:
             for place, own in zip(inputs, totals, strict=True):
-                numbers = builder.add(place, builder.mul(block, _NUMBER(TILE_BYTES)))
+                numbers = builder.add(place, builder.mul(block, _NUMBER(LINE_BYTES)))
                 both = broadcast_pair(builder, numbers, 2 * pair)
                 builder.store(dot_pairs(builder, builder.load(own[tile]), both, line), own[tile])
 
@@ -164,7 +164,7 @@ def _looked(builder: Any, codes: Any, tables: list[Any], shift: int) -> list[lis
     """Look up the lower or the upper codes of some outputs in a block: the lower and the upper bytes of weights."""
     found = []
     for n, both in enumerate(tables):
-        own = load(builder, codes, _NUMBER(n * TILE_BYTES), ir.IntType(8), 4 * LANES, 1)
+        own = load(builder, codes, _NUMBER(n * LINE_BYTES), ir.IntType(8), 4 * LANES, 1)
         chosen = _nibbles(builder, own, shift)
         found.append([_look_up(builder, table, chosen) for table in both])
     return found

@@ -5,9 +5,12 @@ A strip is 32 outputs. Its weights are read once for all rows of a chunk, in par
 
 from typing import Any
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS, Linear
+import torch
+
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, LINE_BYTES, TILE_ROWS, Linear
 from pipeline.engine.cpu.kernels.epilogue import store
-from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.loops import aligned
+from pipeline.engine.cpu.kernels.precision import inner, threaded
 from pipeline.engine.cpu.kernels.quantized import block_bytes, unpack
 from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
@@ -26,7 +29,7 @@ def _halves_of_block(row: int, rows: int) -> tuple[int, int]:
 
 
 @inner
-def _store(p: Any, strip: int, row: int, sums: Any) -> None:
+def _store(pointer: Any, p: Any, strip: int, row: int, sums: Any) -> None:
     """Store a block of sums at its place in the output."""
     rows, outputs, gated = p.rows, p.width_out, p.gated
     scales = p.scales + strip * BLOCK * 4 if p.scales else 0
@@ -35,11 +38,11 @@ def _store(p: Any, strip: int, row: int, sums: Any) -> None:
     for half, place in enumerate(_halves_of_block(row, rows)):
         own = sums[half * TILE_ROWS].ctypes.data
         output = p.outputs + place * width + strip * BLOCK * 2 // (1 + gated)
-        store(own, TILE_ROWS, scales, bias, output, width, gated)
+        store(pointer, own, TILE_ROWS, scales, bias, output, width, gated)
 
 
 @inner
-def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
+def _strip(pointer: Any, p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -> None:
     """Multiply the rows [start, end) by one strip."""
     rows, inputs, stride, threads = p.rows, p.width_in, p.stride * 2, p.threads
     blocks = inputs // BLOCK
@@ -60,8 +63,8 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
             row = start + index * BLOCK
             first, second = _halves_of_block(row, rows)
             multiply_block(
-                p.inputs + first * stride + block * TILE_BYTES,
-                p.inputs + second * stride + block * TILE_BYTES,
+                p.inputs + first * stride + block * LINE_BYTES,
+                p.inputs + second * stride + block * LINE_BYTES,
                 stride,
                 here,
                 count,
@@ -72,12 +75,12 @@ def _strip(p: Any, strip: int, start: int, end: int, sums: Any, unpacked: int) -
             )
             # The sums before these are stored while the tiles are at work.
             if block + count == blocks and index > 0:
-                _store(p, strip, row - BLOCK, sums[index - 1])
+                _store(pointer, p, strip, row - BLOCK, sums[index - 1])
     last = (end - start - 1) // BLOCK
-    _store(p, strip, start + last * BLOCK, sums[last])
+    _store(pointer, p, strip, start + last * BLOCK, sums[last])
 
 
-@threaded
+@threaded(torch.bfloat16)
 def linear(pointer: Any) -> None:
     """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
     p = read(pointer, Linear)
@@ -92,5 +95,5 @@ def linear(pointer: Any) -> None:
             break
         start, first = task // per_chunk * chunk, task % per_chunk * together
         for strip in range(first, min(first + together, strips)):
-            _strip(p, strip, start, min(start + chunk, rows), sums, unpacked.ctypes.data)
+            _strip(pointer, p, strip, start, min(start + chunk, rows), sums, unpacked.ctypes.data)
     release()

@@ -7,9 +7,12 @@ for half as many rows, by one tile.
 
 from typing import Any
 
+import torch
+
 from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, Linear
 from pipeline.engine.cpu.kernels.epilogue import store
-from pipeline.engine.cpu.kernels.loops import aligned, inner, threaded
+from pipeline.engine.cpu.kernels.loops import aligned
+from pipeline.engine.cpu.kernels.precision import inner, threaded
 from pipeline.engine.cpu.kernels.quantized import (
     block_bytes,
     convert,
@@ -18,10 +21,10 @@ from pipeline.engine.cpu.kernels.quantized import (
     multiply_few,
     unpack,
 )
-from pipeline.engine.cpu.kernels.row_products import INPUT_BYTES, multiply
+from pipeline.engine.cpu.kernels.row_products import INPUT_BYTES, multiply_groups
 from pipeline.engine.cpu.kernels.slots import read
 from pipeline.engine.cpu.kernels.threads import next_task
-from pipeline.engine.cpu.kernels.vectors import ROWS
+from pipeline.engine.cpu.kernels.vectors import ROWS as ROWS
 
 FEWEST_ROWS = 1  # that a product takes
 UNPACKED = 8  # blocks of quantized weights that are turned to bf16 at once: they stay in the L1 cache
@@ -29,7 +32,15 @@ UNPACKED = 8  # blocks of quantized weights that are turned to bf16 at once: the
 
 @inner
 def _strip(
-    p: Any, strip: int, rows: int, inputs: int, stride: int, outputs: int, sums: Any, unpacked: int
+    pointer: Any,
+    p: Any,
+    strip: int,
+    rows: int,
+    inputs: int,
+    stride: int,
+    outputs: int,
+    sums: Any,
+    unpacked: int,
 ) -> None:
     """Multiply some rows by one strip, in groups of nearly one size.
 
@@ -54,37 +65,15 @@ def _strip(
             unpack(p, here, count, unpacked)
             here = unpacked
         own = inputs + first * BLOCK * INPUT_BYTES
-        _part_of_strip(rows, own, stride, count, here, soon + first * size, size, sums)
+        multiply_groups(pointer, rows, own, stride, count, here, soon + first * size, size, sums)
     width = p.width_out * 2 // (1 + gated)
     scales = p.scales + strip * BLOCK * 4 if p.scales else 0
     bias = p.bias + strip * BLOCK * 2 if p.bias else 0
     output = outputs + strip * BLOCK * 2 // (1 + gated)
-    store(sums.ctypes.data, rows, scales, bias, output, width, gated)
+    store(pointer, sums.ctypes.data, rows, scales, bias, output, width, gated)
 
 
-@inner
-def _part_of_strip(
-    rows: int, inputs: int, stride: int, count: int, weights: int, soon: int, size: int, sums: Any
-) -> None:
-    """Add the products of some blocks of inputs, for all rows."""
-    # A small last group would load all weights anew for a few rows.
-    groups = (rows + ROWS - 1) // ROWS
-    step = (size // BLOCK + groups - 1) // groups  # together the groups ask for all of the next strip
-    for group in range(groups):
-        row, after = rows * group // groups, rows * (group + 1) // groups
-        multiply(
-            after - row,
-            inputs + row * stride,
-            stride,
-            count,
-            sums[row * BLOCK :].ctypes.data,
-            weights,
-            soon + group * count * BLOCK * step,
-            step,
-        )
-
-
-@threaded
+@threaded(torch.bfloat16)
 def linear(pointer: Any) -> None:
     """Multiply one chunk of rows by one strip a task; gated, by the two strips that share a line of the output."""
     p = read(pointer, Linear)
@@ -109,4 +98,4 @@ def linear(pointer: Any) -> None:
         outputs = p.outputs + start * p.width_out * 2 // together
         for strip in range(first, min(first + together, strips)):
             own = sums[: (end - start) * BLOCK]
-            _strip(p, strip, end - start, inputs, stride, outputs, own, unpacked.ctypes.data)
+            _strip(pointer, p, strip, end - start, inputs, stride, outputs, own, unpacked.ctypes.data)

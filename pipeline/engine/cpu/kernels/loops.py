@@ -1,7 +1,6 @@
 """Loop over rows in compiled code: norms, silu, argmax, and the program that runs one kernel after the other.
 
-Numbers in bf16 are held as uint16, the upper half of a float32: they come in and go out in bf16, and what lies
-between is float32.
+Numbers come in and go out in a kernel's precision, and what lies between is float32.
 """
 
 import math
@@ -9,35 +8,17 @@ from collections import namedtuple
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+import torch
+from numba import carray, cfunc, types
 
-from pipeline.engine.cpu.kernels.compiled import keep_apart
+from pipeline.engine.cpu.kernels.precision import OPTIONS, held, inner, rounded, threaded, wide
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import arrive, arrived, call_at, let_others_run, next_task, team
-from pipeline.engine.cpu.kernels.vectors import as_bits, as_double, as_float, halves, longs
+from pipeline.engine.cpu.kernels.vectors import as_double, as_float, halves, longs
 
 PATIENCE = 1000  # looks at a counter, some dozen nanoseconds each, before others may run
 ROWS = 8  # of a norm or a product in one task
 f32, i32, u32 = types.float32, types.int32, types.uint32
-
-# fastmath lets a sum be vectorised; "numpy" divides without a check for 0 that would keep a loop scalar.
-keep_apart()
-inner = njit(fastmath=True, error_model="numpy")
-threaded = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=True, error_model="numpy")
-
-
-@inner
-def wide(half: Any) -> Any:
-    """Widen bf16 to float32, whose upper half it is."""
-    return as_float(u32(u32(half) << u32(16)))
-
-
-@inner
-def rounded(number: Any) -> Any:
-    """Round float32 to bf16, to the nearest, ties to even."""
-    # Half of what is cut off, less one: it carries over where more is cut off, and the last bit decides a tie.
-    bits = as_bits(f32(number))
-    return types.uint16((bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
 
 
 @inner
@@ -65,26 +46,26 @@ def exp(x: Any) -> Any:
 
 
 @inner
-def silu_times(gate: Any, up: Any) -> Any:
-    """Compute silu(gate) · up, all three and the silu in bf16."""
+def silu_times(gate: Any, up: Any, output: Any) -> Any:
+    """Compute silu(gate) · up, all three and the silu as an output holds them."""
     x = wide(gate)
     e = exp(-abs(x))  # e^x would overflow where x is large
     silu = x * (f32(1) if x > 0 else e) / (f32(1) + e)
-    return rounded(wide(rounded(silu)) * wide(up))
+    return rounded(wide(rounded(silu, output)) * wide(up), output)
 
 
 Norm = slots("inputs additions weight outputs rows width heads stride eps")
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def rms_norm(pointer: Any) -> None:
     """Norm heads of `width` numbers, ROWS of them a task, after the addition where there is one."""
     p = read(pointer, Norm)
     rows, width, heads, stride, eps = p.rows, p.width, p.heads, p.stride, f32(as_double(p.eps))
-    inputs = carray(halves(p.inputs), rows * stride)
-    additions = carray(halves(p.additions), rows * stride)
-    weight = carray(halves(p.weight), width)
-    outputs = carray(halves(p.outputs), rows * stride)
+    inputs = carray(held(pointer, p.inputs), rows * stride)
+    additions = carray(held(pointer, p.additions), rows * stride)
+    weight = carray(held(pointer, p.weight), width)
+    outputs = carray(held(pointer, p.outputs), rows * stride)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
@@ -95,26 +76,26 @@ def rms_norm(pointer: Any) -> None:
             if p.additions:
                 addition = additions[start : start + width]
                 for d in range(width):
-                    x[d] = rounded(wide(x[d]) + wide(addition[d]))
+                    x[d] = rounded(wide(x[d]) + wide(addition[d]), x)
             total = f32(0)
             for d in range(width):
                 total += wide(x[d]) * wide(x[d])
             scale = f32(1) / math.sqrt(total / f32(width) + eps)
             for d in range(width):
-                y[d] = rounded(wide(rounded(wide(x[d]) * scale)) * wide(weight[d]))
+                y[d] = rounded(wide(rounded(wide(x[d]) * scale, y)) * wide(weight[d]), y)
 
 
 Silu = slots("gates ups outputs rows width gate_stride up_stride")
 
 
-@threaded
+@threaded(torch.bfloat16, torch.float32)
 def silu_multiply(pointer: Any) -> None:
     """Multiply silu(gate) by up, ROWS rows a task."""
     p = read(pointer, Silu)
     rows, width = p.rows, p.width
-    gates = carray(halves(p.gates), (rows, p.gate_stride))
-    ups = carray(halves(p.ups), (rows, p.up_stride))
-    outputs = carray(halves(p.outputs), (rows, width))
+    gates = carray(held(pointer, p.gates), (rows, p.gate_stride))
+    ups = carray(held(pointer, p.ups), (rows, p.up_stride))
+    outputs = carray(held(pointer, p.outputs), (rows, width))
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
@@ -122,7 +103,7 @@ def silu_multiply(pointer: Any) -> None:
         for row in range(task * ROWS, min(task * ROWS + ROWS, rows)):
             gate, up, output = gates[row], ups[row], outputs[row]
             for d in range(width):
-                output[d] = silu_times(gate[d], up[d])
+                output[d] = silu_times(gate[d], up[d], output)
 
 
 @inner
@@ -136,7 +117,7 @@ def _order(half: Any) -> Any:
 Argmax = slots("scores places rows width")
 
 
-@threaded
+@threaded(torch.bfloat16)
 def argmax(pointer: Any) -> None:
     """Find the first of each row's largest numbers, a row a task."""
     p = read(pointer, Argmax)
@@ -161,7 +142,7 @@ def argmax(pointer: Any) -> None:
 Forbid = slots("scores height width which allowed words")
 
 
-@threaded
+@threaded(torch.bfloat16)
 def forbid(pointer: Any) -> None:
     """Put −inf where the bit of a number is not set, 64 bits a word, a row a task; and beyond the last word."""
     p = read(pointer, Forbid)
@@ -187,7 +168,7 @@ def forbid(pointer: Any) -> None:
 Run = namedtuple("Run", "calls count arrived team")
 
 
-@threaded
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, **OPTIONS)  # type: ignore[untyped-decorator]
 def run(pointer: Any) -> None:
     """Run kernels one after the other; the threads meet after each."""
     p = read(pointer, Run)

@@ -1,10 +1,10 @@
-"""Call the kernels on tensors: operators for a CPU in bf16, and products on packed weights.
+"""Call the kernels on tensors: operators for a CPU in bf16 or float32, and products on packed weights.
 
 At a few dozen rows a step spends more time in dozens of small operators than in its products. Each of these
 does in one call what takes torch five to fifteen, and computes in float32. How kernels work: README.md.
 
-Importing this module compiles them, or takes them from numba's cache. It raises ImportError without numba,
-and OSError where torch is not linked with libgomp.
+They compile when they are first called, or all at once (`compile_for`), or come from numba's cache. Importing this
+module raises ImportError without numba, and OSError where torch is not linked with libgomp.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, Linear, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
 from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
-from pipeline.engine.cpu.kernels.linear_floats import FEW_ROWS as FEW_ROWS
-from pipeline.engine.cpu.kernels.linear_floats import linear_in_float32 as linear_in_float32
+from pipeline.engine.cpu.kernels.compiled import compiling
+from pipeline.engine.cpu.kernels.precision import HELD, Kernel
 from pipeline.engine.cpu.kernels.slots import NEXT_TASK as NEXT_TASK
 from pipeline.engine.cpu.kernels.slots import TASKS as TASKS
 from pipeline.engine.cpu.kernels.slots import Call, bits, prepare, row_stride
@@ -38,11 +38,14 @@ from pipeline.engine.cpu.kernels.threads import run
 from pipeline.engine.cpu.kernels.tiles import CONFIGURATION, has_tiles
 from pipeline.engine.cpu.kernels.vectors import HAS_AVX2, HAS_AVX512, HAS_BF16
 
-products: Any = None  # what multiplies here; each compiles only where it can run
+products: Any = None  # what multiplies here in bf16; each is imported only where it can run
+floats: Any = None  # and in float32
 if has_tiles():
     from pipeline.engine.cpu.kernels import linear_tiles as products
 elif HAS_AVX2:
     from pipeline.engine.cpu.kernels import linear_vectors as products
+if HAS_AVX2:
+    from pipeline.engine.cpu.kernels import linear_floats as floats
 
 MULTIPLIES_ON = (
     "matrix tiles (AMX)"
@@ -53,6 +56,21 @@ MULTIPLIES_ON = (
     if HAS_AVX512
     else "vectors of AVX2"
 )
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile all kernels that there are for tensors of this dtype, or take them from numba's cache."""
+    if dtype not in HELD:
+        return
+    with compiling(str(dtype)):
+        for kernel in Kernel.made:
+            if dtype in kernel.dtypes:
+                kernel.of(dtype)
+
+
+def products_of(dtype: torch.dtype) -> Any:
+    """Return the module that multiplies in this dtype."""
+    return floats if dtype == torch.float32 else products
 
 
 def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,7 +95,17 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     numbers = {"rows": rows, "width": width, "gate_stride": row_stride(gate), "up_stride": row_stride(up)}
     tasks = -(-rows // loops.ROWS)
-    run(prepare(loops.silu_multiply, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
+    run(
+        prepare(
+            loops.silu_multiply.of(gate.dtype),
+            loops.Silu,
+            tasks,
+            gates=gate,
+            ups=up,
+            outputs=output,
+            **numbers,
+        )
+    )
     return output
 
 
@@ -90,15 +118,16 @@ def linear(input: Tensor, weight: Blocks, bias: Tensor | None, gated: bool = Fal
         bias: [M].
 
     Raises:
-        TypeError: the input is not in bf16.
+        TypeError: the input is not in the weight's dtype.
     """
-    if input.dtype != torch.bfloat16:
+    if input.dtype != weight.dtype:
         raise TypeError(f"an input in {input.dtype}")
     states = input.reshape(-1, weight.inputs)
     states = states if states.stride(1) == 1 else states.contiguous()
     count = len(states)
-    if count < products.FEWEST_ROWS:
-        states = F.pad(states, (0, 0, 0, products.FEWEST_ROWS - count))
+    fewest = products_of(input.dtype).FEWEST_ROWS
+    if count < fewest:
+        states = F.pad(states, (0, 0, 0, fewest - count))
     width = weight.outputs // 2 if gated else weight.outputs
     output = states.new_empty(len(states), width)
     run(linear_call(states, weight, bias, output, gated))
@@ -109,7 +138,17 @@ def argmax(scores: Tensor) -> Tensor:
     """Find the first of the largest. Contiguous [B, V] → [B] int64."""
     rows, width = scores.shape
     places = torch.empty(rows, dtype=torch.int64)
-    run(prepare(loops.argmax, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
+    run(
+        prepare(
+            loops.argmax.of(scores.dtype),
+            loops.Argmax,
+            rows,
+            scores=scores,
+            places=places,
+            rows=rows,
+            width=width,
+        )
+    )
     return places
 
 
@@ -117,7 +156,8 @@ def forbid(scores: Tensor, rows: Tensor, allowed: Tensor) -> None:
     """Put −inf in place where no bit is set. Contiguous [B, V]; rows [K] int64, allowed [K, words] int64."""
     height, width = scores.shape
     sizes = {"height": height, "width": width, "words": allowed.shape[1]}
-    run(prepare(loops.forbid, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
+    kernel = loops.forbid.of(scores.dtype)
+    run(prepare(kernel, loops.Forbid, len(rows), scores=scores, which=rows, allowed=allowed, **sizes))
 
 
 def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: float, output: Tensor) -> Call:
@@ -125,7 +165,7 @@ def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: floa
     width = len(weight)
     rows, heads = len(states), states[0].numel() // width
     return prepare(
-        loops.rms_norm,
+        loops.rms_norm.of(states.dtype),
         loops.Norm,
         -(-rows * heads // loops.ROWS),
         inputs=states,
@@ -143,13 +183,14 @@ def norm_call(states: Tensor, addition: Tensor | None, weight: Tensor, eps: floa
 def linear_call(
     states: Tensor, weight: Blocks, bias: Tensor | None, output: Tensor, gated: bool = False
 ) -> Call:
-    """Prepare `linear` into an output. states: [N, K], N ≥ products.FEWEST_ROWS."""
+    """Prepare `linear` into an output. states: [N, K], N ≥ its products' FEWEST_ROWS."""
     inputs, outputs = weight.inputs, weight.outputs
-    chunk = chunk_rows(inputs, products.ROWS)
+    multiplies = products_of(weight.dtype)
+    chunk = chunk_rows(inputs * states.element_size(), multiplies.ROWS)
     # For each chunk of rows, as many tasks as a row of the output has cache lines.
     tasks = -(-len(states) // chunk) * -(-outputs // BLOCK // (1 + gated))
     return prepare(
-        products.linear,
+        multiplies.linear.of(weight.dtype),
         Linear,
         tasks,
         inputs=states,
@@ -169,5 +210,5 @@ def linear_call(
     )
 
 
-if not hasattr(loops.rms_norm, "address"):
+if not hasattr(loops.run, "address"):
     raise ImportError("numba does not compile here (NUMBA_DISABLE_JIT)")

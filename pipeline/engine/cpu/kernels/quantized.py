@@ -10,7 +10,7 @@ from pipeline.engine.cpu.kernels.blocks import (
     IN_WHOLE_NUMBERS,
     INT8_BLOCK_BYTES,
 )
-from pipeline.engine.cpu.kernels.loops import inner
+from pipeline.engine.cpu.kernels.precision import inner
 from pipeline.engine.cpu.kernels.row_products import INPUT_BYTES, widen
 from pipeline.engine.cpu.kernels.vectors import HAS_BF16
 from pipeline.engine.cpu.kernels.vectors import ROWS as MOST_ROWS

@@ -9,6 +9,7 @@ from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -36,7 +37,8 @@ def read(context: Any, pointer: Any, kind: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = [context.get_constant(types.int64, i) for i in range(count)]
-        return context.make_tuple(builder, made, [builder.load(builder.gep(arguments[0], [i])) for i in at])
+        first = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return context.make_tuple(builder, made, [builder.load(builder.gep(first, [i])) for i in at])
 
     return made(pointer, kind), codegen
 

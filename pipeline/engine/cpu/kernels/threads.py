@@ -26,9 +26,10 @@ def next_task(context: Any, pointer: Any) -> Any:
     """Take the next task: the counter before it is raised by one, whichever thread asks."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
 
-    return types.int64(types.CPointer(types.int64)), codegen
+    return types.int64(pointer), codegen
 
 
 @intrinsic

@@ -17,13 +17,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, TILE_BYTES, TILE_ROWS
+from pipeline.engine.cpu.kernels.blocks import BLOCK, BLOCK_BYTES, LINE_BYTES, TILE_ROWS
 from pipeline.engine.cpu.kernels.vectors import compiles_for, prefetch_line
 
 # Palette 1: eight tiles, each 16 rows of 64 bytes.
 CONFIGURATION = np.zeros(64, np.uint8)
 CONFIGURATION[0] = 1
-CONFIGURATION[16:32].view(np.uint16)[:] = TILE_BYTES
+CONFIGURATION[16:32].view(np.uint16)[:] = LINE_BYTES
 CONFIGURATION[48:56] = TILE_ROWS
 
 _TILE = ir.IntType(8)
@@ -116,12 +116,12 @@ def multiply_block(
                 for total in range(4):
                     zero_tile(builder, total)
         with cgutils.for_range(builder, blocks, intp=_NUMBER) as block:
-            along = builder.mul(block.index, _NUMBER(TILE_BYTES))
+            along = builder.mul(block.index, _NUMBER(LINE_BYTES))
             here = builder.add(weights, builder.mul(block.index, _NUMBER(BLOCK_BYTES)))
             load(4, builder.add(first, along), stride)
-            load(6, here, _NUMBER(TILE_BYTES))
+            load(6, here, _NUMBER(LINE_BYTES))
             multiply(0, 4, 6)
-            load(7, builder.add(here, _NUMBER(BLOCK_BYTES // 2)), _NUMBER(TILE_BYTES))
+            load(7, builder.add(here, _NUMBER(BLOCK_BYTES // 2)), _NUMBER(LINE_BYTES))
             multiply(1, 4, 7)
             load(5, builder.add(second, along), stride)
             multiply(2, 5, 6)

@@ -20,7 +20,8 @@ from pipeline.engine.cpu.kernels.blocks import (
     CODED_BYTES,
     INT8_BLOCK_BYTES,
 )
-from pipeline.engine.cpu.kernels.loops import f32, i32, inner, u32, wide
+from pipeline.engine.cpu.kernels.loops import f32, i32, u32
+from pipeline.engine.cpu.kernels.precision import inner, wide
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_AVX512,
     LANES,
