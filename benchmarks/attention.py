@@ -46,7 +46,7 @@ def make(args: argparse.Namespace, rows: int, tokens: int) -> dict[str, Callable
 
     heads, kv_heads, size = args.heads
     kernels = load_kernels()
-    if kernels is None or not kernels.attends_causally(size):
+    if kernels is None or not kernels.attends_causally(size, torch.bfloat16):
         raise SystemExit("this needs our products on vectors, and heads whose size is a multiple of 32")
     query, keys, values = (
         torch.randn(rows, count, tokens, size, dtype=torch.bfloat16) for count in (heads, kv_heads, kv_heads)

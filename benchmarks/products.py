@@ -8,6 +8,7 @@ The weights are several, so that none is still in the caches when its turn comes
 """
 
 import argparse
+import copy
 import itertools
 import os
 import time
@@ -99,7 +100,7 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
     import torch
 
     from pipeline.engine.cpu import load_kernels
-    from pipeline.engine.cpu.packing import FloatLinear, PackedLinear, pack_weights
+    from pipeline.engine.cpu.packing import PackedLinear, pack_weights
 
     kernels = load_kernels()
     if kernels is None:
@@ -110,9 +111,9 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
         made = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
         return quantized(made, quant)
 
-    def packed(made: Any) -> Any:
+    def packed(made: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
         block = torch.nn.ModuleDict({"own": made})
-        block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1, dtype=torch.bfloat16)
+        block.get_input_embeddings = lambda: torch.nn.Embedding(1, 1, dtype=dtype)
         pack_weights(block)
         assert isinstance(block["own"], PackedLinear)
         return block["own"]
@@ -120,7 +121,7 @@ def make(inputs: int, outputs: int) -> dict[str, tuple[list[Callable[[Any], Any]
     count = -(-WEIGHTS_BYTES // (2 * inputs * outputs))
     numbers = inputs * outputs
     floats = [torch.nn.Linear(inputs, outputs, bias=False) for _ in range(-(-count // 2))]
-    ours = [FloatLinear(linear, kernels) for linear in floats]
+    ours = [packed(copy.deepcopy(linear), torch.float32) for linear in floats]
     return {
         "bf16": ([packed(layer("bf16")) for _ in range(count)], 2 * numbers),
         "int8": ([packed(layer("int8")) for _ in range(2 * count)], numbers),

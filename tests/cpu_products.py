@@ -10,9 +10,13 @@ from llvmlite.binding import get_host_cpu_features
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.cpu.kernels import linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.packing import pack_weights
+from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.engine.rectangles.rectangle import regroup
+from pipeline.engine.scheduler import Sample
 
 ULP = 2.0**-8  # half the spacing of bf16, as a share: what rounding an output may change
 # What one has not: instructions for bf16; AVX-512; and those for sums of products of whole numbers.
@@ -66,3 +70,23 @@ def check_not_finite(product: Callable[[Tensor], Tensor], states: Tensor, number
     assert not torch.isfinite(found[3]).any()
     others = [0, 1, 2, 4]
     assert torch.equal(found[others], expected[others])
+
+
+def sample(length: int) -> Sample:
+    return Sample(Request(f"of {length}", (1,) * length, GenerationParams()), 0)
+
+
+def fed_one_by_one(forward: FlatForward, ids: list[int], given: int) -> Tensor:
+    """Prefill the first tokens in chunks of 16 beside a shorter row, then decode the rest: logits [.., V]."""
+    row, other = sample(0), sample(4)
+    row.token_ids += ids[:given]
+    rectangle, logits = forward.prefill([row, other], None, 32)
+    found = [logits[0].float()]
+    for token in ids[given:]:
+        row.token_ids.append(token)
+        other.token_ids.append(7)
+        if rectangle.full:
+            (rectangle,) = regroup([rectangle], [rectangle.rows])
+        found.append(forward.decode([rectangle])[0].float().clone())  # which the next step overwrites
+        rectangle.head += 1
+    return torch.stack(found)

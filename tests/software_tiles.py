@@ -5,7 +5,7 @@ A register that was neither loaded nor zeroed holds NaN; one that is not configu
 
 import functools
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import pytest
 from llvmlite import ir
 from numba import carray, cfunc, types
 
-from pipeline.engine.cpu.kernels import loops, tiles
-from pipeline.engine.cpu.kernels.loops import inner, wide
+from pipeline.engine.cpu.kernels import precision, tiles
+from pipeline.engine.cpu.kernels.precision import inner, wide
 from pipeline.engine.cpu.kernels.threads import openmp
 from pipeline.engine.cpu.kernels.vectors import floats, halves, longs
 
@@ -34,8 +34,14 @@ def linear_tiles() -> ModuleType:
     """The module of that name on these tiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "_call", _call)
-        patch.setattr(loops, "threaded", uncached(types.void(types.CPointer(number))))  # addresses change
+        patch.setattr(precision, "threaded", lambda *dtypes: _uncached)
         return importlib.import_module("pipeline.engine.cpu.kernels.linear_tiles")
+
+
+def _uncached(function: Any) -> Any:
+    """A kernel for bf16 that is compiled each time, for addresses change."""
+    compiled = uncached(types.void(types.CPointer(types.uint16)))(function)
+    return SimpleNamespace(of=lambda dtype: compiled)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> None:

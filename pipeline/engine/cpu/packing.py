@@ -1,17 +1,16 @@
 """Reorder the weights of linear layers on a CPU once, instead of at every call.
 
 A CPU with AVX2 or more multiplies by kernels of our own (linear_vectors.py, linear_tiles.py, linear_floats.py), in
-bf16, in float32 and in bitsandbytes' 4 and 8 bits, but for layers that do not fill whole blocks. Those that are quantized stay
-bitsandbytes' own. For those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the whole
-weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a
-weight once are those which torch's inductor uses when it freezes a model; they are private, so they are used
-here alone, and only after they gave the very bits of `F.linear` on the weight at hand.
+bf16, in float32 and in bitsandbytes' 4 and 8 bits, but for layers that do not fill whole blocks. Those that are
+quantized stay bitsandbytes' own. For those in bf16, oneDNN multiplies blocked matrices, and `F.linear` reorders the
+whole weight to blocks at each call, which at few rows takes longer than the product. The operators that pack a weight
+once are those which torch's inductor uses when it freezes a model; they are private, so they are used here alone, and
+only after they gave the very bits of `F.linear` on the weight at hand.
 """
 
 import logging
 import platform
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch

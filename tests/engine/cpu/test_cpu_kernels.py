@@ -22,9 +22,8 @@ kernels = load_kernels()
 if kernels is None:
     pytest.skip("the kernels need numba, and a torch that is linked with libgomp", allow_module_level=True)
 
-from cpu_products import PRODUCTS, linear_tiles
+from cpu_products import PRODUCTS, fed_one_by_one, linear_tiles, sample
 
-from pipeline.common.request import GenerationParams, Request
 from pipeline.engine.cpu.kernels import attention_operators, linear_vectors
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import HAS_AVX2
@@ -32,34 +31,35 @@ from pipeline.engine.cpu.packing import onednn_packs, pack_weights
 from pipeline.engine.rectangles import passes
 from pipeline.engine.rectangles.forward import FlatForward
 from pipeline.engine.rectangles.passes import RectangleDecode
-from pipeline.engine.rectangles.rectangle import allocate, regroup, write
-from pipeline.engine.scheduler import Sample
+from pipeline.engine.rectangles.rectangle import allocate, write
 
 ULP = 2.0**-7  # the spacing of bf16 just above 1, as a share
+# What the kernels' tensors hold, and how near their results are: in float32 sums are rounded on their way, too.
+ULPS = {torch.bfloat16: ULP, torch.float32: 2.0**-17}
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float = 1.0) -> None:
-    torch.testing.assert_close(found.float(), expected.float(), rtol=ulps * ULP, atol=ulps * ULP / 16)
+    ulp = ulps * ULPS[found.dtype]
+    torch.testing.assert_close(found.float(), expected.float(), rtol=ulp, atol=ulp / 16)
 
 
-def sample(length: int) -> Sample:
-    return Sample(Request(f"of {length}", (1,) * length, GenerationParams()), 0)
-
-
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 60), (9, 576), (300, 64)])
-def test_norm_is_the_models_own(rows: int, width: int) -> None:
-    states, weight = random(rows, width), random(width, seed=1)
+def test_norm_is_the_models_own(rows: int, width: int, dtype: torch.dtype) -> None:
+    states, weight = random(rows, width, dtype=dtype), random(width, seed=1, dtype=dtype)
     wide = states.float()
-    scaled = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    scaled = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
     assert_close(kernels.rms_norm(states, weight, 1e-5), weight * scaled)
 
 
-def test_norm_of_a_sum_is_the_norm_of_the_sum_which_stays() -> None:
-    states, addition, weight = random(9, 60), random(9, 60, seed=1), random(60, seed=2)
+@pytest.mark.parametrize("dtype", ULPS)
+def test_norm_of_a_sum_is_the_norm_of_the_sum_which_stays(dtype: torch.dtype) -> None:
+    states, addition = random(9, 60, dtype=dtype), random(9, 60, seed=1, dtype=dtype)
+    weight = random(60, seed=2, dtype=dtype)
     total = states + addition
     assert torch.equal(
         kernels.add_rms_norm(states, addition, weight, 1e-5), kernels.rms_norm(total, weight, 1e-5)
@@ -67,29 +67,33 @@ def test_norm_of_a_sum_is_the_norm_of_the_sum_which_stays() -> None:
     assert torch.equal(states, total)
 
 
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("size", [16, 64, 80])
-def test_a_prefill_is_placed_rotated_and_collected_without_its_padding(size: int, prefix: int) -> None:
+def test_a_prefill_is_placed_rotated_and_collected_without_its_padding(
+    size: int, prefix: int, dtype: torch.dtype
+) -> None:
     """Rows of 3 and 20 columns, of which the columns [first, 18) come now; queries are a slice."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     own, first, last = [17 + prefix, prefix], prefix, 18 + prefix
     counts = [last - start for start in own]
     count = sum(counts)
-    wide = random(count, 5 * size)
+    wide = random(count, 5 * size, dtype=dtype)
     query, key, value = (t.unflatten(1, (-1, size)) for t in wide.split([3 * size, size, size], 1))
     angles = torch.rand(count, size // 2).repeat(1, 2) * 6
-    rotation = angles.cos().bfloat16(), angles.sin().bfloat16()
+    rotation = angles.cos().to(dtype), angles.sin().to(dtype)
     rotated = apply_rotary_pos_emb(
         query[None].transpose(1, 2), key[None].transpose(1, 2), *(t[None] for t in rotation)
     )
-    keys, values = (torch.zeros(2, 1, 25, size, dtype=torch.bfloat16) for _ in range(2))
+    keys, values = (torch.zeros(2, 1, 25, size, dtype=dtype) for _ in range(2))
     starts = np.array([[0, own[0]], [counts[0], own[1]]])
     padded = kernels.place(query, key, value, rotation, starts, (first, last), keys, values)
     for states, expected in ((padded, rotated[0]), (keys[:, :, first:last], rotated[1])):
         found = kernels.collect(states.contiguous(), starts, (first, last), count)
         # torch rounds both products before it adds them
-        torch.testing.assert_close(found.float(), expected[0].transpose(0, 1).float(), rtol=ULP, atol=4 * ULP)
+        ulp = ULPS[dtype]
+        torch.testing.assert_close(found.float(), expected[0].transpose(0, 1).float(), rtol=ulp, atol=4 * ulp)
     found = kernels.collect(values[:, :, first:last].contiguous(), starts, (first, last), count)
     assert torch.equal(found, value)
     assert not padded[0, :, :17].any(), "padding queries are zeros"
@@ -106,8 +110,9 @@ def test_a_rotation_that_the_kernel_does_not_know_is_an_error(table: torch.Tenso
         kernels.attend(query, key, key, (table, table), rows, blocks, 1.0)
 
 
-def test_gate_is_torchs_silu_times_up_for_small_and_large_numbers() -> None:
-    both = random(5, 2 * 100) * 30
+@pytest.mark.parametrize("dtype", ULPS)
+def test_gate_is_torchs_silu_times_up_for_small_and_large_numbers(dtype: torch.dtype) -> None:
+    both = random(5, 2 * 100, dtype=dtype) * 30
     both[0, :4] = torch.tensor([0.0, -0.0, 300.0, -300.0])
     gate, up = both.split(100, -1)
     assert_close(kernels.silu_multiply(gate, up), F.silu(gate) * up)
@@ -140,8 +145,9 @@ def test_what_is_forbidden_is_minus_infinity_and_all_else_as_it_was(width: int, 
     assert torch.equal(every, expected[rows])
 
 
-def test_a_prefix_is_copied_into_every_row() -> None:
-    store, prefix = torch.zeros(3, 2, 12, 4, dtype=torch.bfloat16), random(1, 2, 9, 4)
+@pytest.mark.parametrize("dtype", ULPS)
+def test_a_prefix_is_copied_into_every_row(dtype: torch.dtype) -> None:
+    store, prefix = torch.zeros(3, 2, 12, 4, dtype=dtype), random(1, 2, 9, 4, dtype=dtype)
     kernels.copy_prefix(store, prefix, [0, 7, 2], 5)
     for row, start in enumerate([0, 7, 2]):
         assert torch.equal(store[row, :, start : start + 5], prefix[0, :, :5])
@@ -163,19 +169,20 @@ def test_causal_softmax_is_a_masked_softmax(first: int, window: int | None) -> N
     assert_close(scores, expected)
 
 
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("size", [32, 64, 96])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("first", "heads"), [(0, (4, 2)), (35, (3, 3)), (7, (6, 1))])
 def test_causal_attention_is_a_masked_attention(
-    first: int, heads: tuple[int, int], window: int | None, size: int
+    first: int, heads: tuple[int, int], window: int | None, size: int, dtype: torch.dtype
 ) -> None:
     """Rows of all columns and of a few, some of them computed before; more queries than a task has."""
-    if not kernels.attends_causally(size):
+    if not kernels.attends_causally(size, dtype):
         pytest.skip("this CPU attends by matrix tiles, or multiplies by none of our kernels")
     columns, starts = 150, [0, 61, first + 149]
     width = first + columns
-    query = random(3, heads[0], columns, size)
-    keys, values = random(3, heads[1], width + 5, size, seed=1), random(3, heads[1], width + 5, size, seed=2)
+    query = random(3, heads[0], columns, size, dtype=dtype)
+    keys, values = (random(3, heads[1], width + 5, size, seed=seed, dtype=dtype) for seed in (1, 2))
     for states in (keys, values):
         states[:, :, width:] = torch.nan  # not written yet
         states[2, :, : starts[2]] = torch.nan  # padding
@@ -191,15 +198,17 @@ def test_causal_attention_is_a_masked_attention(
     for row, start in enumerate(starts):
         own = max(0, start - first)
         # with instructions for bf16, weights are rounded to it
+        ulp = ULPS[dtype]
         torch.testing.assert_close(
-            found[row, :, own:].float(), expected[row, :, own:], rtol=ULP, atol=ULP / 2
+            found[row, :, own:].float(), expected[row, :, own:], rtol=ulp, atol=ulp / 2
         )
 
 
-def test_causal_attention_does_not_depend_on_the_rows_beside() -> None:
-    if not kernels.attends_causally(64):
+@pytest.mark.parametrize("dtype", ULPS)
+def test_causal_attention_does_not_depend_on_the_rows_beside(dtype: torch.dtype) -> None:
+    if not kernels.attends_causally(64, dtype):
         pytest.skip("this CPU attends by matrix tiles, or multiplies by none of our kernels")
-    states = [random(2, 4, 90, 64, seed=seed) for seed in range(3)]
+    states = [random(2, 4, 90, 64, seed=seed, dtype=dtype) for seed in range(3)]
     both = kernels.causal_attend(*states, [0, 30], 0, None, 0.2)
     alone = kernels.causal_attend(*(t[1:, :, 30:].contiguous() for t in states), [0], 0, None, 0.2)
     assert torch.equal(both[1:, :, 30:], alone)
@@ -213,11 +222,12 @@ def test_a_single_row_may_have_any_stride() -> None:
     assert torch.equal(store[0, :, 2], key[0])
 
 
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("size", [16, 64, 40, 128])
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize(("kv_heads", "group"), [(1, 6), (2, 1), (3, 3)])
 def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
-    size: int, window: int | None, kv_heads: int, group: int
+    size: int, window: int | None, kv_heads: int, group: int, dtype: torch.dtype
 ) -> None:
     """Rows of 1 to 70 columns: below, at and above a block; rectangles with a first column of their own."""
     rectangles = []
@@ -226,19 +236,21 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
         rows, columns = torch.tensor(
             [(r, c) for r, start in enumerate(rectangle.starts) for c in range(start, rectangle.head)]
         ).T
-        states = (random(len(rows), kv_heads, size, seed=len(rectangles) + i) for i in (0, 7))
+        seeds = (len(rectangles) + i for i in (0, 7))
+        states = (random(len(rows), kv_heads, size, seed=seed, dtype=dtype) for seed in seeds)
         write(rectangle, 0, *states, rows, columns)
         rectangles.append(rectangle)
     rectangles[2].first_columns = {window: 3} if window else {}
     for store in (rectangles[2].keys, rectangles[2].values):
         store[0] = store[0][:, :, 3 if window else 0 :].contiguous()
     count = sum(len(r.rows) for r in rectangles)
-    query, key, value = (random(count, h, size, seed=20 + h) for h in (group * kv_heads, kv_heads, kv_heads))
+    heads = group * kv_heads, kv_heads, kv_heads
+    query, key, value = (random(count, h, size, seed=20 + h, dtype=dtype) for h in heads)
     plain = RectangleDecode([_in_float32(r) for r in rectangles])
     expected = plain.attend(0, query.float(), key.float(), value.float(), 0.3)
     found = RectangleDecode(rectangles, kernels).attend(0, query, key, value, 0.3)
     # Weights are rounded to bf16 before they meet the values, as torch's own softmax does in bf16.
-    torch.testing.assert_close(found.float(), expected, rtol=ULP, atol=ULP / 2)
+    torch.testing.assert_close(found.float(), expected, rtol=ULPS[dtype], atol=ULPS[dtype] / 2)
     for rectangle, wide in zip(rectangles, plain.rectangles, strict=True):
         assert torch.equal(rectangle.keys[0].float(), wide.keys[0]), (
             "the new keys are written, and nothing else"
@@ -246,23 +258,25 @@ def test_attention_over_rectangles_is_torchs_for_short_and_long_rows(
         assert torch.equal(rectangle.values[0].float(), wide.values[0])
 
 
+@pytest.mark.parametrize("dtype", ULPS)
 @pytest.mark.parametrize("size", [16, 64])
-def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int) -> None:
-    stores = [random(3, 2, 40, size, seed=i) for i in range(4)]
+def test_attention_rotates_queries_and_new_keys_where_it_is_told_to(size: int, dtype: torch.dtype) -> None:
+    stores = [random(3, 2, 40, size, seed=i, dtype=dtype) for i in range(4)]
     stores[2:] = [store.clone() for store in stores[:2]]
     rows = np.array([[0, 2, 0, 38], [0, 0, 30, 33], [0, 1, 5, 9]])
-    query, key, value = random(3, 6, size), random(3, 2, size, seed=1), random(3, 2, size, seed=2)
+    heads = enumerate((6, 2, 2))
+    query, key, value = (random(3, count, size, seed=seed, dtype=dtype) for seed, count in heads)
     angles = torch.rand(3, size // 2).repeat(1, 2) * 6
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     halves = [torch.cat((-t[..., size // 2 :], t[..., : size // 2]), -1) for t in (query, key)]
     rotated = [
-        (t.float() * cos[:, None].float() + half.float() * sin[:, None].float()).bfloat16()
+        (t.float() * cos[:, None].float() + half.float() * sin[:, None].float()).to(dtype)
         for t, half in zip((query, key), halves, strict=True)
     ]
     blocks = [np.array([[k.data_ptr(), v.data_ptr(), 40]]) for k, v in (stores[:2], stores[2:])]
     found = kernels.attend(query, key, value, (cos, sin), rows, blocks[0], 0.2)
-    assert torch.equal(found, kernels.attend(*rotated, value, None, rows, blocks[1], 0.2))
-    assert torch.equal(stores[0], stores[2])
+    assert_close(found, kernels.attend(*rotated, value, None, rows, blocks[1], 0.2))
+    assert_close(stores[0], stores[2])
     assert torch.equal(stores[1], stores[3])
 
 
@@ -272,7 +286,9 @@ def test_the_newest_instructions_compile_on_any_x86_cpu(tmp_path: Path) -> None:
     env = {**os.environ, **newest, "NUMBA_CACHE_DIR": str(tmp_path)}  # from a cache, there is no text to see
     code = (
         "from pipeline.engine.cpu.kernels import linear_tiles, linear_vectors\n"
-        "print(linear_tiles.linear.inspect_llvm(), linear_vectors.linear.inspect_llvm())"
+        "import torch\n"
+        "for products in (linear_tiles, linear_vectors):\n"
+        "    print(products.linear.of(torch.bfloat16).inspect_llvm())"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -396,22 +412,6 @@ def test_a_model_on_the_kernels_gives_the_logits_that_it_gives_without(
         model.set_attn_implementation("sdpa")
         assert torch.equal(model(ids).logits[0].float(), packed), "a plain pass stays what it was"
     assert (found - expected[29:]).abs().max() < 0.25 * expected.std()
-
-
-def fed_one_by_one(forward: FlatForward, ids: list[int], given: int) -> torch.Tensor:
-    """Prefill the first tokens in chunks of 16 beside a shorter row, then decode the rest: logits [.., V]."""
-    row, other = sample(0), sample(4)
-    row.token_ids += ids[:given]
-    rectangle, logits = forward.prefill([row, other], None, 32)
-    found = [logits[0].float()]
-    for token in ids[given:]:
-        row.token_ids.append(token)
-        other.token_ids.append(7)
-        if rectangle.full:
-            (rectangle,) = regroup([rectangle], [rectangle.rows])
-        found.append(forward.decode([rectangle])[0].float())
-        rectangle.head += 1
-    return torch.stack(found)
 
 
 @torch.inference_mode()

@@ -44,9 +44,10 @@ def test_an_older_cpu_of_this_kind_says_the_same(file: str, newer: tuple[str, ..
 def test_a_cpu_without_fused_multiply_add_leaves_products_to_torch() -> None:
     """As some virtual machines show theirs: our products would end the process."""
     code = (
+        "import torch\n"
         "from pipeline.engine.cpu import load_kernels\n"
         "kernels = load_kernels()\n"
-        "print(kernels.products, kernels.attends_causally(64))"
+        "print(kernels.products, kernels.attends_causally(64, torch.float32))"
     )
     env = older_cpu((*OLDER[1], "fma"))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

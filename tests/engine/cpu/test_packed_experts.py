@@ -75,6 +75,25 @@ def test_a_pass_is_as_exact_as_transformers_own_and_a_row_the_same_beside_any_ot
         assert torch.equal(copy.deepcopy(module)(tokens, chosen, weights), found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_in_float32_is_transformers_own_and_a_row_the_same_beside_any_others(
+    kind: str, tmp_path: Path
+) -> None:
+    network = mixture(kind, "fp32", tmp_path / "model")
+    (module, *_) = experts(network)
+    plain = copy.deepcopy(module)
+    pack_weights(network)
+    assert len(module.packed_experts["down_proj"]) == 4
+    tokens, chosen, weights = routed(23, 4)
+    states, weights = tokens.float(), weights.float()
+    with torch.inference_mode():
+        found = module(states, chosen, weights)
+        torch.testing.assert_close(found, plain(states, chosen, weights), rtol=1e-4, atol=1e-5)
+        for row in (0, 11, 22):
+            one = slice(row, row + 1)
+            assert torch.equal(module(states[one], chosen[one], weights[one]), found[one])
+
+
 def packed_in(network: Any) -> dict[int, PackedWeight]:
     """Each packed weight once, by its id."""
     layers = [m.packed for m in network.modules() if isinstance(m, PackedLinear | PackedSibling)]

@@ -328,6 +328,13 @@ def _weigh(weights: Any, values: Any, first: int, end: int, then: int, out: Any)
         put_in_order(values, out[head].ctypes.data, size)
 
 
+@inner
+def _softened(scores: Any, count: int, scaling: Any, weights: Any) -> Any:
+    """Write what values are weighed by; return the sum that it still has to be divided by."""
+    most, whole = _filled(scores, count)
+    return exponentials(weights, scores.ctypes.data, most, scaling, weights.ctypes.data, whole)
+
+
 Attend = slots(
     "queries keys values cos sin outputs row_table block_table block_count",
     "count heads kv_heads size query_stride key_stride value_stride table_width scaling threads",
@@ -376,9 +383,7 @@ def attend(pointer: Any) -> None:
             _rotate(queries[row, start : start + size], cos, sin, query[head])
         _score(query, widened, keys, first, last + 1, values[first].ctypes.data, scores)
         for head in range(group):
-            own, into = scores[head, first:], weights[head, first:]
-            most, whole = _filled(own, last + 1 - first)
-            totals[head] = exponentials(into, own.ctypes.data, most, scaling, into.ctypes.data, whole)
+            totals[head] = _softened(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
         # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
         _weigh(
             weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * keys.itemsize, out

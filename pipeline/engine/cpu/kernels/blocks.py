@@ -30,14 +30,15 @@ class Blocks:
     """Hold a weight [M, K] in the order in which `linear` reads it.
 
     One strip of 32 outputs after the other; in it one block of 32 inputs after the other; in that two tiles of
-    16 outputs. In bf16 a lane has two neighbouring inputs of an output, in float32 one. In 4 bits 16 bytes have a block's inputs
-    of an output, the first 16 in their lower halves, and a line has every fourth output of a tile; or, for whole
-    numbers, 32 bytes have two inputs of a strip's outputs, which take turns, the first tile in their lower halves.
-    After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's outputs;
-    or, for whole numbers, 32 bytes have two, which take turns.
+    16 outputs. In bf16 a lane has two neighbouring inputs of an output, in float32 one. In 4 bits 16 bytes have a
+    block's inputs of an output, the first 16 in their lower halves, and a line has every fourth output of a tile; or,
+    for whole numbers, 32 bytes have two inputs of a strip's outputs, which take turns, the first tile in their lower
+    halves. After every two blocks come the scales of their outputs. In 8 bits 16 bytes have an input of a tile's
+    outputs; or, for whole numbers, 32 bytes have two, which take turns.
     """
 
-    # bf16 [M/32, K/32, 2, 16, 16, 2], float32 [M/32, K/32, 2, 32, 16], int8 [M/32, K/32, 2, 16, 2, 16] or, for whole numbers, [..., 16, 2],
+    # bf16 [M/32, K/32, 2, 16, 16, 2], float32 [M/32, K/32, 2, 32, 16],
+    # int8 [M/32, K/32, 2, 16, 2, 16] or, for whole numbers, [..., 16, 2],
     # or int32 [M/32, K/64, 288]: 256 of codes, 32 scales
     numbers: Tensor
     values: Tensor | None = None  # [16] float32: what a code of 4 bits is
@@ -53,9 +54,8 @@ class Blocks:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What inputs and outputs are in."""
-        plain_floats = self.numbers.dtype == torch.float32
-        return torch.float32 if plain_floats else torch.bfloat16
+        """Return what inputs and outputs are in."""
+        return torch.float32 if self.numbers.dtype == torch.float32 else torch.bfloat16
 
 
 def chunk_rows(row_bytes: int, together: int) -> int:

@@ -34,7 +34,7 @@ Room = namedtuple("Room", "inputs own weights totals scores sums")
 
 @inner
 def _order_keys(keys: Any, count: int, blocks: Any) -> None:
-    """Order keys as a weight [columns, D]. Words of 32 bits, n in a block: [count, D n/32] → [strips, D/32, 2, n, 16]."""
+    """Order keys as a weight [columns, D]. In words, n a block: [count, D n/32] → [strips, D/32, 2, n, 16]."""
     in_block = blocks.shape[3]
     for column in range((count + BLOCK - 1) // BLOCK * BLOCK):
         strip, tile, lane = column // BLOCK, column % BLOCK // TILE_ROWS, column % TILE_ROWS

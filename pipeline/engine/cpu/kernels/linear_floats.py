@@ -15,7 +15,7 @@ from pipeline.engine.cpu.kernels.vectors import ROWS as ROWS
 
 FEWEST_ROWS = 1  # that a product takes
 BLOCK_BYTES = BLOCK * BLOCK * 4  # of weights
-PART = 8  # blocks that meet all rows before the next do: they stay in the L1 cache
+PART = 32  # blocks that meet all rows before the next do: they stay in the L2 cache, beside the inputs
 
 
 @inner

@@ -168,7 +168,7 @@ def forbid(pointer: Any) -> None:
 Run = namedtuple("Run", "calls count arrived team")
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=True, **OPTIONS)  # type: ignore[untyped-decorator]
+@cfunc(types.void(types.CPointer(types.int64)), cache=True, **OPTIONS)
 def run(pointer: Any) -> None:
     """Run kernels one after the other; the threads meet after each."""
     p = read(pointer, Run)

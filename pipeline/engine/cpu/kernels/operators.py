@@ -27,8 +27,7 @@ from pipeline.engine.cpu.kernels.blocks import BLOCK, Blocks, Linear, chunk_rows
 from pipeline.engine.cpu.kernels.blocks import pack_blocks as pack_blocks
 from pipeline.engine.cpu.kernels.blocks import pack_bytes as pack_bytes
 from pipeline.engine.cpu.kernels.blocks import pack_codes as pack_codes
-from pipeline.engine.cpu.kernels.compiled import compiling
-from pipeline.engine.cpu.kernels.precision import HELD, Kernel
+from pipeline.engine.cpu.kernels.precision import compile_for as compile_for
 from pipeline.engine.cpu.kernels.slots import NEXT_TASK as NEXT_TASK
 from pipeline.engine.cpu.kernels.slots import TASKS as TASKS
 from pipeline.engine.cpu.kernels.slots import Call, bits, prepare, row_stride
@@ -56,16 +55,6 @@ MULTIPLIES_ON = (
     if HAS_AVX512
     else "vectors of AVX2"
 )
-
-
-def compile_for(dtype: torch.dtype) -> None:
-    """Compile all kernels that there are for tensors of this dtype, or take them from numba's cache."""
-    if dtype not in HELD:
-        return
-    with compiling(str(dtype)):
-        for kernel in Kernel.made:
-            if dtype in kernel.dtypes:
-                kernel.of(dtype)
 
 
 def products_of(dtype: torch.dtype) -> Any:

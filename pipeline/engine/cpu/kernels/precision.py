@@ -5,14 +5,14 @@ tells them apart. In between all is float32. Numbers in bf16 are held as uint16,
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic, overload
 
-from pipeline.engine.cpu.kernels.compiled import keep_apart
+from pipeline.engine.cpu.kernels.compiled import compiling, keep_apart
 
 keep_apart()
 HELD = {torch.bfloat16: types.uint16, torch.float32: types.float32}
@@ -26,7 +26,7 @@ _WORD, _FLOAT = ir.IntType(32), ir.FloatType()
 class Kernel:
     """Hold a function of one pointer, to its numbers (slots.py), which compiles when it is first asked for."""
 
-    made: list["Kernel"] = []  # all of them: what is imported is what can run here
+    made: ClassVar[list["Kernel"]] = []  # all of them: what is imported is what can run here
 
     def __init__(self, function: Callable[[Any], None], dtypes: tuple[torch.dtype, ...]) -> None:
         self._function, self.dtypes = function, dtypes
@@ -44,6 +44,16 @@ class Kernel:
 def threaded(*dtypes: torch.dtype) -> Callable[[Callable[[Any], None]], Kernel]:
     """Make a kernel of a function, for tensors of these dtypes."""
     return lambda function: Kernel(function, dtypes)
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile all kernels of the imported modules for tensors of this dtype, or take them from numba's cache."""
+    if dtype not in HELD:
+        return
+    with compiling(str(dtype)):
+        for kernel in Kernel.made:
+            if dtype in kernel.dtypes:
+                kernel.of(dtype)
 
 
 def in_floats(kind: Any) -> bool:

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pipeline.engine.cpu.kernels.blocks import BLOCK, LINE_BYTES
-from pipeline.engine.cpu.kernels.precision import in_floats, inner, wide
+from pipeline.engine.cpu.kernels.precision import in_floats, inner, item_bytes, wide
 from pipeline.engine.cpu.kernels.vectors import (
     HAS_AVX512,
     HAS_BF16,
@@ -107,7 +107,8 @@ def multiply_groups(
     """
     # A small last group would load all weights anew for a few rows.
     groups = (rows + ROWS - 1) // ROWS
-    step = (size // BLOCK + groups - 1) // groups  # together the groups ask for all of the next strip
+    lines = BLOCK * BLOCK * item_bytes(kind) // LINE_BYTES  # of a block's weights
+    step = (size // lines + groups - 1) // groups  # together the groups ask for all of the next strip
     for group in range(groups):
         row, after = rows * group // groups, rows * (group + 1) // groups
         multiply(
@@ -118,7 +119,7 @@ def multiply_groups(
             count,
             sums[row * BLOCK :].ctypes.data,
             weights,
-            soon + group * count * BLOCK * step,
+            soon + group * count * lines * step,
             step,
         )
 
