@@ -12,16 +12,16 @@ pytest.importorskip("numba")
 
 ROOT = Path(__file__).resolve().parents[3]
 LOOK = (
-    "from pipeline.engine.cpu.kernels.compiled import keep_apart; from numba import config;"
+    "from pipeline.engine.cpu.kernels.compiled import compiling, keep_apart; from numba import config;"
     "keep_apart(); print(config.CACHE_DIR)"
 )
 
 
-def looked_up(root: Path, **settings: str) -> "subprocess.CompletedProcess[str]":
-    """Ask a process of its own where it keeps what it compiles."""
+def looked_up(root: Path, then: str = "", **settings: str) -> "subprocess.CompletedProcess[str]":
+    """Ask a process of its own where it keeps what it compiles, and have it go on."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     return subprocess.run(
-        [sys.executable, "-c", LOOK],
+        [sys.executable, "-c", f"{LOOK}\n{then}"],
         env={**environment, "PYTHONPATH": str(root), **settings},
         cwd=root,
         capture_output=True,
@@ -52,7 +52,16 @@ def test_a_users_own_cache_is_taken(tmp_path):
 
 
 def test_a_first_start_says_that_it_compiles(tmp_path):
-    first = looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first.stderr == "Compiling for this CPU: some 15 seconds, once\n"
-    Path(first.stdout.strip()).mkdir()
-    assert looked_up(ROOT, NUMBA_CACHE_DIR=str(tmp_path)).stderr == ""
+    own = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    folder_of(ROOT, **own).mkdir()  # as numba does for what it keeps
+    bf16, floats = (f"with compiling('{name}'): pass" for name in ("torch.bfloat16", "torch.float32"))
+    assert looked_up(ROOT, bf16, **own).stderr == "Compiling for this CPU: some 15 seconds, once\n"
+    assert looked_up(ROOT, bf16, **own).stderr == ""
+    assert looked_up(ROOT, floats, **own).stderr, "each precision has kernels of its own"
+
+
+def test_it_is_said_again_where_compiling_did_not_end(tmp_path):
+    own = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    folder_of(ROOT, **own).mkdir()
+    looked_up(ROOT, "with compiling('x'): raise SystemExit", **own)
+    assert looked_up(ROOT, "with compiling('x'): pass", **own).stderr.startswith("Compiling")
