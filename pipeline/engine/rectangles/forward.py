@@ -205,7 +205,10 @@ def _round_up(rows: int) -> int:
 
 
 def _has_kernels(model: Any) -> bool:
-    """Say whether a CPU's kernels are for its precision, and it lies there."""
-    return model.dtype in (torch.bfloat16, torch.float32) and all(
-        p.device.type in ("cpu", "meta") for p in model.parameters()
-    )
+    """Say whether a CPU's kernels are for its precision, and it lies there.
+
+    In float32 its products must be theirs, too: bitsandbytes rounds what it multiplies to bf16 on some CPUs, so that
+    the last bit of another operator would change a text.
+    """
+    ours = model.dtype == torch.bfloat16 or (model.dtype == torch.float32 and is_packed(model))
+    return ours and all(p.device.type in ("cpu", "meta") for p in model.parameters())
