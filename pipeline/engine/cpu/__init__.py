@@ -1,4 +1,4 @@
-"""Make the engine fast on a CPU in bf16. Without this everything runs, slower; no GPU uses it."""
+"""Make the engine fast on a CPU in bf16 and float32. Without this everything runs, slower; no GPU uses it."""
 
 import functools
 import logging

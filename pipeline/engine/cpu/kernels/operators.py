@@ -46,14 +46,17 @@ elif HAS_AVX2:
 if HAS_AVX2:
     from pipeline.engine.cpu.kernels import linear_floats as floats
 
-MULTIPLIES_ON = (
-    "matrix tiles (AMX)"
-    if has_tiles()
-    else "vectors with bf16 (AVX-512)"
+_VECTORS = (
+    "vectors with bf16 (AVX-512)"
     if HAS_BF16
     else "vectors of AVX-512 without bf16"
     if HAS_AVX512
     else "vectors of AVX2"
+)
+MULTIPLIES = (
+    "bf16, 8 and 4 bits on matrix tiles (AMX), of float32 on vectors (AVX-512)"
+    if has_tiles()
+    else f"bf16, float32, 8 and 4 bits on {_VECTORS}"
 )
 
 
