@@ -218,7 +218,12 @@ def _floats_in_runs(query: Any, widened: Any) -> None:
         widened[d] = query[d]
 
 
-_in_runs = either(_halves_in_runs, _floats_in_runs)
+@inner
+def _as_it_is(query: Any, widened: Any) -> None:
+    """Leave it: pairs in bf16 are multiplied as they lie."""
+
+
+_in_runs = either(_as_it_is if HAS_BF16 else _halves_in_runs, _floats_in_runs)
 
 
 @inner
@@ -267,7 +272,7 @@ def _score(queries: Any, widened: Any, keys: Any, first: int, end: int, then: in
     """Write scores[h, c] = queries[h] · keys[c] for the columns [first, end). A block of keys serves all heads.
 
     Args:
-        widened: room for the queries in order of runs.
+        widened: room for the queries in order of runs, where scores are sums in float32.
     """
     heads, size = queries.shape
     if end - first < LANES or size % PAIRS:
