@@ -4,10 +4,13 @@ import logging
 from functools import cache
 from typing import Any
 
+import torch
+
 from pipeline.common import terminal
 from pipeline.common.gpu import Gpu
 from pipeline.config.quant import Dtype, QuantConfig, settle_dtypes
 from pipeline.engine.accelerators import usable_gpus
+from pipeline.engine.cpu import load_kernels
 from pipeline.models.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,13 @@ def _say_once(gpu: str) -> None:
     line = f"{gpu} has no bfloat16 of its own: what is not quantized, and 4-bit products, are in float16."
     log.info(line)
     terminal.say(line, style="yellow")
+
+
+def compile_kernels(quant: QuantConfig, checkpoint: Checkpoint, device_map: Any) -> None:
+    """Compile what a CPU runs a model in these dtypes through, where it will run on one."""
+    if not usable_gpus(device_map) and (kernels := load_kernels()):
+        name = own_dtype(checkpoint) if quant.dtype is Dtype.auto else quant.dtype.value
+        kernels.compile_for(getattr(torch, str(name), torch.float32))
 
 
 def computed_in(model: Any, quant: QuantConfig) -> dict[str, str | None]:

@@ -23,10 +23,9 @@ from pipeline.common.errors import LoadError
 from pipeline.common.host import anonymous_bytes, resident_bytes
 from pipeline.config.quant import Dtype, QuantConfig
 from pipeline.config.schema import ModelConfig
-from pipeline.engine.cpu import load_kernels
 from pipeline.models.adapters import AppliedAdapter, apply_adapter, get_adapter, tokenizer_files
 from pipeline.models.checkpoint import Checkpoint, locate, weight_paths
-from pipeline.models.dtypes import own_dtype, settle_here
+from pipeline.models.dtypes import compile_kernels, settle_here
 from pipeline.models.formats import (
     ask_for_plain,
     becomes_plain,
@@ -166,9 +165,7 @@ def _import_libraries(checkpoint: Checkpoint, model: ModelConfig, quant: QuantCo
         importlib.import_module("peft")
     if quant.quantized:
         importlib.import_module("bitsandbytes")
-    if not torch.cuda.is_available() and (kernels := load_kernels()):
-        name = own_dtype(checkpoint) if quant.dtype is Dtype.auto else quant.dtype.value
-        kernels.compile_for(getattr(torch, str(name), torch.float32))
+    compile_kernels(quant, checkpoint, model.device_map)
     if not model.trust_remote_code:
         kind = CONFIG_MAPPING[str(checkpoint.read_config()["model_type"])]
         MODEL_FOR_CAUSAL_LM_MAPPING[kind]

@@ -94,7 +94,10 @@ def pack_weights(model: Any) -> int:
     """
     shared = model.get_input_embeddings().weight
     count = 0
-    if shared.dtype not in (torch.bfloat16, torch.float32):  # what a layer is given
+    # What a layer is given. bitsandbytes rounds it to bf16 on some CPUs, where float32 would have been multiplied: the
+    # last bit of another operator would change a text, so a model of its layers in float32 stays all as it is.
+    by_bitsandbytes = getattr(model, "quantization_method", None) == "bitsandbytes"
+    if shared.dtype not in (torch.bfloat16, *([] if by_bitsandbytes else [torch.float32])):
         return count
     for module in outside_adapters(model):
         count += pack_experts(module, shared.dtype)
@@ -120,7 +123,16 @@ def multiplies_as_bitsandbytes_in_8_bits(model: nn.Module) -> bool:
 
 
 def is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear | PackedSibling) for module in model.modules())
+    return bool(_packed_weights(model))
+
+
+def is_packed_by_onednn(model: nn.Module) -> bool:
+    """Say whether oneDNN multiplies by some of its weights."""
+    return any(weight.kernels is None for weight in _packed_weights(model))
+
+
+def _packed_weights(model: nn.Module) -> list[PackedWeight]:
+    return [m.packed for m in model.modules() if isinstance(m, PackedLinear | PackedSibling)]
 
 
 def _families(module: nn.Module, dtype: torch.dtype) -> list[list[str]]:

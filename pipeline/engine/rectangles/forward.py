@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pipeline.engine.attention import ATTENTION
 from pipeline.engine.cpu import load_kernels
-from pipeline.engine.cpu.packing import is_packed
+from pipeline.engine.cpu.packing import is_packed, is_packed_by_onednn
 from pipeline.engine.cpu.program import DecodeProgram, can_run
 from pipeline.engine.fused_model import FusedModel, can_fuse
 from pipeline.engine.limits import Limits, limits
@@ -61,7 +61,7 @@ class FlatForward:
         self._device = input_device(model)
         self.limits = limits(self._device.type)
         self._kernels = load_kernels() if _has_kernels(model) else None
-        self._packed = self._kernels is not None and is_packed(model)
+        self._rounds = self._kernels is not None and is_packed_by_onednn(model)
         self._fused = FusedModel(model, self._kernels) if self._kernels and can_fuse(model) else None
         self._program = (
             DecodeProgram(model, self._kernels) if self._kernels and self._fused and can_run(model) else None
@@ -92,7 +92,7 @@ class FlatForward:
         tokens, positions = [s.token_ids[-1] for s in batch.samples], batch.positions
         if self._program is not None:
             return self._program.run(tokens, torch.tensor([positions]), batch)
-        spare = [0] * (_round_up(len(tokens)) - len(tokens)) if self._packed else []
+        spare = [0] * (_round_up(len(tokens)) - len(tokens)) if self._rounds else []
         return self._run(tokens + spare, positions + spare, list(range(len(tokens))) if spare else 0, batch)
 
     def _run(self, tokens: list[int], positions: list[int], keep: list[int] | int, batch: Any) -> Tensor:
@@ -207,8 +207,7 @@ def _round_up(rows: int) -> int:
 def _has_kernels(model: Any) -> bool:
     """Say whether a CPU's kernels are for its precision, and it lies there.
 
-    In float32 its products must be theirs, too: bitsandbytes rounds what it multiplies to bf16 on some CPUs, so that
-    the last bit of another operator would change a text.
+    In float32 its products must be theirs, too (cpu/packing.py says why).
     """
     ours = model.dtype == torch.bfloat16 or (model.dtype == torch.float32 and is_packed(model))
     return ours and all(p.device.type in ("cpu", "meta") for p in model.parameters())

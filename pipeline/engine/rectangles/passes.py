@@ -121,8 +121,8 @@ class RectanglePrefill:
         rows, heads, columns, size = query.shape
         kv_heads, width = keys.shape[1:3]
         on_cpu = query.device.type == "cpu"
-        by_kernels = self.kernels is not None and query.dtype == torch.bfloat16
-        products = onednn_has_bf16() if by_kernels else by_products(query)
+        in_bf16 = self.kernels if query.dtype == torch.bfloat16 else None
+        products = onednn_has_bf16() if in_bf16 else by_products(query)
         if not on_cpu or width > 1024 or not products:
             mask = self._mask(window, query)
             if not on_cpu and heads > kv_heads:
@@ -133,12 +133,12 @@ class RectanglePrefill:
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
             )
-        packed = query if by_kernels else query * scaling
+        packed = query if in_bf16 else query * scaling
         packed = packed.reshape(rows * kv_heads, heads // kv_heads * columns, size)
         scores = torch.bmm(packed, keys.reshape(rows * kv_heads, width, size).transpose(1, 2))
         scores = scores.view(rows, heads, columns, width)
-        if self.kernels is not None and by_kernels:
-            self.kernels.causal_softmax(scores, self.rectangle.starts, self.first, window, scaling)
+        if in_bf16:
+            in_bf16.causal_softmax(scores, self.rectangle.starts, self.first, window, scaling)
         else:
             scores = scores.masked_fill_(~self._mask(window, query), -torch.inf).softmax(-1)
         out = torch.bmm(scores.view(*packed.shape[:2], width), values.reshape(rows * kv_heads, width, -1))

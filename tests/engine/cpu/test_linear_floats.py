@@ -2,11 +2,15 @@
 
 # ruff: noqa: E402  without the kernels, what they are made of cannot be imported either
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ARCHITECTURES, build_tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from pipeline.engine.cpu import load_kernels
 
@@ -17,8 +21,10 @@ if kernels is None or kernels.products is None:
 
 from cpu_products import fed_one_by_one
 
+from pipeline.config.quant import QUANTS, Dtype
 from pipeline.engine.cpu.packing import PackedLinear, pack_weights
 from pipeline.engine.rectangles.forward import FlatForward
+from pipeline.models.formats import quantization
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -90,3 +96,20 @@ def test_what_does_not_fill_blocks_or_is_in_another_precision_stays() -> None:
     block.get_input_embeddings = lambda: nn.Embedding(1, 1)
     assert pack_weights(block) == 1
     assert isinstance(block["fits"], PackedLinear)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_bitsandbytes_layers_in_float32_keeps_its_head_and_torchs_operators(
+    tmp_path: Path,
+) -> None:
+    """As the plan says: a head that is also the embedding is held once."""
+    model = build_tiny("llama")
+    model.resize_token_embeddings(320, mean_resizing=False)  # whole blocks
+    model.save_pretrained(tmp_path)
+    quant = replace(QUANTS["nf4"], dtype=Dtype.float32, compute_dtype=Dtype.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=quantization(quant)
+    )
+    assert pack_weights(loaded) == 0
+    assert FlatForward(loaded)._kernels is None
+    assert pack_weights(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)) > 0
