@@ -99,7 +99,8 @@ def pack_weights(model: Any) -> int:
     by_bitsandbytes = getattr(model, "quantization_method", None) == "bitsandbytes"
     if shared.dtype not in (torch.bfloat16, *([] if by_bitsandbytes else [torch.float32])):
         return count
-    for module in outside_adapters(model):
+    # The head comes last: what it takes twice is the most, and no layer's own copies come on top of it.
+    for module in reversed(outside_adapters(model)):
         count += pack_experts(module, shared.dtype)
         for names in _families(module, shared.dtype):
             linears = [getattr(module, name) for name in names]
