@@ -22,7 +22,16 @@ from pipeline.engine.cpu.kernels.attention_vectors import (
     weigh_block,
 )
 from pipeline.engine.cpu.kernels.loops import f32
-from pipeline.engine.cpu.kernels.precision import either, held, inner, item_bytes, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.precision import (
+    DTYPES,
+    either,
+    held,
+    inner,
+    item_bytes,
+    rounded,
+    threaded,
+    wide,
+)
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.vectors import HAS_BF16, LANES, PAIRS, as_double, longs
@@ -72,7 +81,7 @@ Place = slots(
 )
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def place(pointer: Any) -> None:
     """Bring tokens to their places in the rectangle, COLUMNS columns of a row a task."""
     p = read(pointer, Place)
@@ -112,7 +121,7 @@ def place(pointer: Any) -> None:
 CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def copy_prefix(pointer: Any) -> None:
     """Copy the prefix to one head of one row a task: what each row has of it is in one piece."""
     p = read(pointer, CopyPrefix)
@@ -132,7 +141,7 @@ def copy_prefix(pointer: Any) -> None:
 Collect = slots("padded starts outputs rows heads first last size count")
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def collect(pointer: Any) -> None:
     """Undo what `place` did to queries, COLUMNS columns of a row a task."""
     p = read(pointer, Collect)
@@ -346,7 +355,7 @@ Attend = slots(
 )
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def attend(pointer: Any) -> None:
     """Attend from one row's newest token, a key head and the query heads that share it a task.
 

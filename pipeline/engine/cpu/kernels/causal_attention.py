@@ -8,23 +8,20 @@ from collections import namedtuple
 from typing import Any
 
 import numpy as np
-import torch
 from numba import carray
 
 from pipeline.engine.cpu.kernels.attention import NONE, new_weights
 from pipeline.engine.cpu.kernels.attention_vectors import exponentials, largest
 from pipeline.engine.cpu.kernels.blocks import BLOCK, TILE_ROWS
 from pipeline.engine.cpu.kernels.loops import aligned, f32, u32
-from pipeline.engine.cpu.kernels.precision import either, held, inner, item_bytes, rounded, threaded
+from pipeline.engine.cpu.kernels.precision import DTYPES, either, held, inner, item_bytes, rounded, threaded
 from pipeline.engine.cpu.kernels.row_products import multiply, widen
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import next_task
 from pipeline.engine.cpu.kernels.tiles import has_tiles
 from pipeline.engine.cpu.kernels.vectors import HAS_BF16, ROWS, as_double, longs, words
 
-DTYPES = (
-    (torch.float32,) if has_tiles() else (torch.bfloat16, torch.float32)
-)  # tiles attend by whole products
+OWN_DTYPES = DTYPES[1:] if has_tiles() else DTYPES  # tiles attend in bf16 by whole products
 SPAN = 256  # queries of a task, those of all its heads together: keys and values are ordered once for them
 
 # What a thread works in: ROWS queries as a product takes them, a query's scores, weights of ROWS queries as a product
@@ -166,7 +163,7 @@ CausalAttend = slots(
 )
 
 
-@threaded(*DTYPES)
+@threaded(*OWN_DTYPES)
 def causal_attend(pointer: Any) -> None:
     """Attend from `span` queries of a row, in all heads that share a key head, a task."""
     p = read(pointer, CausalAttend)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import carray, cfunc, types
 
-from pipeline.engine.cpu.kernels.precision import OPTIONS, held, inner, rounded, threaded, wide
+from pipeline.engine.cpu.kernels.precision import DTYPES, OPTIONS, held, inner, rounded, threaded, wide
 from pipeline.engine.cpu.kernels.slots import read, slots
 from pipeline.engine.cpu.kernels.threads import arrive, arrived, call_at, let_others_run, next_task, team
 from pipeline.engine.cpu.kernels.vectors import as_double, as_float, halves, longs
@@ -57,7 +57,7 @@ def silu_times(gate: Any, up: Any, output: Any) -> Any:
 Norm = slots("inputs additions weight outputs rows width heads stride eps")
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def rms_norm(pointer: Any) -> None:
     """Norm heads of `width` numbers, ROWS of them a task, after the addition where there is one."""
     p = read(pointer, Norm)
@@ -88,7 +88,7 @@ def rms_norm(pointer: Any) -> None:
 Silu = slots("gates ups outputs rows width gate_stride up_stride")
 
 
-@threaded(torch.bfloat16, torch.float32)
+@threaded(*DTYPES)
 def silu_multiply(pointer: Any) -> None:
     """Multiply silu(gate) by up, ROWS rows a task."""
     p = read(pointer, Silu)

@@ -13,9 +13,12 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic, overload
 
 from pipeline.engine.cpu.kernels.compiled import compiling, keep_apart
+from pipeline.engine.cpu.kernels.vectors import HAS_AVX2
 
 keep_apart()
 HELD = {torch.bfloat16: types.uint16, torch.float32: types.float32}
+# Where there are no products in float32, nothing else of it goes through kernels either.
+DTYPES = (torch.bfloat16, torch.float32) if HAS_AVX2 else (torch.bfloat16,)
 # fastmath lets a sum be vectorised; "numpy" divides without a check for 0 that would keep a loop scalar.
 OPTIONS: dict[str, Any] = {"fastmath": True, "error_model": "numpy"}
 inner = njit(**OPTIONS)
