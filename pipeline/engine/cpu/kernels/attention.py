@@ -8,7 +8,7 @@ from numba import carray
 
 from pipeline.engine.cpu.kernels.attention_floats import (
     HEADS,
-    RUN,
+    in_runs,
     runs_in_order,
     score_heads,
     weigh_heads,
@@ -212,27 +212,11 @@ def _soon(states: Any, column: int, end: int, then: int) -> Any:
 
 
 @inner
-def _halves_in_runs(query: Any, widened: Any) -> None:
-    """Widen one head's query, and order it as `score_heads` takes it."""
-    for start in range(0, len(query), RUN):
-        for i in range(RUN // 2):
-            widened[start + i] = wide(query[start + 2 * i])
-            widened[start + RUN // 2 + i] = wide(query[start + 2 * i + 1])
-
-
-@inner
-def _floats_in_runs(query: Any, widened: Any) -> None:
-    """Copy it: in float32 a run is in its own order."""
-    for d in range(len(query)):
-        widened[d] = query[d]
-
-
-@inner
 def _as_it_is(query: Any, widened: Any) -> None:
     """Leave it: pairs in bf16 are multiplied as they lie."""
 
 
-_in_runs = either(_as_it_is if HAS_BF16 else _halves_in_runs, _floats_in_runs)
+_in_runs = either(_as_it_is if HAS_BF16 else in_runs, in_runs)
 
 
 @inner

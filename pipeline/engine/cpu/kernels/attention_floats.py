@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pipeline.engine.cpu.kernels.precision import in_floats
+from pipeline.engine.cpu.kernels.precision import either, in_floats, inner, wide
 from pipeline.engine.cpu.kernels.vectors import (
     LANES,
     PAIRS,
@@ -34,6 +34,25 @@ COLUMNS = {1: 8, 2: 4, 3: 4, 4: 2}  # whose sums are in registers at once, for s
 
 _WORDS = ir.VectorType(ir.IntType(32), REGISTER_LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), REGISTER_LANES)
+
+
+@inner
+def _halves_in_runs(query: Any, widened: Any) -> None:
+    """Widen one head's query, and order it as `score_heads` takes it."""
+    for start in range(0, len(query), RUN):
+        for i in range(RUN // 2):
+            widened[start + i] = wide(query[start + 2 * i])
+            widened[start + RUN // 2 + i] = wide(query[start + 2 * i + 1])
+
+
+@inner
+def _floats_in_runs(query: Any, widened: Any) -> None:
+    """Copy it: in float32 a run is in its own order."""
+    for d in range(len(query)):
+        widened[d] = query[d]
+
+
+in_runs = either(_halves_in_runs, _floats_in_runs)
 
 
 @intrinsic
