@@ -60,17 +60,15 @@ def store(
 @intrinsic
 def _store_plain(context: Any, kind: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
     """Store two vectors of sums as the 32 outputs of a row."""
-    is_floats = in_floats(kind)
+    write, _ = _ways(kind)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(16), PAIRS)
         narrow = ir.FunctionType(line, [VECTOR, VECTOR])
         for left, right, place in _each_row(builder, arguments[1:]):
-            if is_floats or not HAS_BF16:
-                for number, vector in enumerate((left, right)):
-                    (store_floats if is_floats else store_halves)(
-                        builder, vector, place, _NUMBER(number * LANES)
-                    )
+            if in_floats(kind) or not HAS_BF16:
+                write(builder, left, place, _NUMBER(0))
+                write(builder, right, place, _NUMBER(LANES))
                 continue
             both = builder.asm(
                 narrow, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v", [right, left], side_effect=False
@@ -84,21 +82,22 @@ def _store_plain(context: Any, kind: Any, sums: Any, rows: Any, output: Any, str
 @intrinsic
 def _store_gated(context: Any, kind: Any, sums: Any, rows: Any, output: Any, stride: Any) -> Any:
     """Store silu(gate) · up, 16 outputs; in bf16 all three rounded, as they are between torch's operators."""
-    is_floats = in_floats(kind)
+    write, cut = _ways(kind)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for gate, up, place in _each_row(builder, arguments[1:]):
-            if not is_floats:
-                gate, up = (_rounded(builder, x) for x in (gate, up))
+            gate, up = (cut(builder, x) for x in (gate, up))
             exponential = exp_vector(builder, builder.fneg(gate))
             silu = builder.fdiv(gate, builder.fadd(exponential, constant(1.0)), flags=["fast"])
-            if is_floats:
-                store_floats(builder, builder.fmul(silu, up), place, _NUMBER(0))
-            else:
-                store_halves(builder, builder.fmul(_rounded(builder, silu), up), place, _NUMBER(0))
+            write(builder, builder.fmul(cut(builder, silu), up), place, _NUMBER(0))
         return context.get_dummy_value()
 
     return types.void(kind, sums, rows, output, stride), codegen
+
+
+def _ways(kind: Any) -> Any:
+    """Return how a vector of float32 is stored in this precision, and how it is rounded to it before that."""
+    return (store_floats, lambda builder, numbers: numbers) if in_floats(kind) else (store_halves, _rounded)
 
 
 def _each_row(builder: Any, arguments: Any) -> Any:

@@ -87,17 +87,8 @@ def silu_multiply(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     numbers = {"rows": rows, "width": width, "gate_stride": row_stride(gate), "up_stride": row_stride(up)}
     tasks = -(-rows // loops.ROWS)
-    run(
-        prepare(
-            loops.silu_multiply.of(gate.dtype),
-            loops.Silu,
-            tasks,
-            gates=gate,
-            ups=up,
-            outputs=output,
-            **numbers,
-        )
-    )
+    kernel = loops.silu_multiply.of(gate.dtype)
+    run(prepare(kernel, loops.Silu, tasks, gates=gate, ups=up, outputs=output, **numbers))
     return output
 
 
@@ -130,17 +121,8 @@ def argmax(scores: Tensor) -> Tensor:
     """Find the first of the largest. Contiguous [B, V] → [B] int64."""
     rows, width = scores.shape
     places = torch.empty(rows, dtype=torch.int64)
-    run(
-        prepare(
-            loops.argmax.of(scores.dtype),
-            loops.Argmax,
-            rows,
-            scores=scores,
-            places=places,
-            rows=rows,
-            width=width,
-        )
-    )
+    kernel = loops.argmax.of(scores.dtype)
+    run(prepare(kernel, loops.Argmax, rows, scores=scores, places=places, rows=rows, width=width))
     return places
 
 
