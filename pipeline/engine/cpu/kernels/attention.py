@@ -21,7 +21,7 @@ from pipeline.engine.cpu.kernels.attention_vectors import (
     score_block,
     weigh_block,
 )
-from pipeline.engine.cpu.kernels.loops import f32
+from pipeline.engine.cpu.kernels.loops import copy, f32
 from pipeline.engine.cpu.kernels.precision import (
     DTYPES,
     either,
@@ -61,8 +61,7 @@ put_in_order = either(in_order if HAS_BF16 else runs_in_order, runs_in_order)
 def _rotate(states: Any, cos: Any, sin: Any, out: Any) -> None:
     """Rotate one head by its position; copy it where the tables are empty."""
     if len(cos) == 0:
-        for d in range(len(out)):
-            out[d] = states[d]
+        copy(states, out)
         return
     half = len(out) // 2
     if half % LANES == 0:
@@ -115,7 +114,7 @@ def place(pointer: Any) -> None:
             for head in range(kv_heads):
                 here = slice(head * size, (head + 1) * size)
                 _rotate(new_keys[token, here], cos, sin, keys[row, head, column])
-                values[row, head, column, :] = new_values[token, here]
+                copy(new_values[token, here], values[row, head, column])
 
 
 CopyPrefix = slots("store prefix starts rows heads width count prefix_width")
@@ -135,7 +134,7 @@ def copy_prefix(pointer: Any) -> None:
             break
         row, head = task // heads, task % heads
         start = starts[row]
-        target[row, head, start : start + count] = source[head, :count]
+        copy(source[head], target[row, head, start : start + count])
 
 
 Collect = slots("padded starts outputs rows heads first last size count")
@@ -158,7 +157,7 @@ def collect(pointer: Any) -> None:
         for column in range(max(begin, starts[row, 1]), min(begin + COLUMNS, last)):
             token = starts[row, 0] + column - max(first, starts[row, 1])
             for head in range(heads):
-                outputs[token, head, :] = padded[row, head, column - first]
+                copy(padded[row, head, column - first], outputs[token, head])
 
 
 @inner
@@ -357,11 +356,12 @@ def attend(pointer: Any) -> None:
     outputs = carray(held(pointer, p.outputs), (count, heads, size))
     rows = carray(longs(p.row_table), (count, 4))
     blocks = carray(longs(p.block_table), (p.block_count, 3))
-    widest = blocks[:, 2].max() + LANES  # room for whole vectors
+    widest = 0
+    for block in range(p.block_count):
+        widest = max(widest, blocks[block, 2] + LANES)  # room for whole vectors
     query, out = new_states(pointer, group, size), np.empty((group, size), np.float32)
-    widened = np.empty((group, size), np.float32)
+    widened, totals = np.empty((group, size), np.float32), np.empty(group, np.float32)
     scores, weights = np.empty((group, widest), np.float32), new_weights(pointer, group, widest)
-    totals = np.empty(group, np.float32)
     while True:
         task = next_task(pointer)
         if task >= p.tasks:
@@ -375,7 +375,7 @@ def attend(pointer: Any) -> None:
         cos, sin = cosines[row], sines[row]
         here = slice(kv_head * size, (kv_head + 1) * size)
         _rotate(new_keys[row, here], cos, sin, keys[last])
-        values[last, :] = new_values[row, here]
+        copy(new_values[row, here], values[last])
         for head in range(group):
             start = (kv_head * group + head) * size
             _rotate(queries[row, start : start + size], cos, sin, query[head])
@@ -383,9 +383,8 @@ def attend(pointer: Any) -> None:
         for head in range(group):
             totals[head] = _softened(scores[head, first:], last + 1 - first, scaling, weights[head, first:])
         # What this thread will want next are, most likely, the keys as many tasks on as there are threads.
-        _weigh(
-            weights, values, first, last + 1, keys[first].ctypes.data + ahead * keys.size * keys.itemsize, out
-        )
+        then = keys[first].ctypes.data + ahead * keys.size * keys.itemsize
+        _weigh(weights, values, first, last + 1, then, out)
         for head in range(group):
             output, factor = outputs[row, kv_head * group + head], f32(1) / totals[head]
             for d in range(size):

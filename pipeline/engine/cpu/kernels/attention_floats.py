@@ -11,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipeline.engine.cpu.kernels.loops import copy
 from pipeline.engine.cpu.kernels.precision import either, in_floats, inner, wide
 from pipeline.engine.cpu.kernels.vectors import (
     LANES,
@@ -45,14 +46,7 @@ def _halves_in_runs(query: Any, widened: Any) -> None:
             widened[start + RUN // 2 + i] = wide(query[start + 2 * i + 1])
 
 
-@inner
-def _floats_in_runs(query: Any, widened: Any) -> None:
-    """Copy it: in float32 a run is in its own order."""
-    for d in range(len(query)):
-        widened[d] = query[d]
-
-
-in_runs = either(_halves_in_runs, _floats_in_runs)
+in_runs = either(_halves_in_runs, copy)  # in float32 a run is in its own order
 
 
 @intrinsic

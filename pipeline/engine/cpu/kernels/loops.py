@@ -30,6 +30,14 @@ def aligned(count: int) -> Any:
 
 
 @inner
+def copy(source: Any, target: Any) -> None:
+    """Fill the target from the beginning of the source."""
+    # A slice that is assigned would be slow where it is short, and numba would compile the text of its error, too.
+    for d in range(len(target)):
+        target[d] = source[d]
+
+
+@inner
 def exp(x: Any) -> Any:
     """Compute e^x for x ≤ 0 in float32, vectorizable: 2^n times a polynomial on the rest (Cephes' expf)."""
     x = max(x, f32(-87.0))  # below, 2^n is no normal number
