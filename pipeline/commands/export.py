@@ -8,7 +8,7 @@ from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
 from pipeline.common.suggestions import did_you_mean
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 from pipeline.job.counts import read_counts
 from pipeline.job.exports import DATASET, FORMATS, Answers
 from pipeline.job.merge import is_merged
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> ExitStatus:
         if target.is_dir():
             shutil.rmtree(target)
         fresh.replace(target)
-    say(f"{len(answers.places)} answers in {target}", "green")
+    say(f"{how_many(len(answers.places), 'answer')} in {target}", "green")
     if not is_merged(folders[0]) and not all(read_counts(file.parent).complete for file in answers.files):
         say("The job is not complete: what is missing is not exported.", "yellow")
     return ExitStatus.DONE

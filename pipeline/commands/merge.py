@@ -3,7 +3,7 @@
 from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 from pipeline.job.merge import merge
 from pipeline.job.paths import JobPaths
 
@@ -24,5 +24,5 @@ def main(arguments: list[str]) -> ExitStatus:
     folders, _ = take_paths(arguments, {})
     if len(folders) != 1:
         raise ConfigError("one folder is merged at a time", "Give the one that holds the shards.")
-    say(f"{merge(folders[0])} lines in {JobPaths(folders[0]).rows}", style="green")
+    say(f"{how_many(merge(folders[0]), 'line')} in {JobPaths(folders[0]).rows}", style="green")
     return ExitStatus.DONE

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.common.terminal import answer
+from pipeline.common.terminal import answer, how_many
 from pipeline.common.units import gigabytes, in_gigabytes, in_megabytes, megabytes
 from pipeline.config.quant import STORED_BITS
 from pipeline.memory.fit import FITS, MOST_ROWS, OFFLOAD, TOO_LARGE, Plan
@@ -128,9 +128,7 @@ def _reasons_table(plan: Plan) -> Table:
 
 
 def _needs_table(plan: Plan) -> Table:
-    table = _table(
-        "Run peak, MB", "", *(f"{need.rows:,} rows" if need.rows > 1 else "1 row" for need in plan.needs)
-    )
+    table = _table("Run peak, MB", "", *(how_many(need.rows, "row") for need in plan.needs))
     names = {
         "footprint": "weights",
         "quant_state": "quantization state",

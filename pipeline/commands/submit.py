@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> ExitStatus:
         size = _max_array_size()
         print(_arrays(settings, home, len(missing), size, vllm_python)[0][1], end="")
         arrays = -(-len(missing) // size)
-        terminal.say(f"Dry run: {len(missing)} cells in {arrays} array(s); nothing was submitted or written.")
+        what = f"{terminal.how_many(len(missing), 'cell')} in {terminal.how_many(arrays, 'array')}"
+        terminal.say(f"Dry run: {what}; nothing was submitted or written.")
         return ExitStatus.DONE
     _submit(missing, settings, home, vllm_python)
     return ExitStatus.DONE
@@ -93,7 +94,7 @@ def _submit(missing: list[Cell], settings: SubmitConfig, home: Path, vllm_python
             cell, log = missing[i], str(home / f"{job}_{index}.log")
             asked = {"total": cell.total, "prompts_sha256": cell.prompts_sha256, "limit": cell.config.limit}
             append_event(cell.folder, "submitted", job=f"{job}_{index}", log=log, **asked)
-        terminal.say(f"Submitted job {job}: {len(part)} cells.", style="green")
+        terminal.say(f"Submitted job {job}: {terminal.how_many(len(part), 'cell')}.", style="green")
         print(job)
     common = os.path.commonpath([cell.folder for cell in missing])
     watched = Path(common).parent if len(missing) == 1 else Path(common)
@@ -188,7 +189,7 @@ def _show(cells: list[Cell], needs: dict[str, int | None]) -> None:
         ))  # fmt: skip
     if len(cells) > SHOWN:
         rows.append((f"… and {len(cells) - SHOWN} more", "", "", ""))
-    title = f"{len(cells)} cells of {' '.join(common)}" if common else f"{len(cells)} cells"
+    title = terminal.how_many(len(cells), "cell") + (f" of {' '.join(common)}" if common else "")
     terminal.table(title, ("cell", "rows", "state", "needs at least"), rows)
 
 

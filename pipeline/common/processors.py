@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 
 NOTICED_CORES = 0.3  # less is what any system does by itself
 
@@ -59,8 +59,8 @@ def crowded(busy_cores: float, threads: int) -> str | None:
     cores = len(usable_cores())
     if busy_cores + min(threads, cores) < cores + NOTICED_CORES:
         return None
-    has = "1 thread" if threads == 1 else f"{threads} threads"
-    return f"other programs keep {busy_cores:.1f} of {cores} cores busy, and a job has {has}"
+    has, all_cores = how_many(threads, "thread"), how_many(cores, "core")
+    return f"other programs keep {busy_cores:.1f} of {all_cores} busy, and a job has {has}"
 
 
 def say_if_crowded(others: OthersWork, threads: int) -> None:

@@ -76,6 +76,11 @@ console = Screen(stderr=True, highlight=False)  # for what is said meanwhile
 answer = Screen(highlight=False)  # for what was asked for, on standard output
 
 
+def how_many(number: int, word: str) -> str:
+    """Show how many things there are: 1 row, 1,024 rows."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
 def visible(text: str) -> str:
     """Spell out a text's control and direction characters, so that a terminal obeys none of them."""
     return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)

@@ -8,7 +8,7 @@ from pipeline.common.exit_status import ExitStatus
 from pipeline.common.processors import usable_cores
 from pipeline.common.signals import Interrupt
 from pipeline.common.streams import is_stream
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 from pipeline.config.schema import Config, Resume
 from pipeline.job.fleet import Fleet, FleetDevice
 from pipeline.job.folder import JobFolder
@@ -35,7 +35,7 @@ def run_devices(config: Config, overrides: list[str], folder: Path) -> ExitStatu
         assert interrupt.signal
         say(f"Stopped by {interrupt.signal.name}. The same command goes on from here.", style="yellow")
     else:
-        say(f"{merge(folder)} lines in {results.rows}", style="green")
+        say(f"{how_many(merge(folder), 'line')} in {results.rows}", style="green")
     return status
 
 

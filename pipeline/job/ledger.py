@@ -8,6 +8,8 @@ from bisect import bisect_left
 
 import numpy as np
 
+from pipeline.common.terminal import how_many
+
 MISSING, DONE = 0, 1
 
 
@@ -41,6 +43,11 @@ class Ledger:
     def missing(self) -> int:
         """Count the samples that are not written."""
         return self.total - self.done
+
+    @property
+    def shown(self) -> str:
+        """Show how far it is: 3 of 8 rows."""
+        return f"{self.done:,} of {how_many(self.total, 'row')}"
 
     def add(self, key: str, index: int, samples: int, metadata: int = 0) -> None:
         """Add the next row of the prompt file; nothing of it is written yet."""

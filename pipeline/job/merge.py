@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.common.errors import OutputError
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 from pipeline.job.counts import read_counts
 from pipeline.job.folder import JobFolder
 from pipeline.job.paths import JobPaths, shard_of
@@ -190,7 +190,7 @@ def _check_rows(shard: Shard, part: int, parts: int) -> None:
             found=f"{folder}: {_ids(strange, shard)} belong to another shard",
             fix="Move the shard's folder away and run it again.",
         )
-    done = f"{folder}: {len(shard.rows)} of {todo.total} rows done"
+    done = f"{folder}: {len(shard.rows):,} of {how_many(todo.total, 'row')} done"
     if gaps := todo.rows - len(there):
         named = list(islice((row for row in expected if row not in there), NAMED))
         raise OutputError(found=f"{done}; {_ids(named, shard, gaps)} are missing", fix=AGAIN)

@@ -61,7 +61,7 @@ def find_missing(config: Config, prompts: str, results: JobFolder) -> Ledger:
     if dropped:
         _say_dropped(results, judge)
     if ledger.done:
-        terminal.say(f"Going on: {ledger.done} of {ledger.total} rows were done before.")
+        terminal.say(f"Going on: {ledger.shown} were done before.")
     return ledger
 
 

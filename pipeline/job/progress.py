@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from pipeline.common.bars import Bar
 from pipeline.common.host import resident_bytes
-from pipeline.common.terminal import console, visible
+from pipeline.common.terminal import console, how_many, visible
 from pipeline.common.units import duration, megabytes
 
 
@@ -50,7 +50,7 @@ class JobProgress(Bar):
         rows = done - self.before  # of this run: only these say how long it takes
         left = duration((self._total - done) * (now - self._started) / rows if rows else None)
         self._bar.update(self._task, completed=done, speed=speed, left=left, memory=memory)
-        self._say_if_due(f"{done} of {self._total} rows, {speed}, {left} left, {memory}")
+        self._say_if_due(f"{done:,} of {how_many(self._total, 'row')}, {speed}, {left} left, {memory}")
 
     def stream(self, request_id: str, text: str) -> None:
         """Show what is new of one row's text; the row that is shown is the first one seen."""

@@ -77,7 +77,7 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
     gc.enable()
     Run(config, prompts, sha256, results, ledger, interrupt).go()
     if ledger.missing:
-        return _stopped(config, interrupt, f"with {ledger.done} of {ledger.total} rows done")
+        return _stopped(config, interrupt, f"with {ledger.shown} done")
     Todo.note(results, state, sha256, config.limit, ledger, submissions)
     if state != PromptState.look(prompts):
         terminal.say(
@@ -89,7 +89,8 @@ def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus
 def _nothing_to_do(todo: Todo, results: JobFolder) -> ExitStatus:
     total, errors = todo.total, todo.errors
     failed = f", {errors} of them with errors (retry_errors=true does those again)" if errors else ""
-    terminal.say(f"Nothing to do: all {total} rows are in {results.folder}{failed}")
+    rows = "the only row is" if total == 1 else f"all {total:,} rows are"
+    terminal.say(f"Nothing to do: {rows} in {results.folder}{failed}")
     return ExitStatus.SOME_FAILED if errors else ExitStatus.DONE
 
 

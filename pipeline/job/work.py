@@ -43,7 +43,7 @@ class Work:
                 for completion in finished:
                     self.requests.write(completion)
                 self.results.sync_if_due()
-                going_on = self._going_on(f"step {engine.stats.steps}, with {ledger.done} rows done")
+                going_on = self._going_on(f"step {engine.stats.steps}, with {ledger.shown} done")
                 self._show(progress)
                 if not going_on:
                     break

@@ -90,7 +90,7 @@ def check_device(device_map: Any) -> None:
         name = f"cuda:{device}" if isinstance(device, int) else str(device)
         kind, _, index = name.partition(":")
         if kind == "cuda" and int(index or 0) >= gpus:
-            have = f"this machine has {gpus} GPUs" if gpus else "no GPU can be used here"
+            have = f"this machine has {terminal.how_many(gpus, 'GPU')}" if gpus else "no GPU can be used here"
             raise LoadError(f"model.device_map wants {name}, but {have}", "Use device_map=auto, or cpu")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.common.errors import PromptError
+from pipeline.common.terminal import how_many
 from pipeline.common.units import MIB
 from pipeline.prompts.address import dataset_address
 from pipeline.prompts.settings import BadLine, is_setting, show
@@ -243,7 +244,7 @@ def _fields(names: list[str], cells: list[str]) -> bytes | BadLine:
     """Make a row; an empty cell of a column that says how, and not what, says nothing."""
     if len(cells) != len(names):
         return BadLine(
-            f"has {len(cells)} cells, and the first row names {len(names)} columns",
+            f"has {how_many(len(cells), 'cell')}, and the first row names {how_many(len(names), 'column')}",
             "Put cells with the separator in quotes.",
         )
     for name, cell in zip(names, cells, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.common.hidden import hide_environment
 from pipeline.common.intervals import proportion
-from pipeline.common.terminal import visible
+from pipeline.common.terminal import how_many, visible
 from pipeline.job.energy import merge_energy
 from pipeline.report.jobs import ReportedJob
 from pipeline.report.prompts import Prompt
@@ -70,7 +70,8 @@ def _state(job: ReportedJob, own: Sequence[Prompt], number: int) -> Record:
         )
         return {**found, "state": "failed", "reason": reason}
     if not job.stats or len(own) < total:
-        reason = job.problem or f"{len(own)} of {total} rows are done. The same command goes on from here."
+        rows_done = f"{len(own):,} of {how_many(total, 'row')}"
+        reason = job.problem or f"{rows_done} are done. The same command goes on from here."
         return {**found, "state": "stopped", "reason": reason}
     return {**found, "state": "done"}
 

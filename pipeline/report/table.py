@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.common.terminal import how_many
 from pipeline.common.units import megabytes
 from pipeline.report.seeds import Repeated, repeated
 from pipeline.report.summary import Record, best_values, cells
@@ -161,11 +162,10 @@ def _about(record: Record) -> str:
     if record["state"] != "done":
         words.append(record["state"])
     if record["state"] != "failed":
-        done, total = f"{rows['done']:,}", f"{rows['total']:,}"
-        count = total if done == total else f"{done} of {total}"
-        words.append(f"{count} row" if total == "1" else f"{count} rows")
+        total = how_many(rows["total"], "row")
+        words.append(total if rows["done"] == rows["total"] else f"{rows['done']:,} of {total}")
     if rows["errors"]:
-        words.append(f"{rows['errors']:,} errors" if rows["errors"] > 1 else "1 error")
+        words.append(how_many(rows["errors"], "error"))
     return " · ".join(words)
 
 

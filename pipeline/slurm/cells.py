@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.common.errors import ConfigError, JobError
 from pipeline.common.streams import is_stream
-from pipeline.common.terminal import say
+from pipeline.common.terminal import how_many, say
 from pipeline.config.compose import compose_config, job_folder, sweep_cells, to_config
 from pipeline.config.schema import Config, EngineConfig, EngineName, Resume, SubmitConfig
 from pipeline.job.counts import Counts, read_counts
@@ -75,8 +75,8 @@ def find_cells(overrides: list[str]) -> tuple[list[Cell], SubmitConfig]:
                 not cell.total and not JobPaths(cell.folder).is_job
             ):  # one that ran before may have no rows left
                 raise ConfigError(
-                    found=f"shards={len(counted.totals)}: more than the {sum(map(bool, counted.totals))} rows of "
-                    f"{config.prompts}",
+                    found=f"shards={len(counted.totals)}: more than the "
+                    f"{how_many(sum(map(bool, counted.totals)), 'row')} of {config.prompts}",
                     fix="Use fewer.",
                 )
     return cells, submit

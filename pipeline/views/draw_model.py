@@ -10,6 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.common.errors import ConfigError
+from pipeline.common.terminal import how_many
 from pipeline.common.units import small_bytes
 from pipeline.views.architecture import ArchitectureView, Node
 from pipeline.views.draw_text import facts, shown
@@ -163,7 +164,7 @@ def _stations(view: StepView) -> list[str]:
     return [
         f"{shape['tokens']} ids",
         f"embedding [{shape['tokens']}, {shape['hidden_size']}]",
-        f"{shape['layers']} layers × {shape['heads']} heads",
+        f"{how_many(shape['layers'], 'layer')} × {how_many(shape['heads'], 'head')}",
         "final norm",
         f"head [{shape['vocabulary']}]",
     ]

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.common.terminal import how_many
 from pipeline.views.batch import BatchView, PaddedRows
 from pipeline.views.chat import ChatView, Segment
 from pipeline.views.tokens import Token, TokensView
@@ -192,7 +193,8 @@ def _draw_padded(padded: PaddedRows, view: BatchView, console: Console) -> None:
     )
     console.print(
         Text(
-            f"{padded.side} padding: {len(view.prompts)} rows × {width} columns, {padded.padding:.0%} padding",
+            f"{padded.side} padding: {how_many(len(view.prompts), 'row')} × {how_many(width, 'column')}, "
+            f"{padded.padding:.0%} padding",
             style="bold",
         )
     )

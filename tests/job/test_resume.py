@@ -174,7 +174,7 @@ def test_a_smaller_limit_keeps_the_rows_beyond_it(job, prompts, capsys):
     before = lines_of(job())
     capsys.readouterr()
     assert run_job(job("limit=1")) == 0
-    assert "Nothing to do: all 1 rows" in capsys.readouterr().err
+    assert "Nothing to do: the only row" in capsys.readouterr().err
     assert lines_of(job()) == before
 
 

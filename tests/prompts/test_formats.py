@@ -235,7 +235,7 @@ def test_a_csv_whose_columns_cannot_be_told_is_one_error(tmp_path, data, said):
         (b"caf\xe9,a", "not UTF-8"),
         (b"a\x00b,a", "NUL bytes"),
         (b"a,b,c", "has 3 cells, and the first row names 2 columns"),
-        (b"a", "has 1 cells"),
+        (b"a", "has 1 cell,"),
     ],
 )
 def test_a_bad_row_of_a_csv_costs_no_other(tmp_path, row, said):
