@@ -17,9 +17,10 @@ from pipeline.engine.cpu import load_kernels
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SPAWN = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from measure import spawn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
 spawn(["sleep", "60"], dict(os.environ), Path(sys.argv[1]), 50)
 """
 
