@@ -24,10 +24,12 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
     take_short_turns()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, or for a traceback
-    with safe_streams(), Interrupt() as interrupt:
+    interrupt = Interrupt()
+    with safe_streams():
         try:
-            status = _run(sys.argv[1:] if arguments is None else arguments)
-            _flush()
+            with interrupt:
+                status = _run(sys.argv[1:] if arguments is None else arguments)
+                _flush()
             return status
         except (Stopped, KeyboardInterrupt):
             name = interrupt.signal.name if interrupt.signal else "SIGINT"

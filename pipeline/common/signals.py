@@ -15,19 +15,20 @@ RENDER_SEC = 10.0  # for one row through a chat template; real ones take millise
 
 
 class Stopped(BaseException):
-    """A signal came where there was nothing to finish. Not an Exception: no library may catch it."""
+    """A signal came where there was nothing to finish. Not an Exception: hardly a library catches it."""
 
 
 class Interrupt:
     """`with Interrupt() as interrupt: …`: a signal raises Stopped, but after `hold()` it is only noted.
 
-    A second SIGINT ends the process at once.
+    Whatever a library makes of a Stopped that it catches (dill: an import of what is not there), out of the block
+    comes Stopped. A second SIGINT ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._held = False
+        self._held = self._raised = False
         self._forward: Callable[[int], None] | None = None
 
     def __enter__(self) -> Self:
@@ -37,9 +38,11 @@ class Interrupt:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._raised and isinstance(error, Exception):
+            raise Stopped from error
 
     def hold(self, forward: Callable[[int], None] | None = None) -> None:
         """Only note a signal from here on: there is work to finish, which looks at `signal` by itself.
@@ -60,6 +63,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         if not self._held:
+            self._raised = True
             raise Stopped
 
 

@@ -30,21 +30,21 @@ def run_job(config: Config, folder: Path) -> ExitStatus:
     Raises:
         PipelineError: the job as a whole cannot go on; what was written stays.
     """
-    with Interrupt() as interrupt:
-        try:
-            with JobFolder(folder) as results:
-                return _run(config, results, interrupt)
-        except Stopped:
-            return _stopped(config, interrupt, "while nothing was being written")
-        except (PipelineError, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            log.exception("Unexpected")
-            raise JobError(
-                found=f"{type(error).__name__}: {error}",
-                fix="What was written stays valid, and the same command goes on from there; "
-                f"{JobPaths(folder).log} has the traceback.",
-            ) from error
+    interrupt = Interrupt()
+    try:
+        with interrupt, JobFolder(folder) as results:
+            return _run(config, results, interrupt)
+    except Stopped:
+        return _stopped(config, interrupt, "while nothing was being written")
+    except PipelineError:
+        raise
+    except Exception as error:
+        log.exception("Unexpected")
+        raise JobError(
+            found=f"{type(error).__name__}: {error}",
+            fix="What was written stays valid, and the same command goes on from there; "
+            f"{JobPaths(folder).log} has the traceback.",
+        ) from error
 
 
 def _run(config: Config, results: JobFolder, interrupt: Interrupt) -> ExitStatus:

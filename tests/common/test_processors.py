@@ -40,7 +40,7 @@ def test_a_busy_neighbour_is_seen_and_named():
     assert usable_cores() == [min(os.sched_getaffinity(0))]
     (check,) = check_load()
     assert check.state is State.yellow
-    assert "of 1 cores busy" in check.found
+    assert "of 1 core busy" in check.found
 
 
 def test_own_work_is_no_others():

@@ -94,6 +94,25 @@ def test_a_signal_at_any_moment_of_a_start_asks_to_be_resumed(job):
             assert process.returncode == ExitStatus.RUN_AGAIN
 
 
+def test_a_signal_that_a_library_catches_and_stumbles_over_is_a_signal_all_the_same():
+    def import_dill():
+        """As it does: whatever goes wrong, it imports a module that is not there."""
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except:  # noqa: E722
+            import version
+
+            return version
+
+    with pytest.raises(Stopped), Interrupt():
+        import_dill()
+
+
+def test_an_error_without_a_signal_stays_one():
+    with pytest.raises(ModuleNotFoundError), Interrupt():
+        raise ModuleNotFoundError
+
+
 def test_a_signal_stops_at_once_until_there_is_work_to_finish():
     with Interrupt() as interrupt:
         with pytest.raises(Stopped):
