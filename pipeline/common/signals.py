@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 # A terminal that closes sends SIGHUP, schedulers the last two.
 ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+LATER_SEC = 0.02  # of the processor: when an import that a signal met is looked at again
 RENDER_SEC = 10.0  # for one row through a chat template; real ones take milliseconds
 
 
@@ -21,9 +22,12 @@ class Stopped(BaseException):
 class Interrupt:
     """`with Interrupt() as interrupt: …`: a signal raises Stopped, but after `hold()` it is only noted.
 
-    Whatever a library makes of a Stopped that it catches (dill: an import of what is not there), out of the block
-    comes Stopped. A second SIGINT ends the process at once.
+    Within an import it waits for the end of that: C++ ends the process if Python raises where it was called back, and
+    some libraries catch whatever comes and import something else. Whatever one makes of a Stopped that it catches,
+    out of the block comes Stopped. A second SIGINT ends the process at once.
     """
+
+    _waiting: ClassVar[signal.Signals | None] = None  # what came to whichever block, and has not ended it
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -36,9 +40,12 @@ class Interrupt:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup: it is to outlive its terminal
             self._before[number] = signal.signal(number, self._note)
+        self._before[signal.SIGVTALRM] = signal.signal(signal.SIGVTALRM, self._stop)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        Interrupt._waiting = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._raised and isinstance(error, Exception):
@@ -49,7 +56,11 @@ class Interrupt:
 
         Args:
             forward: told of every signal, for a child process that has to stop first.
+
+        Raises:
+            Stopped: one came just before, within an import or to be caught by a library.
         """
+        self._stop(0, None)
         self._held, self._forward = True, forward
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -62,9 +73,24 @@ class Interrupt:
         if again:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        if not self._held:
-            self._raised = True
-            raise Stopped
+        self._stop(number, frame)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        asked = self.signal or Interrupt._waiting
+        if self._held or asked is None:
+            return
+        Interrupt._waiting = asked
+        if _importing(frame):
+            signal.setitimer(signal.ITIMER_VIRTUAL, LATER_SEC)
+            return
+        self.signal, self._raised = asked, True
+        raise Stopped
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 class TookTooLong(Exception):

@@ -114,12 +114,40 @@ def test_an_error_without_a_signal_stays_one():
 
 
 def test_a_signal_stops_at_once_until_there_is_work_to_finish():
+    with pytest.raises(Stopped), Interrupt():
+        signal.raise_signal(signal.SIGUSR1)
     with Interrupt() as interrupt:
-        with pytest.raises(Stopped):
-            signal.raise_signal(signal.SIGUSR1)
         interrupt.hold()
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.signal == signal.SIGTERM
+
+
+def test_a_signal_that_was_caught_stops_when_the_work_would_begin():
+    with Interrupt(), Interrupt() as interrupt:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(Stopped):
+            interrupt.hold()
+    with Interrupt() as interrupt:
+        interrupt.hold()
+        assert interrupt.signal is None
+
+
+def test_an_import_comes_to_its_end_before_a_signal_stops(tmp_path, monkeypatch):
+    """As torch's: Python's errors where its C++ does not await them would end the process."""
+    (tmp_path / "with_a_signal.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def import_and_go_on():
+        __import__("with_a_signal")
+        while True:
+            pass
+
+    with pytest.raises(Stopped), Interrupt():
+        import_and_go_on()
+    assert sys.modules.pop("with_a_signal").whole
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
