@@ -160,17 +160,17 @@ def _print_load_peak(plan: Plan, out: Console) -> None:
 def _print_prompts(plan: Plan, out: Console) -> None:
     prompts = plan.prompts
     out.print(
-        f"Prompts: {prompts.completions:,} completions; {prompts.mean_prompt_tokens:,.0f} prompt tokens on "
+        f"Prompts: {how_many(prompts.completions, 'completion')}; {prompts.mean_prompt_tokens:,.0f} prompt tokens on "
         f"average, {prompts.longest_prompt_tokens:,} at most; {prompts.longest_total_tokens:,} with the "
         f"completion ({prompts.counted_by})",
         highlight=False,
     )
     for count, what in (
-        (prompts.bad_rows, "cannot be run"),
-        (prompts.too_long_rows, "are longer than the context"),
+        (prompts.bad_rows, "that cannot be run"),
+        (prompts.too_long_rows, "longer than the context"),
     ):
         if count:
-            out.print(f"  [yellow]{count:,} rows {what}[/yellow]", highlight=False)
+            out.print(f"  [yellow]{how_many(count, 'row')} {what}[/yellow]", highlight=False)
 
 
 def _print_verdict(plan: Plan, out: Console) -> None:

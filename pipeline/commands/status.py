@@ -11,7 +11,7 @@ from rich.text import Text
 from pipeline.commands.arguments import take_paths
 from pipeline.common.errors import ConfigError
 from pipeline.common.exit_status import ExitStatus
-from pipeline.common.terminal import aligned, console, say, visible
+from pipeline.common.terminal import aligned, console, how_many, say, visible
 from pipeline.common.units import duration
 from pipeline.job.damage import damage
 from pipeline.job.merge import is_merged
@@ -137,8 +137,8 @@ def _parent(folder: Path, top: Path) -> Path:
 def _summary(states: list[JobState]) -> str:
     kinds = Counter(state.kind for state in states)
     done, totals = sum(s.counts.done for s in states), [s.counts.total for s in states]
-    total = "?" if None in totals else sum(t for t in totals if t is not None)
-    words = [", ".join(f"{n} {kind}" for kind, n in kinds.items()), f"{done} of {total} rows"]
+    total = "? rows" if None in totals else how_many(sum(t for t in totals if t is not None), "row")
+    words = [", ".join(f"{n} {kind}" for kind, n in kinds.items()), f"{done:,} of {total}"]
     running = [s for s in states if s.kind == "running"]
     if speed := fleet_tokens_per_sec(s.tokens_per_sec for s in running):
         words.append(f"{speed:,.1f} tokens/s")

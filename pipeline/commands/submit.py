@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> ExitStatus:
     if not missing:
         running = sum(cell.task is not None for cell in cells)
         terminal.say(
-            "Nothing to submit: " + (f"{running} cells are in the queue." if running else "all is done.")
+            "Nothing to submit: "
+            + (f"{terminal.how_many(running, 'cell')} in the queue." if running else "all is done.")
         )
         return ExitStatus.DONE
     home, vllm_python = _submission_folder(missing), _vllm_python(missing, settings)

@@ -55,9 +55,8 @@ def find_missing(config: Config, prompts: str, results: JobFolder) -> Ledger:
     results.remove(results.todo)
     dropped = results.sift(judge, lambda index: metadata().get(index, {}))
     if judge.stale:
-        terminal.say(
-            f"{len(judge.stale)} rows have other metadata than before: their lines are brought up to date."
-        )
+        rows = terminal.how_many(len(judge.stale), "row")
+        terminal.say(f"{rows} with other metadata than before: the lines are brought up to date.")
     if dropped:
         _say_dropped(results, judge)
     if ledger.done:

@@ -145,7 +145,7 @@ def test_corrected_metadata_arrive_in_the_rows_that_are_written(job, prompts, ca
     capsys.readouterr()
     assert run_job(sampled) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "2 rows have other metadata" in said
+    assert "2 rows with other metadata" in said
     assert "Nothing to do" in said
     moved = {"r3": 0, "r0": 1, "r1": 2, "r2": 3, "bad": 4}
     corrected = {"r1": {"reference": "dog", "tags": [1]}, "r2": {"reference": "cat", "tags": []}}

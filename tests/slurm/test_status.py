@@ -232,7 +232,7 @@ def test_status_fits_80_columns_and_breaks_no_name(tmp_path: Path) -> None:
     assert lines[2].split()[0] == "3/4000"
     assert lines[2].endswith("running   shard-0-of-12") or lines[2].endswith("running  shard-0-of-12")
     assert lines[3].startswith("    running (process ")
-    assert lines[-1] == "1 running, 1 stopped; 6 of 8000 rows."
+    assert lines[-1] == "1 running, 1 stopped; 6 of 8,000 rows."
     assert max(map(len, [lines[0], *lines[1:3], *lines[4:]])) <= 80
 
 
