@@ -31,7 +31,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,21 @@ SHAPES = {  # hidden, inner, layers, heads, key heads, vocabulary
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
+TUNED_ROWS = (1, 5, 16, 32, 64, 128)
+PRODUCT_SHAPES = {  # by bits: outputs, inputs, rows, warps, stages, programs
+    8: [
+        (128, 64, 128, 8, 3, 264), (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 4, 264), (128, 64, 128, 4, 4, 396),
+        (128, 64, 128, 8, 4, 132), (128, 64, 64, 4, 4, 264), (128, 128, 128, 8, 3, 132), (128, 128, 128, 8, 3, 264),
+        (128, 128, 128, 4, 3, 264), (128, 128, 64, 4, 3, 264), (64, 128, 128, 4, 4, 396), (64, 128, 128, 4, 4, 264),
+        (64, 64, 128, 4, 4, 528), (64, 128, 128, 4, 3, 264), (256, 64, 128, 8, 4, 132), (256, 128, 128, 8, 2, 132),
+    ],
+    4: [
+        (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 2, 264), (128, 64, 128, 4, 4, 264), (128, 64, 128, 4, 3, 132),
+        (128, 64, 128, 4, 3, 396), (128, 64, 64, 4, 3, 264), (128, 64, 64, 4, 3, 396), (128, 64, 128, 8, 3, 264),
+        (128, 64, 128, 8, 3, 132), (64, 64, 128, 4, 3, 396), (64, 64, 128, 4, 3, 528), (64, 64, 64, 4, 3, 528),
+        (64, 64, 128, 4, 3, 264), (256, 64, 128, 8, 3, 132), (256, 64, 128, 8, 2, 264),
+    ],
+}  # fmt: skip
 PREDICTED_MB = {  # what docs/gpu.md holds a card to: weights, quantization state
     "nf4": (5591.5, 111.0),
     "int8": (9081.2, 5.5),
@@ -292,7 +309,7 @@ def stage_kernels(check: Check) -> dict[str, Any]:
     for rows, outputs, inputs in ((64, 4096, 4096), (128, 1024, 4096), (17, 4096, 14336)):
         found[f"nf4 {outputs}x{inputs} {rows} rows"] = four_bits(check, rows, outputs, inputs)
         found[f"int8 {outputs}x{inputs} {rows} rows"] = eight_bits(check, rows, outputs, inputs)
-    for rows in (64, 16):
+    for rows in (128, 64, 16, 4, 1):
         found[f"nf4 14336x4096 {rows} rows"] = four_bits(check, rows, 14336, 4096)
     for rows in (128, 64, 16, 1):
         found[f"int8 14336x4096 {rows} rows"] = eight_bits(check, rows, 14336, 4096)
@@ -420,50 +437,69 @@ def tune_attention(check: Check) -> dict[str, float]:
 
 
 def tune_products(check: Check) -> dict[str, list[float]]:
-    """µs of a layer's products in 8 and 4 bits for 64 rows; of the best three for 5, 16, 32, 128, 128 in two tiles.
-
-    The very best stays.
-    """
-    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
-    from pipeline.engine.paged.triton_products import Shape
-
-    # outputs, inputs, rows, warps, stages, programs
-    shapes = {
-        8: [
-            (128, 64, 128, 8, 3, 264), (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 4, 264),
-            (128, 64, 128, 4, 4, 396), (128, 64, 128, 8, 4, 132), (128, 128, 128, 8, 3, 132),
-            (128, 128, 128, 8, 3, 264), (128, 128, 128, 4, 3, 264), (64, 128, 128, 4, 4, 396),
-            (64, 64, 128, 4, 4, 528), (64, 128, 128, 4, 3, 264), (256, 64, 128, 8, 4, 132),
-        ],
-        4: [
-            (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 2, 264), (128, 64, 128, 4, 3, 132),
-            (128, 64, 128, 4, 3, 396), (128, 64, 128, 8, 3, 264), (128, 64, 128, 8, 3, 132),
-            (64, 64, 128, 4, 3, 396), (64, 64, 128, 4, 3, 528), (256, 64, 128, 8, 3, 132),
-        ],
-    }  # fmt: skip
-    modules = {8: triton_eight_bits, 4: triton_four_bits}
+    """µs of a layer's products in 8 and 4 bits, by shape, for each of TUNED_ROWS; the best over all stays."""
+    modules = {bits: product_module(bits) for bits in PRODUCT_SHAPES}
+    tasks = [(bits, numbers) for bits, shapes in PRODUCT_SHAPES.items() for numbers in shapes]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        failed = list(pool.map(compile_shape, tasks))
+    check.say(f"compiled; failed: {[each for each in failed if each]}")
     found: dict[str, list[float]] = {}
-    for bits, module in modules.items():
-        products, times = layer_products(check, bits), dict[Shape, list[float]]()
-        for numbers in shapes[bits]:
-            module.SHAPE = cut = Shape(*numbers)
-            try:
-                times[cut] = [rows_us(check, products, 64)]
-            except Exception as error:  # noqa: BLE001  a shape that does not fit
-                check.say(f"{cut}: {type(error).__name__}")
-        for cut in sorted(times, key=lambda cut: times[cut])[2::-1]:  # the best last: it stays
-            module.SHAPE = cut
-            times[cut] += [rows_us(check, products, rows) for rows in (5, 16, 32, 128)]
-            module.SHAPE = replace(cut, rows=64)
-            times[cut].append(rows_us(check, products, 128))
-            if times[cut][-2] <= times[cut][-1]:
-                module.SHAPE = cut
-        found |= {f"{bits} bits {cut}": us for cut, us in times.items()}
     products = layer_products(check, 16)
-    found["bf16"] = [rows_us(check, products, rows) for rows in (64, 5, 16, 32, 128)]
+    found["bf16"] = [rows_us(check, products, rows) for rows in TUNED_ROWS]
+    for bits, module in modules.items():
+        products, times = layer_products(check, bits), dict[tuple[int, ...], list[float]]()
+        for numbers in (each for each, error in zip(tasks, failed, strict=True) if not error):
+            if numbers[0] == bits:
+                module.SHAPE = module.Shape(*numbers[1])
+                times[numbers[1]] = [rows_us(check, products, rows) for rows in TUNED_ROWS]
+        least = [min(each) for each in zip(*times.values(), strict=True)]
+
+        def loss(numbers: tuple[int, ...], times: Any = times, least: list[float] = least) -> float:
+            return sum(us / best for us, best in zip(times[numbers], least, strict=True))
+
+        ranked = sorted(times, key=loss)
+        module.SHAPE = module.Shape(*ranked[0])
+        found |= {f"{bits} bits {numbers}": times[numbers] for numbers in ranked}
     for key, us in found.items():
         check.say(f"{key}: {[round(each) for each in us]}")
     return found
+
+
+def product_module(bits: int) -> Any:
+    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
+
+    return {8: triton_eight_bits, 4: triton_four_bits}[bits]
+
+
+def compile_shape(task: tuple[int, tuple[int, ...]]) -> str:
+    """Fill Triton's cache with a shape's kernels, of every height, in a process of its own; say what failed."""
+    bits, numbers = task
+    module = product_module(bits)
+    module.SHAPE = module.Shape(*numbers)
+    weights = [product_weight(bits, 256, 512, torch.device("cuda:0")) for _ in range(3)]
+    try:
+        for rows in TUNED_ROWS:
+            states = torch.zeros(rows, 512, device="cuda:0", dtype=torch.bfloat16)
+            module.products(states, weights)
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001  a shape that does not fit
+        return f"{task}: {type(error).__name__}: {error}"[:200]
+    return ""
+
+
+def product_weight(bits: int, outputs: int, inputs: int, device: torch.device) -> Any:
+    """A random weight as the kernels for so many bits take it; 16 are torch's."""
+    half = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    if bits == 16:
+        return half
+    module = product_module(bits)
+    if bits == 8:
+        codes = torch.randint(-127, 128, (outputs, inputs), device=device, dtype=torch.int8)
+        return module.EightBitWeight(codes, torch.rand(outputs, device=device), None)
+    from bitsandbytes import functional
+
+    made = functional.quantize_4bit(half, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return module.FourBitWeight(*made, outputs)
 
 
 def rows_us(check: Check, products: Callable[[int], Any], rows: int) -> float:
@@ -472,33 +508,16 @@ def rows_us(check: Check, products: Callable[[int], Any], rows: int) -> float:
 
 def layer_products(check: Check, bits: int) -> Callable[[int], Any]:
     """The products of a layer of Llama-3.1-8B in four launches, by random weights, as a function of the rows."""
-    from bitsandbytes import functional
-
-    from pipeline.engine.paged import triton_eight_bits, triton_four_bits
-
     launches = (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336))
     calls: list[Callable[[int], Any]] = []
     inputs = {k: torch.randn(128, k, device=check.device, dtype=torch.bfloat16) for k in (4096, 14336)}
     for sizes, k in launches:
-        x, weights = inputs[k], list[Any]()
-        for size in sizes:
-            half = torch.randn(size, k, device=check.device, dtype=torch.bfloat16)
-            if bits == 16:
-                weights.append(half)
-            elif bits == 8:
-                codes = torch.randint(-127, 128, (size, k), device=check.device, dtype=torch.int8)
-                scales = torch.rand(size, device=check.device)
-                weights.append(triton_eight_bits.EightBitWeight(codes, scales, None))
-            else:
-                made = functional.quantize_4bit(
-                    half, blocksize=64, quant_type="nf4", compress_statistics=True
-                )
-                weights.append(triton_four_bits.FourBitWeight(*made, size))
+        x, weights = inputs[k], [product_weight(bits, size, k, check.device) for size in sizes]
         if bits == 16:
             calls.append(lambda rows, x=x, weights=weights: [F.linear(x[:rows], each) for each in weights])
         else:
-            module = triton_eight_bits if bits == 8 else triton_four_bits
-            calls.append(lambda rows, x=x, w=weights, module=module: module.products(x[:rows], w))
+            products = product_module(bits).products
+            calls.append(lambda rows, x=x, w=weights, products=products: products(x[:rows], w))
     return lambda rows: [call(rows) for call in calls]
 
 
@@ -831,7 +850,12 @@ def job(folder: Path, prompts: Path, out: Path, quant: str) -> dict[str, Any]:
     made = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=root)
     path = next(out.rglob("stats.json"), None)
     if made.returncode or path is None:
-        return {"exit_status": made.returncode, "says": (made.stdout + made.stderr)[-700:]}
+        rows = [
+            json.loads(line) for file in out.rglob("outputs.jsonl") for line in file.open(encoding="utf-8")
+        ]
+        errors = Counter(str(row["error"])[:200] for row in rows if row.get("error"))
+        said = made.stdout + made.stderr
+        return {"exit_status": made.returncode, "says": said[:500] + " … " + said[-500:], "errors": errors}
     stats = json.loads(path.read_text(encoding="utf-8"))
     memory = stats["memory"]
     return {

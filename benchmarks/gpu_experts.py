@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--quants", nargs="+", default=["nf4", "int8", "none"])
+    parser.add_argument("--quants", nargs="*", default=["nf4", "int8", "none"])
     parser.add_argument("--dequantized", action="store_true", help="also without our kernels")
     parser.add_argument(
         "--jobs", nargs="*", default=[], help="quantizations of whole jobs, predicted beside measured"

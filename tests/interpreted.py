@@ -1,6 +1,7 @@
 """Triton's kernels on a CPU, by its interpreter."""
 
 import os
+import re
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def off(made: Tensor, wanted: Tensor) -> float:
     """How far a product is from what is wanted, as a share of that."""
     return float((made.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def runs_on(ptx: str) -> bool:
+    """Whether a product of Hopper's can still read its weights' registers when the next block's are written."""
+    assert "wgmma.mma_async" not in ptx or "wgmma.wait_group.sync.aligned 0" in ptx
+    return bool(re.search(r"wgmma\.wait_group\.sync\.aligned [1-9]", ptx))
 
 
 def products_source(kernel: Any, kinds: dict[str, Any], fixed: dict[str, Any]) -> Any:

@@ -85,7 +85,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
-from interpreted import products_source
+from interpreted import products_source, runs_on
 from pipeline.engine.paged import triton_eight_bits as eight_bits
 
 fixed = {"BIASED": True, "OUTPUTS": 64, "INPUTS": 128, "ROWS": int(sys.argv[2])}
@@ -94,6 +94,7 @@ source = products_source(eight_bits._products_kernel, kinds, fixed)
 made = compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4, "num_stages": 4})
 ptx = made.asm["ptx"]
 print(ptx.count("wgmma.mma_async" if sys.argv[1] == "90" else "mma.sync"))
+assert not runs_on(ptx)
 assert "cp.async.cg.shared.global" in ptx, "16 bytes at a time, whichever weight is picked"
 """
 

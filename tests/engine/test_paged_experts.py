@@ -134,6 +134,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from interpreted import runs_on
 from pipeline.engine.paged import triton_experts as experts
 from pipeline.engine.paged.triton_four_bits import permutations
 
@@ -154,6 +155,7 @@ aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if ki
 source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, fixed, aligned)
 made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3})
 print(made.metadata.shared)
+assert not runs_on(made.asm["ptx"])
 """
 
 
@@ -161,7 +163,7 @@ print(made.metadata.shared)
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("name", ["_four_bits_kernel", "_eight_bits_kernel"])
 def test_it_compiles_and_fits_the_memory_of_a_block(kernels, name, capability, rows):
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPILE, name, str(capability), str(rows)]
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert 0 < int(made.stdout) <= 99 * 1024, "what a block has with compute capability 8.9"

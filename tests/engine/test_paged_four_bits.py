@@ -157,7 +157,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
-from interpreted import products_source
+from interpreted import products_source, runs_on
 from pipeline.engine.paged import triton_four_bits as four_bits
 
 nested, rows = sys.argv[1] == "True", int(sys.argv[2])
@@ -169,6 +169,7 @@ kinds |= {"codes": "*fp32", "biases": ("*bf16",) * 3}
 source = products_source(four_bits._products_kernel, kinds, fixed)
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
 print(made.asm["ptx"].count("wgmma.mma_async"))
+assert not runs_on(made.asm["ptx"])
 """
 
 

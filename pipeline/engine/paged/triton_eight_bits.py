@@ -22,6 +22,7 @@ from pipeline.engine.paged.triton_products import (
     OUTPUTS,
     Results,
     Shape,
+    awaited,
     filled,
     pick,
     place,
@@ -29,7 +30,7 @@ from pipeline.engine.paged.triton_products import (
 )
 
 INPUTS = 64  # a layer has a multiple of it
-SHAPE = Shape(outputs=128, inputs=64, rows=128, warps=8, stages=3, programs=264)
+SHAPE = Shape(outputs=64, inputs=128, rows=128, warps=4, stages=3, programs=264)
 LARGEST_CODE = 127  # stands for a row's largest weight, which bitsandbytes keeps as its scale
 
 
@@ -119,7 +120,7 @@ def _products_kernel(
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for at in range(first, tl.minimum(first + each, inputs), INPUTS):
         weights = tl.load(first_code + at).to(states.dtype.element_ty)
-        total = tl.dot(weights, tl.load(first_state + at, mask=there, other=0.0), total)
+        total = awaited(tl.dot(weights, tl.load(first_state + at, mask=there, other=0.0), total))
     scale, bias = pick(scales, second, third), pick(biases, second, third)
     size = pick(sizes, second, third)
     store(total, results, scale, bias, parts, counters, rows, m, n, begin, size, True, BIASED)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.engine.experts import gather, weigh
 from pipeline.engine.paged.triton_eight_bits import LARGEST_CODE
 from pipeline.engine.paged.triton_four_bits import BLOCK, dequantized, permutations_where_compiled
-from pipeline.engine.paged.triton_products import OUTPUTS
+from pipeline.engine.paged.triton_products import OUTPUTS, awaited
 
 INPUTS = 64  # of one product of a program
 
@@ -206,7 +206,7 @@ def _four_bits_kernel(
                 scale += tl.load(offsets + expert)
             weights = dequantized(tl.load(first_word + block * 16), scale, codes, PERMUTATIONS, kind, OUTPUTS)
             x = tl.load(states + m * inputs + (block * 64 + k), mask=there, other=0.0)
-            total = tl.dot(weights, x, total)
+            total = awaited(tl.dot(weights, x, total))
         if BIASED:
             total += tl.load(bias + row).to(tl.float32)[:, None]
         tl.store(output + m * outputs + n[:, None], total.to(kind), mask=there)
@@ -229,7 +229,7 @@ def _eight_bits_kernel(
         for at in range(0, inputs, INPUTS):
             weights = tl.load(first_code + at).to(kind)
             x = tl.load(states + m * inputs + (at + k[:, None]), mask=there, other=0.0)
-            total = tl.dot(weights, x, total)
+            total = awaited(tl.dot(weights, x, total))
         total *= tl.load(largest + row)[:, None] / LARGEST
         if BIASED:
             total += tl.load(bias + row).to(tl.float32)[:, None]

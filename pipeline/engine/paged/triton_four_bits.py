@@ -25,6 +25,7 @@ from pipeline.engine.paged.triton_products import (
     OUTPUTS,
     Results,
     Shape,
+    awaited,
     filled,
     pick,
     place,
@@ -158,7 +159,7 @@ def _products_kernel(
             scale = nested + tl.load(offset)
         weights = dequantized(tl.load(first_word + block * 16), scale, codes, PERMUTATIONS, kind, OUTPUTS)
         x = tl.load(states + m[None, :] * inputs + (block * 64 + column), mask=there, other=0.0)
-        total = tl.dot(weights, x, total)
+        total = awaited(tl.dot(weights, x, total))
     size, bias = pick(sizes, second, third), pick(biases, second, third)
     store(total, results, bias, bias, parts, counters, rows, m, n, begin, size, False, BIASED)
 

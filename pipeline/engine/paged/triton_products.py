@@ -9,6 +9,7 @@ TRITON_INTERPRET=1 runs the kernels on a CPU. Importing this module raises Impor
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ OUTPUTS = 64  # the least that a program has: Hopper's tensor cores take no fewe
 JOINED = 3  # products in one launch: query, key and value
 MOST_SPLITS = 16
 COUNTERS = 8192  # more than tiles whose inputs are split, in all shapes that are sensible
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,21 @@ def _counters(device: torch.device) -> Tensor:
 def filled(members: Sequence[Any]) -> tuple[Any, ...]:
     """Repeat the last until there are JOINED: no program picks it."""
     return (*members, *[members[-1]] * (JOINED - len(members)))
+
+
+@triton.jit
+def awaited(total):
+    """Use what a product has made so far, so that it ends before the next block's weights are written.
+
+    On Hopper a product reads its weights' registers for as long as it runs. Triton 3.6 and older let it run on
+    into the next block, whose weights then overwrite them under it (triton-lang/triton#9433): in a busy card some
+    tiles come out wrong, and not the same ones each time. The assembler leaves nothing of the move.
+    """
+    if COMPILED:
+        total = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return total
 
 
 @triton.jit
