@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pipeline.common.errors import LoadError
 from pipeline.common.request import GenerationParams, Request
+from pipeline.engine.cpu.packing import pack_weights
 from pipeline.engine.model_facts import find_cache_name, model_code
 from pipeline.engine.probe import choose_forward
 from pipeline.models.layer_checks import check_layers
@@ -201,6 +202,20 @@ def test_every_architecture_is_exact_on_the_path_that_it_says(kind):
 @pytest.mark.filterwarnings("ignore")
 def test_every_architecture_in_rectangles_is_exact_in_pages_too(kind):
     check(kind, "pages", "pages")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", sorted({*PATHS, *" ".join(OWN_CACHE.values()).split()} & {*CONFIG_MAPPING}))
+@pytest.mark.filterwarnings("ignore")
+def test_packed_weights_say_in_every_architecture_what_its_own_layers_say(kind, dtype, monkeypatch):
+    """Some read a weight's dtype, or multiply by it themselves; some have one weight in several layers."""
+    monkeypatch.setitem(SMALL, "vocab_size", 320)  # a head in whole blocks
+    model, ids = build(kind).to(dtype), torch.tensor([[5, 60, 70, 80, 90, 100, 110]])
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        assert pack_weights(model) > 0
+        found = model(input_ids=ids, use_cache=False).logits.float()
+    assert (found - expected).norm() < (1e-4 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
 def of_equal_lengths() -> list[Request]:

@@ -9,6 +9,7 @@ only after they gave the very bits of `F.linear` on the weight at hand.
 """
 
 import logging
+import math
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.engine.cpu.packed_weight import (
     one_below_the_other,
     pack_matrices,
 )
+from pipeline.engine.cpu.read_weights import read_weights
 from pipeline.engine.model_facts import is_adapted, outside_adapters
 
 # Layers that models call one after the other on the same input.
@@ -40,7 +42,7 @@ class PackedLinear(nn.Module):
     def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.weight, self.bias = _stand_in(linear), linear.bias
         self.packed = packed
 
     def forward(self, input: Tensor) -> Tensor:
@@ -73,6 +75,7 @@ class PackedSibling(nn.Module):
     def __init__(self, siblings: _Siblings, index: int, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = _stand_in(linear)
         self._siblings, self._index = siblings, index
 
     @property
@@ -94,6 +97,7 @@ def pack_weights(model: Any) -> int:
     """
     shared = model.get_input_embeddings().weight
     count = 0
+    made: dict[tuple[nn.Parameter, ...], PackedWeight] = {}  # some layers have their weight in common, as Zamba's
     # What a layer is given. bitsandbytes rounds it to bf16 on some CPUs, where float32 would have been multiplied: the
     # last bit of another operator would change a text, so a model of its layers in float32 stays all as it is.
     by_bitsandbytes = getattr(model, "quantization_method", None) == "bitsandbytes"
@@ -104,9 +108,11 @@ def pack_weights(model: Any) -> int:
         count += pack_experts(module, shared.dtype)
         for names in _families(module, shared.dtype):
             linears = [getattr(module, name) for name in names]
-            packed = _pack(linears)
+            weights = tuple(linear.weight for linear in linears)
+            packed = made.get(weights) or _pack(linears)
             if packed is None:
                 continue
+            made[weights] = packed
             siblings = _Siblings(packed, linears)
             for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
                 alone = len(linears) == 1
@@ -139,6 +145,7 @@ def _packed_weights(model: nn.Module) -> list[PackedWeight]:
 def _families(module: nn.Module, dtype: torch.dtype) -> list[list[str]]:
     """Name a module's own linear layers that can be packed for inputs in this dtype; those of one input together."""
     names = [name for name, child in module.named_children() if _can_pack(child, dtype)]
+    names = [name for name in names if name not in read_weights(type(module))]
     families = [list(family) for family in FAMILIES if set(family) <= set(names) and _alike(module, family)]
     return families + [[name] for name in names if not any(name in family for family in families)]
 
@@ -185,6 +192,13 @@ def _codes_of(linear: Any) -> str | None:
     if type(linear).__name__ == "Linear8bitLt":
         return "int8"
     return getattr(linear.weight, "quant_type", None)
+
+
+def _stand_in(linear: nn.Linear) -> Tensor:
+    """Make what models find in a packed weight's place: its dtype, device and shape, and no number to compute with."""
+    if _codes_of(linear):
+        return linear.weight.new_empty(0)
+    return linear.weight.new_full((1, 1), math.nan).expand(linear.out_features, linear.in_features)
 
 
 def _free(linear: Any) -> None:
