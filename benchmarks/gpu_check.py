@@ -14,6 +14,7 @@ stage is caught and timed, and none begins after --budget seconds:
     sampled  sampled text by pages and by rectangles
     profile  one decode step: kernels, launches, waits, how busy the GPU is
     speed    Llama-3.1-8B's shape in bf16: pages, rectangles, `generate` in a batch, `generate_batch`
+    recorded texts of recorded steps beside those of steps launched one by one, four layers in 4 and 8 bits
     oom      a hard cap on memory: the same text, in smaller batches
     jobs     whole jobs in nf4, bf16 and int8: predicted beside measured
 """
@@ -51,8 +52,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.common.request import Completion, GenerationParams, Request
+from pipeline.config.quant import QUANTS
+from pipeline.config.schema import ModelConfig
 from pipeline.engine.engine import Engine
+from pipeline.engine.paged.replaced import replace_products
 from pipeline.engine.probe import choose_forward
+from pipeline.models.loading import load_model
 
 SHAPES = {  # hidden, inner, layers, heads, key heads, vocabulary
     "tiny": (64, 192, 2, 4, 2, 49152),  # the vocabulary of the borrowed tokenizer
@@ -781,6 +786,39 @@ def generate_batch(check: Check, model: Any, wanted: list[Request]) -> dict[str,
 
 
 @torch.inference_mode()
+def stage_recorded(check: Check) -> dict[str, Any]:
+    """Texts of 128 rows by steps launched one by one, and how many are the same by recorded ones, three times.
+
+    Only a card that is busy shows what runs into each other.
+    """
+    if not check.cuda:
+        return {"skipped": "needs a GPU"}
+    check.drop_model()
+    work, config = Path("/dev/shm/gpu_check_recorded"), llama("8b")
+    config.num_hidden_layers = 4
+    folder, _ = prepare_jobs(check, check.random_model(config, torch.bfloat16), work)
+    check.free()
+    wanted = requests(check.rows[1], check.prompt_tokens, 24, config.vocab_size)
+    found: dict[str, Any] = {}
+    for quant in ("nf4", "int8", "bf16"):
+        model: Any = load_model(ModelConfig(str(folder)), QUANTS[quant], "none").model
+        replaced, own = replace_products(model), model.config._attn_implementation
+        texts = []
+        for records in (False, True, True, True):
+            model.set_attn_implementation(own)
+            forward: Any = choose_forward(model)[0]
+            forward._captures = records and forward._captures
+            texts.append({key: c.token_ids for key, c in run(check, forward, wanted, len(wanted))[1].items()})
+        same = [sum(texts[0][key] == ids for key, ids in each.items()) for each in texts[1:]]
+        found[quant] = {"replaced": replaced, "same": same, "of": len(wanted)}
+        check.say(f"recorded {quant}: {found[quant]}")
+        del model, forward
+        check.free()
+    shutil.rmtree(work)
+    return found
+
+
+@torch.inference_mode()
 def stage_oom(check: Check) -> dict[str, Any]:
     """The same requests with and without a cap on what torch may take; in float32, so that the text is the same."""
     if not check.cuda:
@@ -932,7 +970,8 @@ def main() -> int:
     check.stage("first", lambda: stage_first(first))
     for name, stage in (
         ("tune", stage_tune), ("kernels", stage_kernels), ("exact", stage_exact), ("sampled", stage_sampled),
-        ("profile", stage_profile), ("speed", stage_speed), ("oom", stage_oom), ("jobs", stage_jobs),
+        ("recorded", stage_recorded), ("profile", stage_profile), ("speed", stage_speed), ("oom", stage_oom),
+        ("jobs", stage_jobs),
     ):  # fmt: skip
         check.stage(name, lambda stage=stage: stage(check))
     first.kill()

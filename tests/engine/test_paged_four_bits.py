@@ -93,7 +93,7 @@ def test_a_layer_beside_an_adapter_stays(four_bits):
     assert type(adapted.base_model.model[0]).__name__ == "Linear4bit"
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 128, 129])
+@pytest.mark.parametrize("rows", [1, 3, 4, 128, 129])
 def test_a_replaced_layer_leaves_few_and_many_rows_to_bitsandbytes(four_bits, monkeypatch, rows):
     own, calls = four_bits.products, []
     model = nn.Sequential(layer("nf4", 64, 64))
@@ -104,7 +104,7 @@ def test_a_replaced_layer_leaves_few_and_many_rows_to_bitsandbytes(four_bits, mo
     made = model(input)
     assert made.shape == expected.shape
     assert off(made, expected) < 2e-3
-    assert len(calls) == (5 <= rows <= 128)
+    assert len(calls) == (4 <= rows <= 128)
 
 
 def test_a_row_does_not_depend_on_how_many_there_are(four_bits):

@@ -97,7 +97,7 @@ def pack_weights(model: Any) -> int:
     """
     shared = model.get_input_embeddings().weight
     count = 0
-    made: dict[tuple[nn.Parameter, ...], PackedWeight] = {}  # some layers have their weight in common, as Zamba's
+    made: dict[tuple[Tensor, ...], PackedWeight] = {}  # Zamba has one weight in several layers
     # What a layer is given. bitsandbytes rounds it to bf16 on some CPUs, where float32 would have been multiplied: the
     # last bit of another operator would change a text, so a model of its layers in float32 stays all as it is.
     by_bitsandbytes = getattr(model, "quantization_method", None) == "bitsandbytes"
