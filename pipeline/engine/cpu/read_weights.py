@@ -42,9 +42,9 @@ def _read(node: ast.AST) -> Iterator[str]:
             return
         case ast.Attribute(attr="dtype" | "device", value=ast.Attribute(attr="weight")):
             return
-        case ast.If(test=test, orelse=other) if "self.training" in ast.unparse(test):
-            for part in other:
-                yield from _read(part)
+        case ast.If(test=test, orelse=others) if "self.training" in ast.unparse(test):
+            for other in others:
+                yield from _read(other)
             return
         case ast.Attribute(
             attr="weight", value=ast.Attribute(attr=name, value=ast.Name(id="self")), ctx=ast.Load()
