@@ -67,6 +67,7 @@ class Engine:
         prefill_tokens: prompt tokens in one forward pass.
         window: samples read ahead.
         share_prefix: compute once what prompts of a window begin with alike, group by group.
+        row_columns: the model pads each row of a prefill to a multiple of it.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Engine:
         prefill_tokens: int = 2048,
         window: int = 4096,
         share_prefix: bool = True,
+        row_columns: int = 1,
     ) -> None:
         self.stats = EngineStats()
         self._eos_token_ids = eos_token_ids
@@ -98,7 +100,7 @@ class Engine:
         self._batch: Batch = (
             PagedBatch(forward, max_rows, *settings)
             if isinstance(forward, PagedForward)
-            else RectangleBatch(forward, *settings)
+            else RectangleBatch(forward, *settings, row_columns)
         )
 
     @property

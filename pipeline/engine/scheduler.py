@@ -165,15 +165,22 @@ class Scheduler:
 
 
 def prefill_groups(
-    samples: Sequence[Sample], prefix_tokens: int, max_tokens: int, equal_lengths: bool = False
+    samples: Sequence[Sample],
+    prefix_tokens: int,
+    max_tokens: int,
+    equal_lengths: bool = False,
+    row_columns: int = 1,
 ) -> list[list[Sample]]:
     """Cut samples, sorted by length, into groups for one prefill each.
 
     A group's rectangle holds at most `max_tokens` columns beyond the shared prefix, and less than a
     tenth of it is padding. Rows with the same tokens take the place of one.
+
+    Args:
+        row_columns: the model pads each row to a multiple of it.
     """
     groups: list[list[Sample]] = []
-    width = cells = tokens = 0
+    width = rows = tokens = 0
     previous: tuple[int, ...] = ()
     for sample in samples:
         own = sample.length - prefix_tokens
@@ -183,14 +190,19 @@ def prefill_groups(
             continue
         previous = ids
         least = 1.0 if equal_lengths else 0.92
-        fits = cells + width <= max_tokens and tokens + own >= least * (cells + width)
-        if groups and fits:
+        fits = (rows + 1) * padded(width, row_columns) <= max_tokens
+        if groups and fits and tokens + own >= least * (rows + 1) * width:
             groups[-1].append(sample)
-            cells, tokens = cells + width, tokens + own
+            rows, tokens = rows + 1, tokens + own
         else:
             groups.append([sample])
-            width, cells, tokens = own, own, own
+            width, rows, tokens = own, 1, own
     return groups
+
+
+def padded(columns: int, row_columns: int) -> int:
+    """Round a row's columns up to what a model pads it to."""
+    return -(-columns // row_columns) * row_columns
 
 
 def partition(lengths: Sequence[int], overhead: int) -> list[slice]:

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.engine.limits import PAGE
 from pipeline.engine.paged.pages import Pages
 from pipeline.engine.rectangles.rectangle import Rectangle
+from pipeline.engine.scheduler import padded
 
 
 @dataclass
@@ -25,16 +26,15 @@ class EngineStats:
     columns_needed: int = 0
     peak_kv_cache_bytes: int = 0
     peak_rectangles: list[tuple[int, int, bool]] = field(default_factory=list)  # `shape` of those then
-    largest_prefill_columns: int = 0  # of one group, padding included
+    largest_prefill_columns: int = 0  # of one group, with all padding, a model's own too
     longest_prompt_columns: int = 0
     out_of_memory: int = 0
 
-    def count_prefill(self, rectangle: Rectangle, prefix: Rectangle | None) -> None:
+    def count_prefill(self, rectangle: Rectangle, prefix: Rectangle | None, row_columns: int) -> None:
         shared = prefix.head if prefix else 0
-        count = len(rectangle.rows)
-        columns = count * (rectangle.head - shared)
-        self.prefill_columns += columns
-        self.largest_prefill_columns = max(self.largest_prefill_columns, columns)
+        count, width = len(rectangle.rows), rectangle.head - shared
+        self.prefill_columns += count * width
+        self.largest_prefill_columns = max(self.largest_prefill_columns, count * padded(width, row_columns))
         self.longest_prompt_columns = max(self.longest_prompt_columns, rectangle.head)
         self.prefill_tokens += count * (rectangle.head - shared) - sum(rectangle.starts)
 

@@ -73,5 +73,6 @@ def make_engine(
         max_tokens=room.max_tokens,
         prefill_tokens=settings.prefill_tokens,
         share_prefix=settings.shared_prefix,
+        row_columns=room.architecture.pass_columns or 1 if room.architecture else 1,
     )
     return own, room

@@ -110,6 +110,8 @@ class Architecture:
     layer_states: tuple[int, ...] = ()  # scalars that each row has whatever its length, by layer, and …
     layer_state_bytes: tuple[int, ...] = ()  # … bytes, of states in a dtype of their own
     own_cache: bool = False  # runs through the cache that it makes for itself
+    pass_columns: int = 0  # its passes pad rows to a multiple of this, of which each takes (0: not known) …
+    pass_bytes: tuple[int, int] = (0, 0)  # … so many bytes at once, in half precision and in float32
     adapter_scalars: int = 0  # of an adapter, which are held beside weights that are quantized
     file_bytes: int | None = None  # of the checkpoint's tensors, where they are not plain weights
     counted: Counted | None = None  # None: by formula, from what follows
@@ -171,6 +173,8 @@ _DERIVED = (
     "layer_states",
     "layer_state_bytes",
     "own_cache",
+    "pass_columns",
+    "pass_bytes",
     "counted",
     "adapter_scalars",
     "file_bytes",

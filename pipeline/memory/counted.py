@@ -23,7 +23,7 @@ from pipeline.common.packages import is_installed
 from pipeline.config.quant import ELEMENT_BYTES
 from pipeline.memory.architecture import MEASURE, Architecture, Counted, Weight, has_formula
 
-FORMAT = 3  # of what is kept: one more whenever its meaning changes
+FORMAT = 4  # of what is kept: one more whenever its meaning changes
 LIMIT_SEC = 120  # a hundred times the time of the largest model, and a slow disk's time to import torch
 COMMAND = ("-m", "pipeline.memory.counting")
 _VERSIONS = ("transformers", "torch", "bitsandbytes")
@@ -124,7 +124,7 @@ def read_answer(answer: Mapping[str, Any]) -> Architecture:
         Weight(**{**weight, "shape": tuple(weight["shape"]), "wide_in": tuple(weight["wide_in"])})
         for weight in sizes.pop("weights")
     )
-    for key in ("windows", "layer_keys", "layer_states", "layer_state_bytes"):
+    for key in ("windows", "layer_keys", "layer_states", "layer_state_bytes", "pass_bytes"):
         sizes[key] = tuple(sizes[key])
     counted = Counted(weights, sizes.pop("note"), sizes.pop("refused"))
     return Architecture(

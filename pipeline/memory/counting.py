@@ -9,7 +9,9 @@ import inspect
 import json
 import re
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config as fx_settings
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from pipeline.common.errors import LoadError, PipelineError
@@ -38,6 +41,9 @@ _INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 LIMIT_BYTES = 4 << 30  # ten times what the largest model takes, and some for libraries
 _TOKENS = 2  # in the pass that makes keys and values
 _FEW = (4, 8)  # in those that tell what grows with the tokens from what does not
+_PIECES = (32, 64, 128, 256)  # columns that a scan may pad a row to
+# Of what a row of so many takes in a pass: a shorter one that takes as much is padded, by what its config says, or not.
+_MUCH, _ALIKE = 0.3, 0.85
 
 
 def count(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,12 +178,15 @@ def _layer_keys(network: Any, text: Any) -> dict[str, Any]:
     fx_settings.meta_nonzero_assume_all_nonzero = True
     why, own_cache = "", needs_own_cache(network.config) is not None
     plain = {"layer_states": [], "layer_state_bytes": [], "own_cache": own_cache, "note": None}
+    plain |= {"pass_columns": 0, "pass_bytes": [0, 0]}
     for way in (_in_own_cache,) if own_cache else (_attended, _cached):
         try:
             found = way(network, text)
         except Exception as error:  # noqa: BLE001  any code of transformers runs in it
             why = first_line(error)
         else:
+            with suppress(Exception):  # as above; then activations are estimated as every other model's
+                plain |= _pass_bytes(network, text) if own_cache else {}
             return {**plain, **found}
     heads = _whole(text, "num_key_value_heads") or _whole(text, "num_attention_heads")
     size = _whole(text, "head_dim") or _whole(text, "hidden_size") // max(heads, 1)
@@ -204,6 +213,45 @@ def _in_own_cache(network: Any, text: Any) -> dict[str, Any]:
         "layer_state_bytes": [held[1] for held in few] + missing,
         "windows": [None] * layers,
     }
+
+
+def _pass_bytes(network: Any, text: Any) -> dict[str, Any]:
+    """Count what a row's pass holds at once: by column, or by as many as a scan pads a shorter row to.
+
+    Without the packages that have kernels for it, transformers scans in pieces of 64 to 256 columns, and holds
+    matrices of a piece by a piece for each head, however short the row is.
+    """
+    shortest = _most_held(network, _TOKENS)
+    columns = max(_whole(text, "mamba_chunk_size"), _whole(text, "chunk_size"))
+    if not columns or shortest < _MUCH * _most_held(network, columns):
+        padded = (each for each in _PIECES if shortest >= _ALIKE * _most_held(network, each))
+        columns = max(padded, default=1)
+    seen = max(columns, _PIECES[0])
+    half, wide = (_most_held(network.to(dtype), seen) for dtype in (torch.bfloat16, torch.float32))
+    pieces = seen // columns
+    return {"pass_columns": columns, "pass_bytes": [half // pieces, wide // pieces]}
+
+
+def _most_held(network: Any, columns: int) -> int:
+    """Count the bytes that a pass over one row makes and holds at once, beside what stays in its cache.
+
+    Not in a mixture's experts, which go another way here than in a job.
+    """
+    name, cache = cache_name(network), new_cache(network)
+    given: dict[str, Any] = {} if cache is None else {name: cache}
+    if "logits_to_keep" in inspect.signature(network.forward).parameters:
+        given["logits_to_keep"] = 1
+    live = _Live(network)
+    experts = [module for module in network.modules() if hasattr(module, "is_transposed")]
+    hooks = [module.register_forward_pre_hook(live.pause) for module in experts]
+    hooks += [module.register_forward_hook(live.go_on) for module in experts]
+    try:
+        output = _pass(network, columns, live, use_cache=True, **given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept = sum(tensor.nbytes for tensor in cache_tensors(output.get(name, cache)))
+    return max(0, live.most - kept)
 
 
 def _held(network: Any, tokens: int) -> list[tuple[int, int]]:
@@ -243,11 +291,11 @@ def _cached(network: Any, text: Any) -> dict[str, Any]:
     return {"layer_keys": found, "windows": [None] * len(found)}
 
 
-def _pass(network: Any, tokens: int = _TOKENS, **given: Any) -> Any:
+def _pass(network: Any, tokens: int = _TOKENS, mode: "_Unasked | None" = None, **given: Any) -> Any:
     """Run a pass over a few tokens that have no values."""
     if "position_ids" in inspect.signature(network.forward).parameters:
         given["position_ids"] = torch.arange(tokens, device="meta")[None]
-    with torch.no_grad(), torch.device("meta"), _Unasked():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.device("meta"), mode or _Unasked():  # type: ignore[no-untyped-call]
         return network(input_ids=torch.ones(1, tokens, dtype=torch.int64), **given)
 
 
@@ -277,6 +325,37 @@ class _Unasked(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default):
             return True
         return func(*args, **(kwargs or {}))
+
+
+class _Live(_Unasked):
+    """Count what is alive at once of the tensors that a pass makes, weights left out."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._now = 0
+        self._counts = True
+        weights = (*network.parameters(), *network.buffers())
+        self._held = {tensor.untyped_storage()._cdata for tensor in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in tree_leaves(made) if self._counts else ():
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._held:
+                self._held.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.most = max(self.most, self._now)
+                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        return made
+
+    def pause(self, *_: Any) -> None:
+        self._counts = False
+
+    def go_on(self, *_: Any) -> None:
+        self._counts = True
+
+    def _drop(self, storage: int, size: int) -> None:
+        self._held.discard(storage)
+        self._now -= size
 
 
 def _scalars(layer: Any) -> int:

@@ -62,6 +62,8 @@ def activation_bytes(
         tokens: in the pass.
         columns: the longest prompt so far, whose keys the pass attends to.
     """
+    if arch.pass_columns:
+        return max(1, len(gpus)) * _counted_activation_bytes(arch, quant, tokens, columns)
     if gpus:
         return len(gpus) * _gpu_activation_bytes(arch, quant, tokens, columns, gpus)
     element = ELEMENT_BYTES[plain_dtype(arch, quant)]
@@ -76,6 +78,13 @@ def activation_bytes(
     if quant.bits == 8 and not packed:
         int8 = tokens * (element * (4 * hidden + inner) + 16 * _widest_linear(arch))
     return max(mlp, attention, norm, int8)
+
+
+def _counted_activation_bytes(arch: Architecture, quant: QuantConfig, tokens: int, columns: int) -> int:
+    """Return what a pass over so many tokens was seen to hold; a row is never cut, and its scan pads it."""
+    wide = ELEMENT_BYTES[plain_dtype(arch, quant)] == ELEMENT_BYTES["float32"]
+    pieces = math.ceil(max(tokens, columns) / arch.pass_columns)
+    return pieces * arch.pass_bytes[wide]
 
 
 def _gpu_activation_bytes(

@@ -25,6 +25,7 @@ class RectangleBatch:
     Args:
         accept: gives a row its next token, and says whether the row is done.
         masks: of rows with a constraint.
+        row_columns: the model pads each row of a prefill to a multiple of it.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class RectangleBatch:
         stats: EngineStats,
         accept: Callable[[Sample, int], bool],
         masks: Masks,
+        row_columns: int = 1,
     ) -> None:
         self._forward = forward
+        self._row_columns = row_columns
         self._prefill_tokens = prefill_tokens
         self._overhead = forward.limits.rectangle_overhead
         self._stats = stats
@@ -95,7 +98,9 @@ class RectangleBatch:
         self._groups = []
         for (prefix, _), samples in shared.items():
             columns = len(prefix.token_ids) if prefix else 0
-            groups = prefill_groups(samples, columns, self._prefill_tokens, self._forward.equal_lengths)
+            groups = prefill_groups(
+                samples, columns, self._prefill_tokens, self._forward.equal_lengths, self._row_columns
+            )
             self._groups += [(group, prefix.stored if prefix else None) for group in groups]
         self._prefixes.free_unneeded()
 
@@ -110,7 +115,7 @@ class RectangleBatch:
         # Under longrope a pass's largest position decides for all of it: long rows are never cut.
         budget = self._prefill_tokens if not self._is_long(group[0]) else 1 << 62
         rectangle, logits = self._forward.prefill([c[0] for c in copies.values()], prefix, budget)
-        self._stats.count_prefill(rectangle, prefix)
+        self._stats.count_prefill(rectangle, prefix, self._row_columns)
         if len(group) > len(copies):
             rectangle.repeat(list(copies.values()))
             logits = logits[[i for i, c in enumerate(copies.values()) for _ in c]]
@@ -192,7 +197,7 @@ class RectangleBatch:
     def _compute_prefix(self, ids: Tokens) -> Rectangle:
         row = Sample(Request("", ids, GenerationParams()), 0)
         rectangle, _ = self._forward.prefill([row], None, self._prefill_tokens)
-        self._stats.count_prefill(rectangle, None)
+        self._stats.count_prefill(rectangle, None, 1)
         return rectangle
 
     def _is_long(self, sample: Sample) -> bool:
