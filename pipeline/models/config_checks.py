@@ -168,8 +168,10 @@ def _check_size(config: Mapping[str, Any], key: str, most: int, path: Path, agai
     value = config.get(key)
     if value is None or isinstance(value, list):  # some have one for each layer
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        found = f"{key}={_short(value)}: a model's config needs a positive whole number here"
+    least = 0 if "experts" in key else 1  # the small Granite 4 are mixtures of no experts
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        whole = "a whole number" if least == 0 else "a positive whole number"
+        found = f"{key}={_short(value)}: a model's config needs {whole} here"
         raise LoadError(f"{path}: {found}", again)
     if value > most:
         raise LoadError(f"{path}: {key}={_short(value)}: more than any model has ({most:,} at most)", again)

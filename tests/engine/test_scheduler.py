@@ -255,6 +255,12 @@ def test_prefill_groups_join_what_fits():
     assert [len(g) for g in prefill_groups(rows, 60, 400)] == [10]  # 40 tokens of each are its own
 
 
+def test_a_row_takes_the_columns_that_its_model_pads_it_to():
+    rows = samples_of([(i, *range(99)) for i in range(5)] + [(i, *range(20)) for i in range(5)])
+    assert [len(g) for g in prefill_groups(rows, 0, 512, True, 256)] == [2, 2, 1, 2, 2, 1]
+    assert [len(g) for g in prefill_groups(rows, 0, 512, True)] == [5, 5]
+
+
 def test_rows_with_the_same_tokens_take_the_place_of_one():
     rows = samples_of([(1,) * 100] * 50 + [(0,) * 100] * 50)
     assert [len(g) for g in prefill_groups(rows, 0, 200)] == [100]

@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import tiny_tokenizer
 from engine.test_every_architecture import PATHS, build, config_of
-from job_helper import arguments, job_folder, run_job, write_rows
+from job_helper import arguments, command, job_folder, run_job, write_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pipeline.commands.door import main
@@ -30,6 +30,7 @@ from pipeline.memory.architecture import Architecture
 from pipeline.memory.capacity import Place, rows_for_states, tokens_on_all
 from pipeline.memory.counted import architecture_of, count_architecture
 from pipeline.memory.measured import quantization_state_bytes
+from pipeline.memory.peaks import activation_bytes
 from pipeline.memory.plan import (
     footprint_bytes,
     kv_cache_bytes,
@@ -135,6 +136,38 @@ def test_rows_in_flight_come_from_their_states_too() -> None:
     assert rows_for_states(recurrent, quant, [place], [20 * state_bytes], 128) == 20
     tokens = tokens_on_all(recurrent, quant, [place], [20 * state_bytes], 20, own_cache_limits("cpu"))
     assert tokens > 20 * 1000  # its rows may be of any length
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("bamba", 256), ("granitemoehybrid", 256), ("qwen3_next", 64), ("mamba", 1)]
+)
+def test_what_a_pass_holds_is_counted_by_the_columns_that_its_scan_pads_a_row_to(
+    kind: str, columns: int
+) -> None:
+    arch = count_here(config_of(kind).to_dict())
+    assert arch.pass_columns == columns
+    half, wide = arch.pass_bytes
+    assert half < wide < 2 * half  # a scan is in float32 in both
+    for quant, size in (("bf16", half), ("fp32", wide)):
+        held = {n: activation_bytes(arch, QUANTS[quant], n, 1) for n in (columns, columns + 1, 2 * columns)}
+        assert held == {columns: size, columns + 1: 2 * size, 2 * columns: 2 * size}
+    assert activation_bytes(arch, QUANTS["bf16"], columns, 5 * columns) == 5 * half, "no row is cut"
+
+
+def test_many_short_rows_of_a_hybrid_take_what_was_predicted(tmp_path: Path) -> None:
+    """Its scan pads each row to 256 columns: all at once, these would take 1.2 GB. It has no experts, as Granite 4."""
+    sizes = {"mamba_n_heads": 48, "mamba_d_head": 16, "mamba_d_state": 64, "hidden_size": 384}
+    config = {**config_of("granitemoehybrid").to_dict(), **sizes, "num_local_experts": 0, "dtype": "float32"}
+    made = CONFIG_MAPPING["granitemoehybrid"](**config)
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer().save_pretrained(tmp_path / "hybrid")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"data cat {i % 10}{i // 10}"} for i in range(30)])
+    job = [*arguments(tmp_path / "hybrid", rows, tmp_path / "outputs"), "quant=fp32"]
+    done = command(job)
+    assert done.returncode == 0, done.stderr
+    memory = json.loads((job_folder(job) / "stats.json").read_text())["memory"]
+    assert memory["measured"]["run_peak_bytes"] < 700e6
+    assert abs(memory["error_percent"]["run_peak"]) < 20
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text"])

@@ -380,6 +380,8 @@ def test_a_config_with_fewer_layers_than_the_file_is_refused(tiny_dir):
     assert "weights that the model does not use, as model.layers." in refused(tiny_dir)
     edit(tiny_dir, num_hidden_layers=-1)
     assert "num_hidden_layers=-1: a model's config needs a positive whole number" in refused(tiny_dir)
+    edit(tiny_dir, num_hidden_layers=2, num_local_experts=-1)
+    assert "num_local_experts=-1: a model's config needs a whole number" in refused(tiny_dir)
 
 
 @pytest.mark.parametrize(
