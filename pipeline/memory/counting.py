@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ _INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
 LIMIT_BYTES = 4 << 30  # ten times what the largest model takes, and some for libraries
 _TOKENS = 2  # in the pass that makes keys and values
 _FEW = (4, 8)  # in those that tell what grows with the tokens from what does not
-_PIECES = (32, 64, 128, 256)  # columns that a scan may pad a row to
+_PIECES = (32, 64, 128, 256, 512)  # columns that a scan may pad a row to
 # Of what a row of so many takes in a pass: a shorter one that takes as much is padded, by what its config says, or not.
 _MUCH, _ALIKE = 0.3, 0.85
 
@@ -223,8 +224,8 @@ def _pass_bytes(network: Any, text: Any) -> dict[str, Any]:
     """
     shortest = _most_held(network, _TOKENS)
     columns = max(_whole(text, "mamba_chunk_size"), _whole(text, "chunk_size"))
-    if not columns or shortest < _MUCH * _most_held(network, columns):
-        padded = (each for each in _PIECES if shortest >= _ALIKE * _most_held(network, each))
+    if columns not in _PIECES or shortest < _MUCH * _most_held(network, columns):
+        padded = takewhile(lambda each: shortest >= _ALIKE * _most_held(network, each), _PIECES)
         columns = max(padded, default=1)
     seen = max(columns, _PIECES[0])
     half, wide = (_most_held(network.to(dtype), seen) for dtype in (torch.bfloat16, torch.float32))

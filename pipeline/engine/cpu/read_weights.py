@@ -15,8 +15,8 @@ UNUSED = ("init", "cuda")  # in names of methods that run before a weight is pac
 def read_weights(kind: type[nn.Module]) -> frozenset[str]:
     """Name the layers of this class whose weights its methods read, but for their dtype and device.
 
-    Mamba multiplies by dt_proj's weight itself, and indexers of sparse attention by weights_proj's in float32.
-    What is read in training alone does not count. Code without a source reads none.
+    Mamba multiplies by dt_proj's weight itself, and LongCat-Flash's router by its classifier's in float32. What is read
+    in training alone does not count. Code without a source reads none.
     """
     bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
     return frozenset().union(*(_reads(base.__module__).get(base.__name__, frozenset()) for base in bases))
