@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_tokenizer
 from engine.test_every_architecture import PATHS, build, config_of
 from job_helper import arguments, command, job_folder, run_job, write_rows
+from machines import H100
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pipeline.commands.door import main
@@ -149,9 +150,14 @@ def test_what_a_pass_holds_is_counted_by_the_columns_that_its_scan_pads_a_row_to
     half, wide = arch.pass_bytes
     assert half < wide < 2 * half  # a scan is in float32 in both
     for quant, size in (("bf16", half), ("fp32", wide)):
-        held = {n: activation_bytes(arch, QUANTS[quant], n, 1) for n in (columns, columns + 1, 2 * columns)}
+        held = {
+            n: activation_bytes(arch, QUANTS[quant], n, 1, (H100,))
+            for n in (columns, columns + 1, 2 * columns)
+        }
         assert held == {columns: size, columns + 1: 2 * size, 2 * columns: 2 * size}
-    assert activation_bytes(arch, QUANTS["bf16"], columns, 5 * columns) == 5 * half, "no row is cut"
+        on_cpu = activation_bytes(arch, QUANTS[quant], columns, 1)
+        assert size < on_cpu < 1.3 * size, "and holes in the heap"
+    assert activation_bytes(arch, QUANTS["bf16"], columns, 5 * columns, (H100,)) == 5 * half, "no row is cut"
 
 
 def test_many_short_rows_of_a_hybrid_take_what_was_predicted(tmp_path: Path) -> None:
